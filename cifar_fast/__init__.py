@@ -1,0 +1,78 @@
+"""The public names of the package; those that need torch are loaded when they are first used, so that importing it is quick."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from cifar_fast import recipe as recipes
+from cifar_fast.errors import UserError
+from cifar_fast.recipe import Recipe, changed_fields, ladder
+
+if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
+    from cifar_fast import plots
+    from cifar_fast.data import Dataset, load_cifar10, load_or_synthetic, synthetic
+    from cifar_fast.evaluate import evaluate
+    from cifar_fast.result import RunResult, load_run, save_run
+    from cifar_fast.train import train
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Dataset",
+    "Recipe",
+    "RunResult",
+    "UserError",
+    "__version__",
+    "changed_fields",
+    "evaluate",
+    "ladder",
+    "load_cifar10",
+    "load_or_synthetic",
+    "load_run",
+    "plots",
+    "recipes",
+    "replace",
+    "save_run",
+    "synthetic",
+    "train",
+]
+
+_MODULE_OF = {
+    "Dataset": "data",
+    "load_cifar10": "data",
+    "load_or_synthetic": "data",
+    "synthetic": "data",
+    "evaluate": "evaluate",
+    "RunResult": "result",
+    "load_run": "result",
+    "save_run": "result",
+    "train": "train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plots":
+        return import_module("cifar_fast.plots")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'cifar_fast' has no attribute {name!r}")
+    return getattr(import_module(f"cifar_fast.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _Package(ModuleType):
+    """Whoever imports the module `train` or `evaluate`, these names go on meaning the function that it is there for."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("train", "evaluate") and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,0 +1,62 @@
+"""Augmentation of a whole batch in one call, each image by its own choice; drawing the choices is `batches.py`'s part."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reflect_pad(images: Tensor, padding: int) -> Tensor:
+    """Mirror `padding` pixels outward at each border of `images` (N, C, H, W), any dtype; the edge pixel itself is not repeated."""
+    if padding == 0:
+        return images
+    # torch's own reflection padding takes no uint8, so rows and columns are gathered by index.
+    rows, columns = (_reflected(size, padding, images.device) for size in images.shape[-2:])
+    return images[:, :, rows][:, :, :, columns]  # (N, C, H + 2p, W + 2p)
+
+
+def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
+    positions = torch.arange(-padding, size + padding, device=device).abs()  # (size + 2p,)
+    return torch.where(positions < size, positions, 2 * (size - 1) - positions)
+
+
+def crop(padded: Tensor, tops: Tensor, lefts: Tensor, size: int, images: Tensor | None = None) -> Tensor:
+    """Cut one window of `size` x `size` pixels out of each image.
+
+    `padded`: (M, C, P, P), any dtype. `tops`, `lefts`: int64 (N,), offsets 0 ... P - size, in pixels. `images`: int64 (N,), which
+    image each window is cut from; all in order when left out. Returns (N, C, size, size).
+    """
+    if images is None:
+        images = torch.arange(len(padded), device=padded.device)
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # (M, C, P - size + 1, P - size + 1, size, size), a view
+    return windows[images, :, tops, lefts]
+
+
+def flip(images: Tensor, mirrored: Tensor) -> Tensor:
+    """Mirror left to right those `images` (N, C, H, W) for which `mirrored`, bool (N,), says so."""
+    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+
+
+def cutout(images: Tensor, tops: Tensor, lefts: Tensor, size: int, value: float = 0.0) -> Tensor:
+    """Set a square of `size` x `size` pixels to `value` in each of `images` (N, C, H, W); `tops`, `lefts`: int64 (N,), in pixels.
+
+    Source: DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout", arXiv 1708.04552.
+    """
+    rows = torch.arange(images.shape[-2], device=images.device)[None, :, None]  # (1, H, 1)
+    columns = torch.arange(images.shape[-1], device=images.device)[None, None, :]  # (1, 1, W)
+    tops, lefts = tops[:, None, None], lefts[:, None, None]  # (N, 1, 1)
+    inside = (rows >= tops) & (rows < tops + size) & (columns >= lefts) & (columns < lefts + size)  # (N, H, W)
+    return images.masked_fill(inside[:, None], value)
+
+
+def jitter(images: Tensor, contrast: Tensor, brightness: Tensor) -> Tensor:
+    """Multiply each normalised image of `images` (N, C, H, W) by its `contrast` (N,) and add its `brightness` (N,), in standard deviations."""
+    return images * contrast[:, None, None, None] + brightness[:, None, None, None]
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Resample floating-point `images` (N, C, H, W) to (N, C, size, size); unchanged where they have that size already."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

@@ -1,0 +1,163 @@
+"""The training set on the device, cut into fixed shards, and its epochs of augmented batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cifar_fast import augment
+from cifar_fast.errors import RecipeError
+from cifar_fast.recipe import Recipe
+
+
+def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each channel of uint8 `images` (N, C, H, W), in pixel values 0 ... 255: float32 (C,) each."""
+    values = torch.arange(256, dtype=torch.float64, device=images.device)
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        # Counting the 256 values is exact, and needs no float copy of the set.
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = (share * values).sum()
+        means.append(mean)
+        deviations.append((share * (values - mean) ** 2).sum().sqrt().clamp(min=1.0))
+    return torch.stack(means).float(), torch.stack(deviations).float()
+
+
+def draw_generator(seed: int, run: int, epoch: int, shard: int) -> torch.Generator:
+    """Return the CPU generator of all random choices for one (seed, run, epoch, shard), the same on any device and number of processes."""
+    return _generator(0, seed, run, epoch, shard)
+
+
+def _generator(*key: int) -> torch.Generator:
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The random choices for `n` images of one epoch: which image, and what is done to it. All tensors are (n,) on the CPU."""
+
+    index: Tensor  # int64, position within the shard
+    top: Tensor  # int64, offset of the crop in pixels
+    left: Tensor
+    mirrored: Tensor  # bool
+    cutout_top: Tensor  # int64, pixels; may start outside the image, so that border pixels are covered as often as others
+    cutout_left: Tensor
+    contrast: Tensor  # float32, factor
+    brightness: Tensor  # float32, standard deviations
+
+
+def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, run: int, epoch: int, shard: int) -> Choices:
+    """Draw one epoch's choices for one shard of `shard_size` images of `side` pixels."""
+    generator = draw_generator(seed, run, epoch, shard)
+
+    def integers(low: int, high: int) -> Tensor:
+        return torch.randint(low, high, (shard_size,), generator=generator)
+
+    def spread() -> Tensor:
+        return torch.empty(shard_size).uniform_(-recipe.color_jitter, recipe.color_jitter, generator=generator)
+
+    index = torch.randperm(shard_size, generator=generator)
+    offsets = 2 * recipe.crop_padding + 1
+    top, left = integers(0, offsets), integers(0, offsets)
+    mirrored = integers(0, 2).bool()
+    if recipe.flip == "alternating":
+        # Each image starts from its own side, drawn once for the run, and changes sides every epoch.
+        first = torch.randint(0, 2, (shard_size,), generator=_generator(1, seed, run, shard)).bool()
+        mirrored = first[index] ^ bool(epoch % 2)
+    elif recipe.flip == "none":
+        mirrored = torch.zeros_like(mirrored)
+    last = side - recipe.cutout + recipe.cutout // 2 + 1
+    cutout_top, cutout_left = integers(-(recipe.cutout // 2), last), integers(-(recipe.cutout // 2), last)
+    return Choices(index, top, left, mirrored, cutout_top, cutout_left, 1 + spread(), spread())
+
+
+class TrainBatches:
+    """The training set of one process, and the batches it is trained on.
+
+    A process holds `n_shards / world_size` of the recipe's strided shards: shard s has the images s, s + n_shards, ... Its local batch is
+    the shards' local batches one after the other, so that a ghost group never crosses a shard. What is kept is uint8 with its reflected
+    border: a quarter of the bytes of float32, and the crop is a gather. Cropping and mirroring commute with normalisation, which comes after.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        recipe: Recipe,
+        *,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        seed: int = 0,
+        run: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Take uint8 `images` (N, C, H, W) and int64 `labels` (N,) to `device`; `mean` and `std` (C,) in pixel values, else measured.
+
+        Raises `RecipeError` when a shard holds fewer images than the local batch needs.
+        """
+        self.recipe, self.seed, self.run, self.device, self.dtype = recipe, seed, run, device, dtype
+        self.shards = range(rank * recipe.n_shards // world_size, (rank + 1) * recipe.n_shards // world_size)
+        smallest = len(images) // recipe.n_shards
+        if smallest < recipe.local_batch_size:
+            raise RecipeError(
+                f"a batch of {recipe.local_batch_size} images cannot be drawn from a shard of {smallest}: {len(images)} training images in "
+                f"n_shards={recipe.n_shards}; lower global_batch_size={recipe.global_batch_size} or n_shards"
+            )
+        self.steps_per_epoch = smallest // recipe.local_batch_size
+        self.side = images.shape[-1]
+        # Where the set is not preloaded it stays on the CPU, which cuts and augments each batch and then sends it.
+        self.home = device if recipe.preload else torch.device("cpu")
+        self.images, self.labels = [], []  # uint8 (n, C, H + 2p, W + 2p) and int64 (n,), a pair for each shard
+        for shard in self.shards:
+            own = images[shard :: recipe.n_shards].to(self.home, non_blocking=True)
+            self.images.append(augment.reflect_pad(own, recipe.crop_padding))
+            self.labels.append(labels[shard :: recipe.n_shards].to(self.home, non_blocking=True))
+        if mean is None or std is None:
+            mean, std = pixel_statistics(images)
+        self.mean, self.std = (value.to(self.home)[:, None, None] for value in (mean, std))  # (C, 1, 1)
+
+    def resolution(self, epoch: int) -> int:
+        """Return the side in pixels of the training images in `epoch`, counted from 0."""
+        sides = self.recipe.resolutions
+        return sides[min(epoch, len(sides) - 1)] if sides else self.side
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of `epoch`, counted from 0: images (B, C, side, side), normalised, and int64 labels (B,)."""
+        drawn = [
+            draw_choices(self.recipe, len(labels), self.side, seed=self.seed, run=self.run, epoch=epoch, shard=shard)
+            for shard, labels in zip(self.shards, self.labels, strict=True)
+        ]
+        drawn = [Choices(*(value.to(self.home) for value in vars(choices).values())) for choices in drawn]
+        size = self.recipe.local_batch_size
+        for step in range(self.steps_per_epoch):
+            now = slice(step * size, (step + 1) * size)
+            parts = [self._cut(position, choices, now) for position, choices in enumerate(drawn)]
+            images = torch.cat([part[0] for part in parts]) if len(parts) > 1 else parts[0][0]
+            labels = torch.cat([part[1] for part in parts]) if len(parts) > 1 else parts[0][1]
+            images = augment.resize(images, self.resolution(epoch)).to(self.device, self.dtype)
+            if self.recipe.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            yield images, labels.to(self.device)
+
+    def _cut(self, position: int, choices: Choices, now: slice) -> tuple[Tensor, Tensor]:
+        index = choices.index[now]
+        images = augment.crop(self.images[position], choices.top[now], choices.left[now], self.side, index)
+        images = (augment.flip(images, choices.mirrored[now]).float() - self.mean) / self.std  # (n, C, H, W)
+        if self.recipe.color_jitter:
+            images = augment.jitter(images, choices.contrast[now], choices.brightness[now])
+        if self.recipe.cutout:
+            images = augment.cutout(images, choices.cutout_top[now], choices.cutout_left[now], self.recipe.cutout)
+        return images, self.labels[position][index]
+
+    def total_steps(self) -> int:
+        """Return the number of optimiser steps of the whole training."""
+        return math.ceil(self.recipe.epochs * self.steps_per_epoch)

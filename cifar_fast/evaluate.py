@@ -1,0 +1,90 @@
+"""How good a network is on images it has not seen: loss, accuracy, confusion, with or without test-time augmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar_fast.augment import reflect_pad
+from cifar_fast.model import Network
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a network makes of a set of labelled images."""
+
+    loss: float
+    """Mean cross entropy, without label smoothing."""
+    accuracy: float
+    """Share of images whose largest logit is their label's, 0 ... 1."""
+    confusion: Tensor
+    """int64 (classes, classes): how many images of class [row] were taken for class [column]."""
+
+
+def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
+    """Yield the views of `images` (N, C, H, W) that test-time augmentation averages, each with its weight; the weights sum to 1.
+
+    `none`: the images. `flip`: and their mirror images. `flip_shift`: both again, shifted by a pixel up-left and down-right, which
+    together weigh as much as the unshifted pair. Source: Keller Jordan, arXiv 2404.00498.
+    """
+    if tta == "none":
+        yield 1.0, images
+        return
+    flip_weight = 0.5 if tta == "flip" else 0.25
+    yield flip_weight, images
+    yield flip_weight, images.flip(-1)
+    if tta == "flip_shift":
+        padded, (height, width) = reflect_pad(images, 1), images.shape[-2:]
+        for offset in (0, 2):
+            shifted = padded[:, :, offset : offset + height, offset : offset + width]
+            yield 0.125, shifted
+            yield 0.125, shifted.flip(-1)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def predict_logits(model: Network, images: Tensor, *, tta: str = "none", dtype: torch.dtype = torch.float32, batch_size: int = 500) -> Tensor:
+    """Return the logits, float32 (N, classes), of uint8 `images` (N, 3, H, W), computed in `dtype` on the device of the network."""
+    device = model.normalise.mean.device
+    logits = []
+    with _evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        for some in images.split(batch_size):
+            normalised = model.normalise(some.to(device)).contiguous(memory_format=torch.channels_last)
+            seen = [weight * model(view.contiguous(memory_format=torch.channels_last)).float() for weight, view in views(normalised, tta)]
+            logits.append(torch.stack(seen).sum(0))
+    return torch.cat(logits)
+
+
+def predict_probabilities(model: Network, images: Tensor, *, tta: str = "none") -> Tensor:
+    """Return the class probabilities, float32 (N, classes), of uint8 `images` (N, 3, H, W)."""
+    return predict_logits(model, images, tta=tta).softmax(1)
+
+
+def evaluate(
+    model: Network, images: Tensor, labels: Tensor, *, tta: str = "none", dtype: torch.dtype = torch.float32, batch_size: int = 500
+) -> Evaluation:
+    """Compare the predictions for uint8 `images` (N, 3, H, W) with int64 `labels` (N,)."""
+    logits = predict_logits(model, images, tta=tta, dtype=dtype, batch_size=batch_size)
+    labels = labels.to(logits.device)
+    n_classes = logits.shape[1]
+    predicted = logits.argmax(1)
+    confusion = torch.bincount(labels * n_classes + predicted, minlength=n_classes**2).reshape(n_classes, n_classes)
+    return Evaluation(
+        loss=F.cross_entropy(logits, labels).item(),
+        accuracy=(predicted == labels).double().mean().item(),
+        confusion=confusion.cpu(),
+    )

@@ -1,0 +1,109 @@
+"""The few layers that torch does not have: ghost batch norm, a 3x3 convolution with a choice of algorithm, patch whitening, a scale."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cifar_fast.winograd import winograd_conv2d
+
+
+class GhostBatchNorm(nn.BatchNorm2d):
+    """Batch norm with statistics of `group_size` consecutive images; a group as large as the batch is ordinary batch norm.
+
+    The running statistics take the mean over the groups. Source: Hoffer, Hubara and Soudry, "Train longer, generalize better",
+    arXiv 1705.08741.
+    """
+
+    def __init__(self, n_channels: int, group_size: int, *, eps: float, momentum: float, freeze_scale: bool) -> None:
+        """Build for `n_channels`; with `freeze_scale` the scale stays at 1 and only the bias is learned."""
+        super().__init__(n_channels, eps=eps, momentum=momentum)
+        self.group_size = group_size
+        self.weight.requires_grad = not freeze_scale
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        """Normalise by each group's own statistics in training, by the running ones in evaluation."""
+        if not self.training or len(x) == self.group_size:
+            return super().forward(x)
+        groups = x.split(self.group_size)
+        # With momentum 1 batch_norm leaves a group's own mean and variance in the buffers that it is given.
+        means = torch.zeros(len(groups), self.num_features, device=x.device)
+        variances = torch.zeros_like(means)
+        normalised = [
+            F.batch_norm(group, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+            for group, mean, variance in zip(groups, means, variances, strict=True)
+        ]
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        self.running_mean.lerp_(means.mean(0), self.momentum)
+        self.running_var.lerp_(variances.mean(0), self.momentum)
+        return torch.cat(normalised)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution, padding 1, without bias; `winograd` computes the same with fewer multiplications."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, init: str = "kaiming", winograd: bool = False) -> None:
+        """Build with `init` `kaiming` (torch's default) or `dirac` (the first outputs copy the inputs)."""
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
+        self.winograd = winograd
+        if init == "dirac":
+            # Only as many outputs as there are inputs; the others keep their random filters.
+            nn.init.dirac_(self.weight.data[:in_channels])
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K, H, W)
+        """Convolve."""
+        return winograd_conv2d(x, self.weight) if self.winograd else super().forward(x)
+
+
+class Scale(nn.Module):
+    """Multiplication by a constant."""
+
+    def __init__(self, factor: float) -> None:
+        """Take the constant."""
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply."""
+        return x * self.factor
+
+
+class Normalise(nn.Module):
+    """Pixel values 0 ... 255 to zero mean and unit variance, channel by channel; the statistics travel with the weights."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        """Take the channels' `mean` and `std`, float32 (C,), in pixel values."""
+        super().__init__()
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    def forward(self, images: Tensor) -> Tensor:  # (N, C, H, W), any dtype -> float32
+        """Normalise."""
+        return (images.float() - self.mean[:, None, None]) / self.std[:, None, None]
+
+
+def patch_covariance(images: Tensor, size: int) -> Tensor:
+    """Return E[p p^T] over all `size` x `size` patches p of normalised `images` (N, C, H, W): float32 (C * size**2, C * size**2)."""
+    channels = images.shape[1]
+    covariance = torch.zeros(channels * size**2, channels * size**2, device=images.device)
+    count = 0
+    for some in images.float().split(1000):  # all patches of a thousand images fit in a few hundred MB
+        patches = F.unfold(some, size).transpose(0, 1).flatten(1)  # (C * size**2, patches)
+        covariance += patches @ patches.T
+        count += patches.shape[1]
+    return covariance / count
+
+
+def whitening_filters(images: Tensor, size: int, eps: float) -> Tensor:
+    """Return the filters (C * size**2, C, size, size) whose outputs over the patches of `images` are uncorrelated with unit variance.
+
+    `images`: normalised (N, C, H, W). `eps` is added to each eigenvalue. Largest eigenvalue first. Sources: David Page, "How to train your
+    ResNet 8", 2019; tysam-code, hlb-CIFAR10, 2023.
+    """
+    eigenvalues, eigenvectors = torch.linalg.eigh(patch_covariance(images, size).double())
+    filters = (eigenvectors / torch.sqrt(eigenvalues.clamp(min=0) + eps)).T.flip(0)  # (C * size**2, C * size**2)
+    return filters.float().reshape(-1, images.shape[1], size, size)

@@ -1,0 +1,135 @@
+"""The networks, built from a `Recipe`: `resnet9` and `convnet6`."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from cifar_fast.layers import Conv3x3, GhostBatchNorm, Normalise, Scale, whitening_filters
+from cifar_fast.recipe import Recipe
+
+
+def activation(recipe: Recipe) -> nn.Module:
+    """Return the recipe's nonlinearity."""
+    if recipe.activation == "celu":
+        return nn.CELU(recipe.celu_alpha)
+    return nn.GELU() if recipe.activation == "gelu" else nn.ReLU()
+
+
+def norm(recipe: Recipe, n_channels: int) -> GhostBatchNorm:
+    """Return the recipe's batch norm for `n_channels`."""
+    return GhostBatchNorm(
+        n_channels, recipe.norm_group_size, eps=recipe.bn_eps, momentum=recipe.bn_momentum, freeze_scale=recipe.freeze_bn_scale
+    )
+
+
+def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, winograd: bool = False) -> nn.Sequential:
+    """Return convolution, norm and activation, with max-pool where the recipe wants it: (N, n_in, H, W) -> (N, n_out, H or H/2, ...)."""
+    layers: list[tuple[str, nn.Module]] = [
+        ("conv", Conv3x3(n_in, n_out, init=recipe.conv_init, winograd=winograd)),
+        ("norm", norm(recipe, n_out)),
+        ("activation", activation(recipe)),
+    ]
+    if pool:
+        place = {"before_norm": 1, "before_activation": 2, "after_activation": 3}[recipe.pool_position]
+        layers.insert(place, ("pool", nn.MaxPool2d(2)))
+    return nn.Sequential(OrderedDict(layers))
+
+
+class Residual(nn.Module):
+    """Two blocks whose output is added to their input."""
+
+    def __init__(self, recipe: Recipe, width: int, *, winograd: bool = False) -> None:
+        """Build for `width` channels."""
+        super().__init__()
+        self.block1 = conv_block(recipe, width, width, winograd=winograd)
+        self.block2 = conv_block(recipe, width, width, winograd=winograd)
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        """Add what the two blocks make of `x` to `x`."""
+        return x + self.block2(self.block1(x))
+
+
+class Network(nn.Module):
+    """Layers in a row from normalised images to scaled logits; `normalise` takes raw pixel values to what they expect."""
+
+    def __init__(self, normalise: Normalise, layers: OrderedDict[str, nn.Module]) -> None:
+        """Take the parts."""
+        super().__init__()
+        self.normalise = normalise
+        self.layers = nn.Sequential(layers)
+
+    def forward(self, images: Tensor) -> Tensor:  # (N, 3, H, W), normalised -> (N, classes)
+        """Return the logits."""
+        return self.layers(images)
+
+
+def build_model(recipe: Recipe, n_classes: int, mean: Tensor, std: Tensor, *, winograd: bool = False, seed: int = 0) -> Network:
+    """Build the recipe's network for `n_classes`, with weights drawn from `seed` on the CPU, the same for every device.
+
+    `mean`, `std`: float32 (3,), in pixel values. `winograd`: how 3x3 convolutions are computed. The whitening layer, where there is one,
+    is filled by `whiten_first_layer`.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = (_resnet9 if recipe.network == "resnet9" else _convnet6)(recipe, n_classes, winograd)
+    return Network(Normalise(mean, std), OrderedDict(layers))
+
+
+def _resnet9(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, nn.Module]]:
+    # Source: David Page, "How to train your ResNet", 2018; with whitening as in part 8, 2019, and Apple's ml-cifar-10-faster.
+    first, second, third, fourth = recipe.widths
+    size = recipe.whitening_size
+    if size:
+        # The patches' directions are fixed, a learned 1x1 convolution mixes them.
+        whiten = nn.Conv2d(3, 3 * size**2, size, padding=size // 2, bias=False)
+        mix = [("conv", nn.Conv2d(3 * size**2, first, 1, bias=False)), ("norm", norm(recipe, first)), ("activation", activation(recipe))]
+        head: list[tuple[str, nn.Module]] = [("whiten", whiten), ("mix", nn.Sequential(OrderedDict(mix)))]
+    else:
+        head = [("prepare", conv_block(recipe, 3, first))]
+    return [
+        *head,
+        ("block1", conv_block(recipe, first, second, pool=True, winograd=winograd)),
+        ("residual1", Residual(recipe, second, winograd=winograd)),
+        ("block2", conv_block(recipe, second, third, pool=True, winograd=winograd)),
+        ("block3", conv_block(recipe, third, fourth, pool=True, winograd=winograd)),
+        ("residual3", Residual(recipe, fourth, winograd=winograd)),
+        ("pool", nn.AdaptiveMaxPool2d(1)),
+        ("flatten", nn.Flatten()),
+        ("linear", nn.Linear(fourth, n_classes, bias=False)),
+        ("scale", Scale(recipe.logit_scale)),
+    ]
+
+
+def _convnet6(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, nn.Module]]:
+    # Source: Keller Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498.
+    size = recipe.whitening_size
+    # Each direction and its opposite: the activation after them cuts one half of each off.
+    layers: list[tuple[str, nn.Module]] = [
+        ("whiten", nn.Conv2d(3, 2 * 3 * size**2, size, bias=True)),
+        ("activation", activation(recipe)),
+    ]
+    n_in = 2 * 3 * size**2
+    for number, width in enumerate(recipe.widths, start=1):
+        layers.append((f"block{number}a", conv_block(recipe, n_in, width, pool=True, winograd=winograd)))
+        layers.append((f"block{number}b", conv_block(recipe, width, width, winograd=winograd)))
+        n_in = width
+    linear = nn.Linear(n_in, n_classes, bias=False)
+    # Unit variance of the head's weights, made up for by logit_scale.
+    linear.weight.data /= linear.weight.data.std()
+    return [*layers, ("pool", nn.AdaptiveMaxPool2d(1)), ("flatten", nn.Flatten()), ("linear", linear), ("scale", Scale(recipe.logit_scale))]
+
+
+def whiten_first_layer(model: Network, recipe: Recipe, images: Tensor) -> None:
+    """Fill the whitening layer from the patches of `images`, uint8 (N, 3, H, W), and freeze it; nothing to do without that layer."""
+    if not recipe.whitening_size:
+        return
+    layer = model.layers.get_submodule("whiten")
+    assert isinstance(layer, nn.Conv2d)
+    filters = whitening_filters(model.normalise(images), recipe.whitening_size, recipe.whitening_eps)
+    if len(layer.weight) == 2 * len(filters):
+        filters = torch.cat([filters, -filters])
+    layer.weight.data.copy_(filters)
+    layer.weight.requires_grad = False

@@ -1,0 +1,138 @@
+"""Optimisers and what drives them: schedules, parameter groups, Nesterov SGD, Muon, Lookahead."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar_fast.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class PiecewiseLinear:
+    """A schedule as a value: straight lines through `(knots[i], values[i])`, constant before the first knot and after the last."""
+
+    knots: tuple[float, ...]
+    values: tuple[float, ...]
+
+    def __call__(self, t: float) -> float:
+        """Return the value at `t`; where two knots coincide the later one counts from there on."""
+        right = bisect_right(self.knots, t)
+        if right == 0 or right == len(self.knots):
+            return self.values[min(right, len(self.knots) - 1)]
+        (t0, t1), (v0, v1) = self.knots[right - 1 : right + 1], self.values[right - 1 : right + 1]
+        return v0 + (v1 - v0) * (t - t0) / (t1 - t0)
+
+
+def lr_schedule(recipe: Recipe) -> PiecewiseLinear:
+    """Return the learning rate, as a share of its peak, over time in epochs: up, down, and flat at the end."""
+    knots = (0.0, recipe.epochs * recipe.warmup_fraction, recipe.epochs - recipe.flat_epochs)
+    return PiecewiseLinear(knots, (recipe.start_lr_fraction, 1.0, recipe.final_lr_fraction))
+
+
+@torch.no_grad()
+def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
+    """Return the matrices, (B, m, n), with their singular values brought near 1 by `steps` Newton-Schulz iterations, all at once.
+
+    The quintic's coefficients favour the slope at zero over convergence: the singular values end within about 0.5 ... 1.5. Source: Keller
+    Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
+    for _ in range(steps):
+        gram = x @ x.mT  # (B, m, m) with m <= n: the smaller of the two products
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x if matrices.shape[1] <= matrices.shape[2] else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose update of each convolution's filters is orthogonalised; the filters keep a fixed norm.
+
+    torch.optim.Muon takes matrices only. A filter bank (K, C, 3, 3) counts as a matrix (K, 9 C). Source: as `orthogonalise`, and
+    airbench94_muon for the norm of sqrt(K).
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
+        """Take filter banks of shape (K, C, H, W)."""
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all filter banks; those of one shape are orthogonalised together."""
+        for group in self.param_groups:
+            by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
+            for p in group["params"]:
+                by_shape[p.shape].append(p)
+            for filters in by_shape.values():
+                updates = orthogonalise(torch.stack([self._nesterov(p, group["momentum"]).flatten(1) for p in filters]))
+                for p, update in zip(filters, updates, strict=True):
+                    p.mul_(len(p) ** 0.5 / p.norm())
+                    p.sub_(group["lr"] * update.view_as(p))
+
+    def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        average = state["momentum_buffer"].mul_(momentum).add_(p.grad)
+        return p.grad.add(average, alpha=momentum)
+
+
+class Lookahead:
+    """Slow weights that follow the fast ones, which then restart from the slow: unlike an EMA it changes what is trained.
+
+    Source: Zhang, Lucas, Hinton and Ba, "Lookahead optimizer: k steps forward, 1 step back", arXiv 1907.08610.
+    """
+
+    def __init__(self, model: nn.Module, alpha: float) -> None:
+        """Start the slow weights where `model` is; `alpha` is the share of the way they go at each `move`."""
+        self.model, self.alpha = model, alpha
+        self.slow = [p.detach().clone() for p in model.parameters()]
+
+    @torch.no_grad()
+    def move(self) -> None:
+        """Move the slow weights towards the fast ones, and the fast ones there."""
+        for slow, fast in zip(self.slow, self.model.parameters(), strict=True):
+            slow.lerp_(fast, self.alpha)
+            fast.copy_(slow)
+
+
+def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return the recipe's optimisers; each parameter group has its `peak_lr`, and those of the whitening bias `stop_epoch`.
+
+    Weights and biases are groups of their own. Under `muon` the 3x3 filters are Muon's, the rest SGD's.
+    """
+    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    whitening = {name: p for name, p in model.named_parameters() if name.endswith("whiten.bias")}
+    biases = [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 1 and name not in whitening]
+    filters = [p for p in weights if p.ndim == 4] if recipe.optimizer == "muon" else []
+    others = [p for p in weights if not any(p is f for f in filters)]
+    slow = {"lr": recipe.peak_lr, "weight_decay": recipe.weight_decay}
+    fast = {"lr": recipe.peak_lr * recipe.bias_lr_scale, "weight_decay": recipe.weight_decay * recipe.bias_weight_decay_scale}
+    groups: list[dict[str, Any]] = [{"params": others, **slow}, {"params": biases, **fast}]
+    if whitening:
+        groups.append({"params": list(whitening.values()), **fast, "stop_epoch": recipe.whitening_bias_epochs})
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0)]
+    if filters:
+        optimizers.append(Muon(filters, lr=recipe.muon_lr, momentum=recipe.muon_momentum))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], schedule: PiecewiseLinear, epoch: float) -> None:
+    """Set every group's learning rate for the time `epoch`, in epochs and fractions."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            share = schedule(epoch)
+            if "stop_epoch" in group:  # its own straight line down to zero
+                share = max(0.0, 1 - epoch / group["stop_epoch"]) if group["stop_epoch"] else 0.0
+            group["lr"] = group["peak_lr"] * share

@@ -1,0 +1,359 @@
+"""What a training run is made of: one flat, frozen `Recipe`, the named recipes, the ladder of tricks, and what differs between two."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from cifar_fast.errors import RecipeError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "network": ("resnet9", "convnet6"),
+    "activation": ("relu", "celu", "gelu"),
+    "pool_position": ("after_activation", "before_activation", "before_norm"),
+    "conv_init": ("kaiming", "dirac"),
+    "flip": ("none", "random", "alternating"),
+    "optimizer": ("sgd", "muon"),
+    "tta": ("none", "flip", "flip_shift"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
+    "convolution": ("auto", "direct", "winograd"),
+}
+POSITIVE = ("epochs", "global_batch_size", "n_shards", "peak_lr", "bn_momentum", "bn_eps", "celu_alpha", "logit_scale")
+NOT_NEGATIVE = (
+    "ghost_batch_size micro_batch_size whitening_size whitening_eps whitening_bias_epochs crop_padding cutout color_jitter label_smoothing warmup_fraction "
+    "start_lr_fraction final_lr_fraction flat_epochs momentum weight_decay bias_lr_scale bias_weight_decay_scale muon_lr muon_momentum "
+    "ema_decay lookahead_alpha"
+).split()
+BELOW_ONE = "label_smoothing warmup_fraction momentum muon_momentum ema_decay lookahead_alpha color_jitter".split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Everything that decides what a training run computes; a trick is a field, and its default is the trick's off value.
+
+    Losses are means over images, so a learning rate means the same whatever the batch and the number of processes.
+    `RecipeError` (a `ValueError`) says which field cannot be.
+    """
+
+    name: str = "custom"
+    """Name under which results are filed."""
+
+    # The network
+    network: Literal["resnet9", "convnet6"] = "resnet9"
+    """`resnet9` as Page (2018) and Apple (2019) have it; `convnet6`, three blocks of two convolutions, as airbench (arXiv 2404.00498) has it."""
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    """Channels of each stage: four for `resnet9`, three for `convnet6`."""
+    activation: Literal["relu", "celu", "gelu"] = "relu"
+    """Nonlinearity after each norm."""
+    celu_alpha: float = 0.075
+    """Alpha of CELU: how far below zero it reaches. Read only when `activation` is `celu`."""
+    pool_position: Literal["after_activation", "before_activation", "before_norm"] = "after_activation"
+    """Where max-pool stands. The first two compute the same function when the activation never falls (ReLU, CELU)."""
+    conv_init: Literal["kaiming", "dirac"] = "kaiming"
+    """`dirac` makes the first output channels of each convolution copy its input, so that the signal passes from the first step on."""
+    whitening_size: int = 0
+    """Side in pixels of the patches that the fixed first convolution whitens; 0 has an ordinary learned convolution instead."""
+    whitening_eps: float = 1e-2
+    """Added to each eigenvalue of the patch covariance before its square root divides: how much the faintest directions are held back."""
+    whitening_bias_epochs: float = 0.0
+    """Epochs during which the whitening layer's bias is learned (`convnet6` only)."""
+    ghost_batch_size: int = 0
+    """Images per batch-norm group; 0 takes each shard's whole local batch."""
+    freeze_bn_scale: bool = False
+    """Leave batch norm's scale at 1 and learn its bias alone."""
+    bn_momentum: float = 0.1
+    """Share of the newest batch in batch norm's running statistics, as PyTorch means it."""
+    bn_eps: float = 1e-5
+    """Added to the variance in batch norm."""
+    logit_scale: float = 0.125
+    """Factor on the logits."""
+
+    # The data
+    preload: bool = True
+    """Keep the whole training set on the device and augment it there; off: cut and augment each batch on the CPU and send it."""
+    n_shards: int = 1
+    """Fixed strided shards of the training set; a global batch holds as many images of each. Independent of the number of processes."""
+    global_batch_size: int = 512
+    """Images per optimiser step, over all shards."""
+    crop_padding: int = 4
+    """Pixels of reflected border from which the random crop is taken; 0 is no crop."""
+    flip: Literal["none", "random", "alternating"] = "random"
+    """Mirror image: by chance each time, or by chance once and then every other epoch (`alternating`)."""
+    cutout: int = 0
+    """Side in pixels of the square that is blanked; 0 is off."""
+    color_jitter: float = 0.0
+    """Largest relative change of contrast, and of brightness in standard deviations; 0 is off."""
+    resolutions: tuple[int, ...] = ()
+    """Side in pixels of the training images, epoch by epoch (the last goes on); empty trains at the data set's own size."""
+
+    # The loss and the optimiser
+    label_smoothing: float = 0.0
+    """Share of each target spread evenly over all classes."""
+    epochs: float = 24.0
+    """Passes over the training set; a fraction stops within an epoch."""
+    optimizer: Literal["sgd", "muon"] = "sgd"
+    """`sgd` with Nesterov momentum for all, or `muon` for the convolutions' filters and SGD for the rest."""
+    peak_lr: float = 0.4
+    """Highest learning rate of the weights under SGD, for the mean loss."""
+    start_lr_fraction: float = 0.0
+    """Learning rate of the first step, as a share of the peak."""
+    warmup_fraction: float = 0.2
+    """Share of the epochs during which the learning rate rises."""
+    final_lr_fraction: float = 0.0
+    """Learning rate at the end, as a share of the peak."""
+    flat_epochs: float = 0.0
+    """Epochs at the end with the final learning rate."""
+    momentum: float = 0.9
+    """Nesterov momentum of SGD."""
+    weight_decay: float = 5e-4
+    """Added to the gradient as `weight_decay * weight`, before momentum and learning rate (SGD only)."""
+    bias_lr_scale: float = 1.0
+    """Learning rate of the biases, relative to the weights'."""
+    bias_weight_decay_scale: float = 1.0
+    """Weight decay of the biases, relative to the weights'."""
+    muon_lr: float = 0.24
+    """Highest learning rate of Muon. Read only when `optimizer` is `muon`."""
+    muon_momentum: float = 0.6
+    """Nesterov momentum of Muon."""
+
+    # Averaging
+    ema_decay: float = 0.0
+    """Decay a step of the running average of the weights that is evaluated in their place; 0 is off."""
+    ema_every: int = 5
+    """Steps between two updates of that average."""
+    lookahead_alpha: float = 0.0
+    """Share of the way that Lookahead's slow weights go towards the fast ones, which then restart from there; 0 is off."""
+    lookahead_every: int = 5
+    """Steps between two such moves."""
+    tta: Literal["none", "flip", "flip_shift"] = "none"
+    """Test-time augmentation: logits averaged over the image and its mirror, and over shifts by a pixel too."""
+
+    # Numerics: what they change is the time and the rounding, not the mathematics
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the convolutions; `auto` takes what the device computes fastest."""
+    micro_batch_size: int = 0
+    """Images whose activations are held at once, their gradients added up to the whole batch's; 0 is the whole batch. In ghost groups."""
+    channels_last: bool = True
+    """Store activations with the channels innermost."""
+    convolution: Literal["auto", "direct", "winograd"] = "auto"
+    """How a float32 CPU convolution is computed; `auto` takes the faster on this machine."""
+
+    def __post_init__(self) -> None:
+        """Check every field, so that a recipe that exists can be run."""
+        for field, allowed in CHOICES.items():
+            if getattr(self, field) not in allowed:
+                raise RecipeError(f"{field}={getattr(self, field)!r} is not known; choose one of {', '.join(allowed)}")
+        for field in POSITIVE:
+            if not _is_number(getattr(self, field)) or getattr(self, field) <= 0:
+                raise RecipeError(f"{field}={getattr(self, field)!r} must be a number above 0")
+        for field in NOT_NEGATIVE:
+            if not _is_number(getattr(self, field)) or getattr(self, field) < 0:
+                raise RecipeError(f"{field}={getattr(self, field)!r} must be a number of at least 0")
+        for field in BELOW_ONE:
+            if getattr(self, field) >= 1:
+                raise RecipeError(f"{field}={getattr(self, field)!r} must be below 1")
+        for field in ("ema_every", "lookahead_every"):
+            if getattr(self, field) < 1:
+                raise RecipeError(f"{field}={getattr(self, field)!r} must be at least 1 step")
+        n_widths = 4 if self.network == "resnet9" else 3
+        if len(self.widths) != n_widths or min(self.widths, default=0) < 1:
+            raise RecipeError(f"widths={self.widths} must be {n_widths} positive channel counts for network={self.network!r}")
+        if any(side < 16 for side in self.resolutions):
+            raise RecipeError(f"resolutions={self.resolutions} must be at least 16 pixels: the networks halve the image three times")
+        if self.network == "convnet6" and self.whitening_size == 0:
+            raise RecipeError("network='convnet6' starts with patch whitening: set whitening_size=2 (or 3)")
+        if self.flat_epochs > self.epochs * (1 - self.warmup_fraction):
+            raise RecipeError(f"flat_epochs={self.flat_epochs} leaves no time to come down: epochs={self.epochs}, warmup_fraction={self.warmup_fraction}")
+        if self.global_batch_size % self.n_shards:
+            raise RecipeError(f"global_batch_size={self.global_batch_size} does not divide into n_shards={self.n_shards}")
+        if self.ghost_batch_size and self.local_batch_size % self.ghost_batch_size:
+            raise RecipeError(
+                f"ghost_batch_size={self.ghost_batch_size} does not divide the local batch of {self.local_batch_size} images "
+                f"(global_batch_size={self.global_batch_size} over n_shards={self.n_shards})"
+            )
+        if self.micro_batch_size % self.norm_group_size or self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
+            raise RecipeError(
+                f"micro_batch_size={self.micro_batch_size} must hold whole norm groups of {self.norm_group_size} images and divide "
+                f"global_batch_size={self.global_batch_size}"
+            )
+
+    @property
+    def local_batch_size(self) -> int:
+        """Images of one shard in a global batch."""
+        return self.global_batch_size // self.n_shards
+
+    @property
+    def norm_group_size(self) -> int:
+        """Images whose batch-norm statistics are taken together; a group never crosses a shard."""
+        return self.ghost_batch_size or self.local_batch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values, ready for JSON."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from plain values, as `to_dict` gives them; raise `RecipeError` for a field that does not exist."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise RecipeError(f"unknown recipe field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def changed_fields(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return each field in which two recipes differ, other than the name, as `(value in a, value in b)`."""
+    pairs = {field.name: (getattr(a, field.name), getattr(b, field.name)) for field in fields(Recipe) if field.name != "name"}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step up the ladder: the recipe, and what changed from the one before."""
+
+    kind: Literal["start", "trick", "retune"]
+    title: str
+    recipe: Recipe
+
+    def changes(self, previous: Rung) -> dict[str, tuple[Any, Any]]:
+        """Return the fields that changed from `previous`, as `changed_fields` gives them."""
+        return changed_fields(previous.recipe, self.recipe)
+
+
+def ladder() -> tuple[Rung, ...]:
+    """Return Page's ladder from `baseline_2018` to `page_2019`; a trick changes one field, retuning stands apart.
+
+    Source: David Page, "How to train your ResNet 8: bag of tricks", 2019; seconds and accuracies there are of one V100.
+    His learning rates for a loss summed over the batch, divided by the batch size, are ours for the mean loss.
+    """
+    steps: list[tuple[Literal["trick", "retune"], str, str, dict[str, Any]]] = [
+        ("trick", "preload_2019", "preprocessing and augmentation on the device", {"preload": True}),
+        ("trick", "pool_before_activation_2019", "max-pool before the activation (the same function)", {"pool_position": "before_activation"}),
+        ("trick", "pool_before_norm_2019", "max-pool before norm and activation", {"pool_position": "before_norm"}),
+        ("retune", "pool_before_norm_retuned_2019", "one epoch more", {"epochs": 25.0}),
+        ("trick", "label_smoothing_2019", "label smoothing", {"label_smoothing": 0.2}),
+        ("retune", "label_smoothing_retuned_2019", "two epochs fewer", {"epochs": 23.0}),
+        ("trick", "celu_2019", "CELU", {"activation": "celu"}),
+        ("retune", "celu_retuned_2019", "three epochs fewer", {"epochs": 20.0}),
+        ("trick", "ghost_batch_norm_2019", "ghost batch norm", {"ghost_batch_size": 32}),
+        ("retune", "ghost_batch_norm_retuned_2019", "two epochs fewer at a higher learning rate", {"epochs": 18.0, "peak_lr": 0.6}),
+        ("trick", "frozen_scale_2019", "frozen batch-norm scales", {"freeze_bn_scale": True}),
+        ("retune", "frozen_scale_rescaled_2019", "CELU and logits rescaled to a scale of 1", {"celu_alpha": 0.3, "logit_scale": 1 / 16}),
+        ("trick", "bias_lr_2019", "faster biases", {"bias_lr_scale": 16.0}),
+        (
+            "retune",
+            "bias_lr_retuned_2019",
+            "faster still, less decay, one epoch fewer",
+            {"bias_lr_scale": 64.0, "bias_weight_decay_scale": 1 / 64, "epochs": 17.0},
+        ),
+        ("trick", "whitening_2019", "patch whitening", {"whitening_size": 3}),
+        ("retune", "whitening_retuned_2019", "three epochs fewer, higher learning rate, smaller cutout", {"epochs": 14.0, "peak_lr": 1.0, "cutout": 5}),
+        ("trick", "ema_2019", "exponential moving average of the weights", {"ema_decay": 0.99}),
+        ("retune", "ema_retuned_2019", "one epoch fewer, flat at the end", {"epochs": 13.0, "flat_epochs": 2.0, "final_lr_fraction": 0.1}),
+        ("trick", "flip_tta_2019", "flip at test time", {"tta": "flip"}),
+        ("retune", "page_2019", "three epochs fewer, no cutout", {"epochs": 10.0, "cutout": 0}),
+    ]
+    rungs = [Rung("start", "the DAWNBench entry of 2018", Recipe(name="baseline_2018", preload=False, cutout=8))]
+    for kind, name, title, values in steps:
+        rungs.append(Rung(kind, title, replace(rungs[-1].recipe, name=name, **values)))
+    return tuple(rungs)
+
+
+def apple_8gpu() -> Recipe:
+    """Return the 8-GPU recipe of Apple's `ml-cifar-10-faster` (2019): published mean 7.81 s on 8 V100, median accuracy 94.19 %."""
+    return replace(
+        page_2019(),
+        name="apple_8gpu",
+        epochs=18.0,
+        n_shards=8,
+        global_batch_size=2048,
+        ghost_batch_size=16,
+        # There: 1.5/256 for losses summed over the 256 images of a worker, and a decay of 5e-4 x 1.5 x 256.
+        peak_lr=1.5,
+        weight_decay=7.5e-4,
+        ema_decay=0.0,
+    )
+
+
+def page_2019() -> Recipe:
+    """Return the top of Page's ladder: published 26 s on one V100, mean accuracy 94.1 %."""
+    return ladder()[-1].recipe
+
+
+def baseline_2018() -> Recipe:
+    """Return the foot of Page's ladder: published 75 s on one V100, mean accuracy 94.1 %."""
+    return ladder()[0].recipe
+
+
+def speedrun() -> Recipe:
+    """Return our recipe for one modern GPU; it starts from the Muon variant of airbench (Keller Jordan, 2024).
+
+    There, for losses summed over 2,000 images: learning rates 0.053 (biases) and 0.67 (head), decay 2e-6 x 2000 a step.
+    """
+    batch = 2000
+    head_lr, bias_lr = 0.67 * batch, 0.053 * batch
+    return Recipe(
+        name="speedrun",
+        network="convnet6",
+        widths=(64, 256, 256),
+        activation="gelu",
+        pool_position="before_norm",
+        conv_init="dirac",
+        whitening_size=2,
+        whitening_eps=5e-4,
+        whitening_bias_epochs=3.0,
+        freeze_bn_scale=True,
+        bn_momentum=0.4,
+        bn_eps=1e-12,
+        logit_scale=1 / 256,
+        global_batch_size=batch,
+        crop_padding=2,
+        flip="alternating",
+        label_smoothing=0.2,
+        epochs=8.0,
+        optimizer="muon",
+        peak_lr=head_lr,
+        bias_lr_scale=bias_lr / head_lr,
+        start_lr_fraction=1.0,
+        warmup_fraction=0.0,
+        momentum=0.85,
+        weight_decay=2e-6 * batch / head_lr,
+        bias_weight_decay_scale=head_lr / bias_lr,
+        tta="flip_shift",
+    )
+
+
+def laptop() -> Recipe:
+    """Return our recipe for a CPU with two cores."""
+    return replace(speedrun(), name="laptop", ghost_batch_size=500, micro_batch_size=500)
+
+
+def smoke() -> Recipe:
+    """Return a recipe of seconds, for tests: it shows that everything runs, not what can be reached."""
+    return replace(speedrun(), name="smoke", widths=(16, 32, 32), logit_scale=1 / 32, global_batch_size=320, epochs=2.0, tta="flip")
+
+
+def _recipes() -> dict[str, Callable[[], Recipe]]:
+    named: dict[str, Callable[[], Recipe]] = {"laptop": laptop, "speedrun": speedrun, "apple_8gpu": apple_8gpu, "smoke": smoke}
+    return named
+
+
+def names() -> tuple[str, ...]:
+    """Return the names that `named` knows: ours, Apple's, and every rung of the ladder."""
+    return (*_recipes(), *(rung.recipe.name for rung in ladder()))
+
+
+def named(name: str) -> Recipe:
+    """Return the recipe of that name; raise `RecipeError`, with the names there are, for another."""
+    if name in _recipes():
+        return _recipes()[name]()
+    for rung in ladder():
+        if rung.recipe.name == name:
+            return rung.recipe
+    raise RecipeError(f"there is no recipe {name!r}; the recipes are {', '.join(names())}")

@@ -1,0 +1,46 @@
+"""The clocks, and what each of them counts.
+
+`train_seconds` is DAWNBench's: from the first byte sent to the device to the last step; transfer, preprocessing, whitening and
+augmentation included, validation and warm-up left out. `evaluate_seconds` is the validation. `total_seconds` runs from the start of
+the command (or of the call) to the trained and evaluated model: imports, loading, compilation, everything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done all it was told to do, so that a clock read next is true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Clock:
+    """A stopwatch that counts the seconds spent inside `running`, with the device synchronised at both ends."""
+
+    device: torch.device
+    seconds: float = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time of the `with` block."""
+        synchronize(self.device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            synchronize(self.device)
+            self.seconds += time.perf_counter() - start
+
+
+def process_start() -> float:
+    """Return when this process was started, in seconds since the epoch, as `time.time` counts."""
+    return psutil.Process().create_time()

@@ -1,0 +1,285 @@
+/* Winograd F(4x4, 3x3) convolution of channels-last float32 images; winograd.py explains the method and calls this file.
+
+   A tile is a 4x4 patch of outputs together with the 6x6 patch of inputs it needs. Every loop runs over a flat list of
+   tiles (image, row, column) and vectorises over channels. Each thread takes its own tiles in blocks small enough for
+   its caches: transform in, 36 matrix products, transform out. Nothing is shared while it is written, and every sum has
+   a fixed order, so a result depends on the number of threads alone. */
+#include <stddef.h>
+#include <stdint.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16 /* floats in a vector register */
+#define ROWS 14  /* rows of the register block: 2 * ROWS accumulators must fit beside 2 operands and a broadcast */
+#elif defined(__AVX__)
+#define LANES 8
+#define ROWS 6
+#else
+#define LANES 4
+#define ROWS 12
+#endif
+#define PANEL (2 * LANES)
+#define POINTS 36
+#define DEPTH 256 /* rows of a panel of u that the nearest cache holds beside the rest */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+int lanes(void) { return LANES; }
+int rows(void) { return ROWS; }
+
+/* The first n of LANES floats; the others read as zero and are left alone when written. */
+INLINE vec load(const float *from, int n) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), from);
+#else
+    if (n == LANES) return *(const vec *)from;
+    vec v = {0};
+    for (int i = 0; i < n; i++) v[i] = from[i];
+    return v;
+#endif
+}
+
+INLINE void store(float *to, vec v, int n) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, (__mmask16)((1u << n) - 1), (__m512)v);
+#else
+    if (n == LANES) *(vec *)to = v;
+    else for (int i = 0; i < n; i++) to[i] = v[i];
+#endif
+}
+
+/* As store, but past the caches: an output is too large to be still there when the next layer reads it. */
+INLINE void store_once(float *to, vec v, int n, int whole) {
+#if defined(__AVX512F__)
+    if (whole) {
+        _mm512_stream_ps(to, (__m512)v);
+        return;
+    }
+#endif
+    store(to, v, n);
+}
+
+INLINE int least(int a, int b) { return a < b ? a : b; }
+INLINE int ceil_to(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+/* Floats from one of the 36 points to the next: an odd number of cache lines, or all 36 would share a cache set. */
+INLINE ptrdiff_t point_stride(ptrdiff_t floats) { return (floats + 15) / 16 * 16 | 16; }
+
+/* The three one-dimensional transforms, on six values a stride s apart, in place. */
+INLINE void input_1d(vec *d, int s) { /* B^T d */
+    vec a = d[4 * s] - 4 * d[2 * s], b = d[3 * s] - 4 * d[s], c = d[4 * s] - d[2 * s], e = 2 * (d[3 * s] - d[s]);
+    d[0] = 4 * d[0] - 5 * d[2 * s] + d[4 * s];
+    d[5 * s] = 4 * d[s] - 5 * d[3 * s] + d[5 * s];
+    d[s] = a + b, d[2 * s] = a - b, d[3 * s] = c + e, d[4 * s] = c - e;
+}
+
+INLINE void output_1d(vec *m, int s) { /* A^T m: six values become four */
+    vec a = m[s] + m[2 * s], b = m[s] - m[2 * s], c = m[3 * s] + m[4 * s], e = m[3 * s] - m[4 * s];
+    m[0] += a + c, m[s] = b + 2 * e, m[2 * s] = a + 4 * c, m[3 * s] = b + 8 * e + m[5 * s];
+}
+
+INLINE void gradient_1d(vec *y, int s) { /* A y: four values become six */
+    vec a = y[0] + y[2 * s], b = y[s] + y[3 * s], c = y[0] + 4 * y[2 * s], e = 2 * y[s] + 8 * y[3 * s];
+    y[5 * s] = y[3 * s], y[s] = a + b, y[2 * s] = a - b, y[3 * s] = c + e, y[4 * s] = c - e;
+}
+
+typedef struct {
+    int images, height, width, across, down; /* across x down tiles cover an image */
+} grid;
+
+INLINE grid make_grid(int images, int height, int width) {
+    return (grid){images, height, width, (width + 3) / 4, (height + 3) / 4};
+}
+
+/* Addresses of a tile's size x size pixels from (4 row - margin, 4 column - margin); `outside` stands for the padding. */
+INLINE void pixels(float **at, const float *image, grid g, int channels, long tile, int size, int margin, float *outside) {
+    int column = (int)(tile % g.across), row = (int)(tile / g.across % g.down);
+    long n = tile / g.across / g.down;
+    for (int i = 0; i < size; i++)
+        for (int j = 0; j < size; j++) {
+            int y = 4 * row - margin + i, x = 4 * column - margin + j;
+            int inside = n < g.images && y >= 0 && y < g.height && x >= 0 && x < g.width;
+            at[size * i + j] = inside ? (float *)image + ((n * g.height + y) * g.width + x) * channels : outside;
+        }
+}
+
+/* One tile to its 36 points: to[point * step + place(c)] where vectors of channels lie `skip` floats apart. */
+INLINE void transform_input(float *const *at, int channels, float *to, ptrdiff_t step, ptrdiff_t skip) {
+    for (int c = 0; c < channels; c += LANES, to += skip) {
+        int n = least(LANES, channels - c);
+        vec d[36];
+#pragma GCC unroll 6
+        for (int j = 0; j < 6; j++) {
+#pragma GCC unroll 6
+            for (int i = 0; i < 6; i++) d[6 * i + j] = load(at[6 * i + j] + c, n);
+            input_1d(d + j, 6);
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < 6; i++) {
+            input_1d(d + 6 * i, 1);
+#pragma GCC unroll 6
+            for (int j = 0; j < 6; j++) *(vec *)(to + (6 * i + j) * step) = d[6 * i + j];
+        }
+    }
+}
+
+INLINE void transform_output(const float *from, ptrdiff_t step, ptrdiff_t panel, int channels, int whole,
+                             float *const *at) {
+    for (int c = 0; c < channels; c += LANES) {
+        int n = least(LANES, channels - c);
+        const float *m = from + c / PANEL * panel + c % PANEL;
+        vec d[36];
+#pragma GCC unroll 6
+        for (int j = 0; j < 6; j++) {
+#pragma GCC unroll 6
+            for (int i = 0; i < 6; i++) d[6 * i + j] = *(const vec *)(m + (6 * i + j) * step);
+            output_1d(d + j, 6);
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < 4; i++) {
+            output_1d(d + 6 * i, 1);
+#pragma GCC unroll 6
+            for (int j = 0; j < 4; j++) store_once(at[4 * i + j] + c, d[6 * i + j], n, whole);
+        }
+    }
+}
+
+INLINE void transform_gradient(float *const *at, int channels, float *to, ptrdiff_t step, ptrdiff_t panel) {
+    for (int c = 0; c < channels; c += LANES) {
+        int n = least(LANES, channels - c);
+        float *m = to + c / PANEL * panel + c % PANEL;
+        vec d[36];
+#pragma GCC unroll 6
+        for (int j = 0; j < 4; j++) {
+#pragma GCC unroll 6
+            for (int i = 0; i < 4; i++) d[6 * i + j] = load(at[4 * i + j] + c, n);
+            gradient_1d(d + j, 6);
+        }
+#pragma GCC unroll 6
+        for (int i = 0; i < 6; i++) {
+            gradient_1d(d + 6 * i, 1);
+#pragma GCC unroll 6
+            for (int j = 0; j < 6; j++) *(vec *)(m + (6 * i + j) * step) = d[6 * i + j];
+        }
+    }
+}
+
+/* C (R x PANEL) (+)= A (R x K) B (K x PANEL), the sums kept in registers. A's rows lie `row` floats apart and its columns
+   `column`, with a jump after each LANES columns. B and C are packed: PANEL floats a row. */
+INLINE void multiply(const int R, const float *a, ptrdiff_t row, ptrdiff_t column, ptrdiff_t jump, const float *b, int K,
+                     float *c, int add) {
+    vec sum[ROWS][2];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+        for (int h = 0; h < 2; h++) sum[r][h] = add ? *(vec *)(c + r * PANEL + h * LANES) : (vec){0};
+    for (int k0 = 0; k0 < K; k0 += LANES, a += jump) {
+        const float *ak = a;
+        for (int k = least(LANES, K - k0); k > 0; k--, b += PANEL, ak += column) {
+            vec b0 = *(const vec *)b, b1 = *(const vec *)(b + LANES);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; r++) {
+                float s = ak[r * row];
+                sum[r][0] += s * b0, sum[r][1] += s * b1;
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; r++)
+        for (int h = 0; h < 2; h++) *(vec *)(c + r * PANEL + h * LANES) = sum[r][h];
+}
+
+/* Floats of scratch memory a thread needs for `block` tiles (a multiple of ROWS). */
+long scratch_floats(int cin, int cout, int block) {
+    int in = ceil_to(cin, LANES), out = ceil_to(cout, PANEL);
+    return POINTS * (point_stride((ptrdiff_t)block * (in + 16)) + point_stride((ptrdiff_t)block * out)) + in + out;
+}
+
+/* y = x * w with u the transformed weights, packed (36, cout / PANEL, cin, PANEL). */
+void convolve(const float *x, const float *u, float *y, float *scratch, int images, int height, int width, int cin,
+              int cout, int block, int threads) {
+    grid g = make_grid(images, height, width);
+    int whole = cout % LANES == 0 && (uintptr_t)y % sizeof(vec) == 0; /* every vector is a whole cache line */
+    long tiles = (long)images * g.across * g.down;
+    int in = ceil_to(cin, LANES), out = ceil_to(cout, PANEL);
+    ptrdiff_t v_step = point_stride((ptrdiff_t)block * in), m_step = point_stride((ptrdiff_t)block * out);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        float *zero = scratch + thread * scratch_floats(cin, cout, block), *sink = zero + in;
+        float *v = sink + out, *m = v + POINTS * v_step, *at[36];
+        for (int c = 0; c < in; c++) zero[c] = 0;
+        long first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
+        for (long start = first; start < last; start += block) {
+            int count = (int)(last - start < block ? last - start : block);
+            for (int t = 0; t < count; t++) { /* V: (36, block / ROWS, cin / LANES, ROWS, LANES) */
+                pixels(at, x, g, cin, start + t, 6, 1, zero);
+                transform_input(at, cin, v + t / ROWS * ROWS * in + t % ROWS * LANES, v_step, ROWS * LANES);
+            }
+            for (int p = 0; p < POINTS; p++)
+                for (int j = 0; j < out; j += PANEL)
+                    for (int k = 0; k < cin; k += DEPTH) { /* a panel of u DEPTH rows deep stays in the nearest cache */
+                        const float *panel = u + ((ptrdiff_t)p * out + j) * cin + k * PANEL;
+                        for (int t = 0; t < count; t += ROWS) /* M: (36, cout / PANEL, block, PANEL) */
+                            multiply(ROWS, v + p * v_step + t * in + k * ROWS, LANES, 1, ROWS * LANES, panel,
+                                     least(DEPTH, cin - k), m + p * m_step + (ptrdiff_t)j * block + t * PANEL, k > 0);
+                    }
+            for (int t = 0; t < count; t++) {
+                pixels(at, y, g, cout, start + t, 4, 0, sink);
+                transform_output(m + t * PANEL, m_step, (ptrdiff_t)block * PANEL, cout, whole, at);
+            }
+        }
+#if defined(__AVX512F__)
+        _mm_sfence();
+#endif
+    }
+}
+
+INLINE void multiply_rows(int r, const float *a, ptrdiff_t column, const float *b, int K, float *c, int add) {
+    switch (r) { /* the compiler needs the number of rows to keep the sums in registers */
+#define CASE(R) case R: multiply(R, a, 1, column, LANES * column, b, K, c, add); break;
+#if ROWS > 12
+    CASE(14) CASE(13)
+#endif
+#if ROWS > 6
+    CASE(12) CASE(11) CASE(10) CASE(9) CASE(8) CASE(7)
+#endif
+    CASE(6) CASE(5) CASE(4) CASE(3) CASE(2) CASE(1)
+    }
+}
+
+/* du (splits, 36, cout / PANEL, cin, PANEL): the gradient of u, one partial sum for each of `splits` shares of the tiles.
+   threads = splits * (threads / splits): the second factor shares out the panels. */
+void weight_gradient(const float *x, const float *dy, float *du, float *scratch, int images, int height, int width,
+                     int cin, int cout, int block, int splits, int threads) {
+    grid g = make_grid(images, height, width);
+    long tiles = (long)images * g.across * g.down;
+    int in = ceil_to(cin, LANES), out = ceil_to(cout, PANEL), lda = in + 16, parts = threads / splits;
+    ptrdiff_t v_step = point_stride((ptrdiff_t)block * lda), m_step = point_stride((ptrdiff_t)block * out);
+    int row_blocks = (cin + ROWS - 1) / ROWS;
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int thread = 0; thread < threads; thread++) {
+        int split = thread % splits, part = thread / splits, panels = out / PANEL;
+        int j_first = panels * part / parts * PANEL, j_last = panels * (part + 1) / parts * PANEL;
+        int width_here = least(j_last, cout) - j_first;
+        float *zero = scratch + thread * scratch_floats(cin, cout, block), *v = zero + in + out;
+        float *m = v + POINTS * v_step, *at[36];
+        for (int c = 0; c < in + out; c++) zero[c] = 0;
+        long first = tiles * split / splits, last = tiles * (split + 1) / splits;
+        for (long start = first; start < last; start += block) {
+            int count = (int)(last - start < block ? last - start : block);
+            for (int t = 0; t < count; t++) {
+                pixels(at, x, g, cin, start + t, 6, 1, zero);
+                transform_input(at, cin, v + (ptrdiff_t)t * lda, v_step, LANES); /* V: (36, block, lda) */
+                pixels(at, dy, g, cout, start + t, 4, 0, zero);
+                for (int i = 0; i < 16; i++) at[i] += at[i] == zero ? 0 : j_first;
+                transform_gradient(at, width_here, m + t * PANEL, m_step, (ptrdiff_t)block * PANEL);
+            }
+            for (int p = 0; p < POINTS; p++)
+                for (int j = j_first; j < j_last; j += PANEL)
+                    for (int b = 0; b < row_blocks; b++) {
+                        int i = cin * b / row_blocks, r = cin * (b + 1) / row_blocks - i;
+                        multiply_rows(r, v + p * v_step + i, lda, m + p * m_step + (ptrdiff_t)(j - j_first) * block, count,
+                                      du + (((ptrdiff_t)split * POINTS + p) * out + j) * cin + i * PANEL, start > first);
+                    }
+        }
+    }
+}

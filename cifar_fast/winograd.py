@@ -1,0 +1,226 @@
+"""3x3 convolution on a CPU by Winograd's minimal filtering: the same result with a quarter of the multiplications.
+
+Four neighbouring outputs of a one-dimensional filter with three taps take 12 multiplications. They are also the product of two
+short polynomials, and a polynomial of degree five is known from its values at six points (0, 1, -1, 2, -2 and "infinity"):
+evaluate the inputs there (B^T d), evaluate the taps there (G g), multiply point by point - six multiplications - and
+interpolate (A^T m). In two dimensions, for a 4x4 tile of outputs and the 6x6 tile d of inputs that it sees,
+
+    Y = A^T [ (G g G^T) * (B^T d B) ] A,      36 multiplications instead of 144.
+
+The sum over input channels can be taken before interpolating, so each of the 36 points is one matrix product,
+(tiles x input channels) by (input channels x output channels). The transforms only add and scale, and their cost is shared
+among all channels. Both gradients follow by transposing: the input's gradient is a convolution of dY with the flipped weights;
+the weights' gradient is G^T [ sum over tiles of (B^T d B) * (A dY A^T) ] G.
+
+Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015, arXiv 1509.09308. `winograd.c` holds the
+loops; the machine's C compiler builds it once, on first use.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from platformdirs import user_cache_dir
+from torch import Tensor
+
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+BLOCK_TILES = 56
+"""Tiles a thread handles at a time: few enough for its caches, enough to reuse each transformed filter it reads."""
+
+PARTIAL_SUMS_BELOW = 128 * 256
+"""Channel pairs up to which each thread sums its own weight gradient; beyond, the copies would crowd the caches."""
+
+# 24 G: a filter's three taps as a polynomial, evaluated at the six points and scaled as B and A need it.
+EVALUATE_TAPS = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
+
+
+def available() -> tuple[bool, str]:
+    """Say whether the compiled loops can be used here.
+
+    Returns:
+        (True, path of the library) or (False, the reason).
+    """
+    try:
+        return True, _library()._name
+    except OSError as error:
+        return False, str(error)
+
+
+def winograd_conv2d(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve with 3x3 filters, stride 1, padding 1, no bias; differentiable like `F.conv2d`.
+
+    Args:
+        x: images (N, C_in, H, W); float32 and channels-last on a CPU to be fast, anything else goes to `F.conv2d`.
+        weight: filters (C_out, C_in, 3, 3).
+
+    Returns:
+        (N, C_out, H, W), equal to `F.conv2d(x, weight, padding=1)` up to rounding (about 1e-6 of the largest value).
+    """
+    if not _suits(x, weight):
+        return F.conv2d(x, weight, padding=1)
+    return WinogradConv2d.apply(x, weight)  # pyright: ignore[reportReturnType]
+
+
+class WinogradConv2d(torch.autograd.Function):
+    """The convolution with its two gradients; call `winograd_conv2d`, which checks that the arguments fit."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        ctx.save_for_backward(x, weight)
+        return _convolve(x, _transform_weight(weight), weight.shape[0])
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
+        x, weight = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        dx = _convolve(dy, _transform_weight(weight, transposed=True), weight.shape[1]) if ctx.needs_input_grad[0] else None
+        dw = _weight_gradient(x, dy) if ctx.needs_input_grad[1] else None
+        return dx, dw
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled loops take these arguments and are likely to be worth it."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and weight.shape[2:] == (3, 3)
+        and min(weight.shape[:2]) >= 16
+        and x.numel() > 0
+        and min(x.shape[2:]) > 3
+        and x.shape[0] >= torch.get_num_threads()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and available()[0]
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """Compile `winograd.c` unless this source, compiler and processor were met before, and load it."""
+    source = Path(__file__).with_suffix(".c")
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        raise OSError("no C compiler `cc` on the path: install gcc or clang, or set CC")
+    runtime = _openmp_runtime()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    key = hashlib.sha256("\0".join([source.read_text(), version, _processor(), runtime, *FLAGS]).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("CIFAR_FAST_CACHE") or user_cache_dir("cifar_fast"))
+    target = folder / f"winograd-{key}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            compiled, built = Path(scratch) / "winograd.o", Path(scratch) / target.name
+            _run(compiler, *FLAGS, "-c", "-o", str(compiled), str(source))
+            _run(compiler, "-shared", "-o", str(built), str(compiled), runtime)
+            built.replace(target)
+    library = ctypes.CDLL(str(target))
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+    library.scratch_floats.restype = ctypes.c_long
+    library.scratch_floats.argtypes = [integer] * 3
+    library.convolve.argtypes = [pointer] * 4 + [integer] * 7
+    library.weight_gradient.argtypes = [pointer] * 4 + [integer] * 8
+    return library
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise OSError(f"`{' '.join(command)}` failed: {result.stderr.strip()[-500:]}")
+
+
+def _openmp_runtime() -> str:
+    """Path of the OpenMP library that torch has loaded: linked to another, we would start a second set of threads."""
+    try:
+        loaded = Path("/proc/self/maps").read_text().split()
+    except OSError:
+        raise OSError("cannot find torch's OpenMP library: no /proc/self/maps on this system") from None
+    for path in loaded:
+        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
+            return path
+    raise OSError("this build of torch has no OpenMP library")
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "".join(line for line in dict.fromkeys(lines) if line.startswith(("model name", "flags", "Features")))
+
+
+@functools.cache
+def _tap_matrix() -> Tensor:
+    """G (x) G: the 36 values of a filter from its nine taps, (36, 9)."""
+    g = torch.tensor(EVALUATE_TAPS, dtype=torch.float64) / 24
+    return torch.kron(g, g).float()
+
+
+def _panels(channels: int) -> int:
+    """Panels of output channels, the unit in which the matrix products are done."""
+    return -(-channels // (2 * _library().lanes()))
+
+
+def _transform_weight(weight: Tensor, transposed: bool = False) -> Tensor:
+    """Filters (C_out, C_in, 3, 3) to points (36, panels, C_in, panel); `transposed` flips them and swaps the channels."""
+    matrix = _tap_matrix()
+    taps = weight.detach().permute(2, 3, 1, 0)  # (3, 3, C_in, C_out)
+    if transposed:
+        matrix, taps = matrix.flip(1), taps.transpose(2, 3)
+    cin, cout = taps.shape[2:]
+    panels, panel = _panels(cout), 2 * _library().lanes()
+    taps = F.pad(taps.reshape(9, cin, cout), (0, panels * panel - cout))
+    taps = taps.view(9, cin, panels, panel).transpose(1, 2)
+    return (matrix @ taps.reshape(9, -1)).view(36, panels, cin, panel)
+
+
+def _tiles(x: Tensor) -> int:
+    """Number of 4x4 tiles that cover the images x (N, C, H, W)."""
+    return x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+
+
+def _block(tiles: int) -> int:
+    """Tiles that a thread with `tiles` to do handles at a time: even shares, in whole register blocks."""
+    rows = _library().rows()
+    shares = -(-tiles // BLOCK_TILES)
+    return -(-tiles // shares // rows) * rows
+
+
+def _convolve(x: Tensor, points: Tensor, cout: int) -> Tensor:
+    """Convolve x (N, C_in, H, W) with transformed weights (36, panels, C_in, panel)."""
+    library, threads = _library(), torch.get_num_threads()
+    n, cin, height, width = x.shape
+    block = _block(-(-_tiles(x) // threads))
+    scratch = torch.empty(threads * library.scratch_floats(cin, cout, block))
+    y = torch.empty((n, cout, height, width), memory_format=torch.channels_last)
+    library.convolve(
+        x.data_ptr(), points.data_ptr(), y.data_ptr(), scratch.data_ptr(), n, height, width, cin, cout, block, threads
+    )
+    return y
+
+
+def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
+    """Gradient of the filters (C_out, C_in, 3, 3) from images x (N, C_in, H, W) and dy (N, C_out, H, W)."""
+    library, threads = _library(), torch.get_num_threads()
+    n, cin, height, width = x.shape
+    cout, panels, panel = dy.shape[1], _panels(dy.shape[1]), 2 * library.lanes()
+    # Threads share out the tiles, each with a partial sum of its own; where those grow large, they share out the panels.
+    splits = threads if cin * cout < PARTIAL_SUMS_BELOW or panels < threads else 1
+    block = _block(-(-_tiles(x) // splits))
+    scratch = torch.empty(threads * library.scratch_floats(cin, cout, block))
+    sums = torch.empty(splits, 36, panels, cin, panel)
+    library.weight_gradient(
+        x.data_ptr(), dy.data_ptr(), sums.data_ptr(), scratch.data_ptr(),
+        n, height, width, cin, cout, block, splits, threads,
+    )  # fmt: skip
+    taps = _tap_matrix().T.repeat(1, splits) @ sums.view(splits * 36, -1)  # (9, panels * C_in * panel)
+    taps = taps.view(3, 3, panels, cin, panel).permute(2, 4, 3, 0, 1).reshape(panels * panel, cin, 3, 3)
+    return taps[:cout].contiguous(memory_format=torch.channels_last)
