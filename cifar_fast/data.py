@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -56,7 +57,7 @@ _WHAT_NEXT = (
 
 
 class DataNotFoundError(DataError):
-    """No data set is on this machine and none could be downloaded: the one failure that the synthetic set may replace."""
+    """No data set is here and none could be downloaded: the one failure that the synthetic set may replace."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +91,16 @@ class Dataset:
         """Whether this is the embedded set instead of real pictures."""
         return self.name == SYNTHETIC
 
+    def describe(self) -> dict[str, Any]:
+        """Return what a result says of its data set, as plain values."""
+        return {
+            "name": self.name,
+            "fingerprint": self.fingerprint,
+            "n_train": len(self.train_labels),
+            "n_test": len(self.test_labels),
+            "classes": list(self.classes),
+        }
+
 
 @dataclass(frozen=True)
 class Place:
@@ -111,9 +122,9 @@ def load_cifar10(root: str | Path | None = None, download: bool = True, mirrors:
     """Load CIFAR-10, or a folder of your own pictures, and download CIFAR-10 where neither is found.
 
     Args:
-        root: folder to read; without it the folder that CIFAR_FAST_DATA names, else the user's cache folder. It may hold
-            torchvision's cifar-10-batches-py, the binary cifar-10-batches-bin, or train/<class>/ and test/<class>/ with
-            32x32 pictures (png, jpg).
+        root: folder to read; without it the folder that CIFAR_FAST_DATA names, else the user's cache folder. It may
+            hold torchvision's cifar-10-batches-py, the binary cifar-10-batches-bin, or train/<class>/ and test/<class>/
+            with 32x32 pictures (png, jpg).
         download: whether to download CIFAR-10 when no folder is named and the cache folder is empty.
         mirrors: further URLs of cifar-10-python.tar.gz, tried after the official host.
 
@@ -157,8 +168,8 @@ def load_or_synthetic(root: str | Path | None = None, download: bool = True, mir
     except DataNotFoundError as error:
         rule = "!" * 100
         print(
-            f"{rule}\nNO REAL DATA: going on with the embedded data set: synthetic. Its accuracies say nothing about CIFAR-10."
-            f"\n{error}\n{rule}",
+            f"{rule}\nNO REAL DATA: going on with the embedded set (data set: synthetic). Its accuracies say nothing "
+            f"about CIFAR-10.\n{error}\n{rule}",
             file=sys.stderr,
             flush=True,
         )
@@ -200,7 +211,7 @@ def status(root: str | Path | None = None) -> list[Place]:
     return [_look_at(origin, folder) for origin, folder in (*_named_roots(root), ("the cache folder", cache_folder()))]
 
 
-# ---------------------------------------------------------------------------------------------------------------- finding
+# --- finding ---
 
 
 @dataclass(frozen=True)
@@ -235,7 +246,10 @@ def _find_layout(root: Path) -> _Layout | None:
 def _nothing_in(folder: Path) -> str:
     if not folder.exists():
         return f"There is no folder {folder}."
-    return f"{folder} holds no data set: neither {_TORCHVISION_FOLDER}, nor {_BINARY_FOLDER}, nor train/<class>/ and test/<class>/."
+    return (
+        f"{folder} holds no data set: neither {_TORCHVISION_FOLDER}, nor {_BINARY_FOLDER}, nor train/<class>/ and "
+        "test/<class>/."
+    )
 
 
 def _look_at(origin: str, folder: Path) -> Place:
@@ -263,7 +277,7 @@ def _unreadable(error: OSError) -> DataError:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- decoding
+# --- decoding ---
 
 
 def _load(layout: _Layout) -> Dataset:
@@ -277,8 +291,8 @@ def _load(layout: _Layout) -> Dataset:
         return _read_decoded(decoded)  # mapped, so that processes share it and the system may drop its pages
     except (OSError, SafetensorError) as error:
         warnings.warn(
-            f"The decoded data set could not be kept in {decoded.parent} ({error}), so it is decoded anew at every start. "
-            "Set CIFAR_FAST_CACHE to a folder with 200 MB of space.",
+            f"The decoded data set could not be kept in {decoded.parent} ({error}), so it is decoded anew at every "
+            "start. Set CIFAR_FAST_CACHE to a folder with 200 MB of space.",
             stacklevel=3,
         )
         return data
@@ -306,7 +320,7 @@ def _dataset(
     """Put the parts together; train and test are (images, labels)."""
     digest = hashlib.sha256()
     for tensor in (*train, *test):
-        digest.update(tensor.numpy())
+        digest.update(tensor.numpy().data)
     return Dataset(name, tuple(classes), *train, *test, source=source, fingerprint=digest.hexdigest()[:16])
 
 
@@ -321,7 +335,7 @@ def _decode_torchvision(folder: Path) -> Dataset:
         checksums = [*CIFAR10.train_list, *CIFAR10.test_list, [CIFAR10.meta["filename"], CIFAR10.meta["md5"]]]
         damaged = [name for name, md5 in checksums if not check_integrity(folder / name, md5)]
         raise DataError(
-            f"{folder} is not complete: missing or altered: {', '.join(damaged)}. Delete that folder and download it again."
+            f"{folder} is damaged; missing or altered: {', '.join(damaged)}. Delete that folder and download it again."
         ) from error
     train, test = (
         (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in sets
@@ -352,7 +366,7 @@ def _decode_binary_file(path: Path, sha256: str) -> tuple[Tensor, Tensor]:
         raise DataError(
             f"{path} has the label {records[record, 0]} in record {record}; CIFAR-10 has labels 0 to 9. {advice}"
         )
-    if hashlib.sha256(records).hexdigest() != sha256:
+    if hashlib.sha256(records.data).hexdigest() != sha256:
         raise DataError(f"{path} is not the official file: its SHA-256 is not {sha256}. {advice}")
     images = torch.from_numpy(records[:, 1:].copy()).view(-1, 3, IMAGE_SIZE, IMAGE_SIZE)  # (10000, 3, 32, 32)
     return images, torch.from_numpy(records[:, 0].astype(np.int64))
@@ -369,8 +383,8 @@ def _decode_image_folder(folder: Path) -> Dataset:
         )
     if len(classes) < 2:
         raise DataError(
-            f"{folder}/train has {len(classes)} class folders ({', '.join(classes) or 'none'}); training needs at least two: "
-            f"put the pictures of each class into {folder}/train/<class>/ and {folder}/test/<class>/."
+            f"{folder}/train has {len(classes)} class folders ({', '.join(classes) or 'none'}); training needs "
+            f"at least two: put the pictures of each class into {folder}/train/<class>/ and {folder}/test/<class>/."
         )
     train, test = (_decode_pictures(folder / part, classes) for part in ("train", "test"))
     return _dataset(folder.name, classes, train, test, f"image folder {folder.name}")
@@ -409,7 +423,7 @@ def _decode_picture(path: Path) -> np.ndarray:
             if picture.size != (IMAGE_SIZE, IMAGE_SIZE):
                 width, height = picture.size
                 raise DataError(
-                    f"{path} is {width}x{height} pixels; every picture must be {IMAGE_SIZE}x{IMAGE_SIZE}. Resize it first."
+                    f"{path} is {width}x{height} pixels; every picture must be {IMAGE_SIZE}x{IMAGE_SIZE}. Resize it."
                 )
             return np.asarray(picture.convert("RGB"))
     except DataError:
@@ -418,20 +432,20 @@ def _decode_picture(path: Path) -> np.ndarray:
         raise DataError(f"{path} cannot be read as a picture ({error}). Replace or remove it.") from error
 
 
-# --------------------------------------------------------------------------------------------------- the decoded copy
+# --- the decoded copy ---
 
 
 def _decoded_file(layout: _Layout) -> Path:
     """Name the decoded copy after the folder and after name, size and time of every file in it."""
-    if layout.kind == "image folder":
-        files = [path for part in ("train", "test") for path in layout.folder.glob(f"{part}/*/*")]
-    else:
-        files = list(layout.folder.glob("*batch*"))
     try:
-        stats = [(str(path), path.stat()) for path in sorted(files)]
+        folders = [layout.folder]
+        if layout.kind == "image folder":
+            folders = [path for part in ("train", "test") for path in layout.folder.glob(f"{part}/*") if path.is_dir()]
+        entries = [entry for folder in folders for entry in os.scandir(folder)]  # keeps what the system says of each
+        n = len(str(layout.folder))  # the same files by way of a symbolic link are the same data
+        state = sorted((entry.path[n:], entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
     except OSError as error:
         raise _unreadable(error) from error
-    state = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     where = hashlib.sha256(str(layout.folder.resolve()).encode()).hexdigest()[:16]
     what = hashlib.sha256(json.dumps([_CACHE_FORMAT, layout.kind, state]).encode()).hexdigest()[:16]
     return cache_folder() / "decoded" / f"{where}-{what}.safetensors"
@@ -464,7 +478,7 @@ def _read_decoded(path: Path) -> Dataset:
     return Dataset(**{**text, "classes": tuple(text["classes"])}, **tensors)
 
 
-# ------------------------------------------------------------------------------------------------------------ downloading
+# --- downloading ---
 
 
 @dataclass(frozen=True)
@@ -525,8 +539,8 @@ def _download_and_unpack(
             return layout
     except OSError as error:  # those of the network have become a _SourceError
         raise DataError(
-            f"CIFAR-10 cannot be stored in {folder}: {error.strerror or error}. Free 400 MB there, or set CIFAR_FAST_CACHE to "
-            f"another folder. {_WHAT_NEXT}"
+            f"CIFAR-10 cannot be stored in {folder}: {error.strerror or error}. Free 400 MB there, or set "
+            f"CIFAR_FAST_CACHE to another folder. {_WHAT_NEXT}"
         ) from error
 
 
@@ -555,8 +569,8 @@ def _fetch(archive: _Archive, mirrors: Sequence[str], folder: Path, progress: bo
 
 
 def _fetch_from(url: str, archive: _Archive, part: Path, progress: bool, patience: _Patience) -> None:
-    """Complete the partial file from one source and check it; raise _SourceError when the source is dead, slow or wrong."""
-    has_foreign_bytes = part.exists()
+    """Complete the partial file from one source and check it; a source that is dead, slow or wrong: _SourceError."""
+    has_foreign_bytes = _size(part) > 0
     cuts = 0
     while True:
         if _size(part) < archive.size:
@@ -629,7 +643,7 @@ def _transfer(url: str, archive: _Archive, part: Path, progress: bool, patience:
                 if seconds >= patience.window:
                     rate = (position - window_position) / seconds
                     if rate < patience.minimum_rate:
-                        raise _SourceError(f"too slow: {rate / 1e3:.0f} kB/s")
+                        raise _SourceError(f"too slow: {rate / 1e3:.1f} kB/s")
                     window_start, window_position = patience.clock(), position
 
 
@@ -650,19 +664,19 @@ def _megabytes(n_bytes: int) -> str:
     return f"{n_bytes / 1e6:.1f} MB"
 
 
-# ------------------------------------------------------------------------------------------------------- the synthetic set
+# --- the synthetic set ---
 
-_LOBES = (2, 3, 4, 5, 6)
+_LOBES = (1, 2, 3, 4, 5)
 _SYNTHETIC_CLASSES = tuple(f"{fill} {lobes}-lobed pinwheel" for fill in ("solid", "hollow") for lobes in _LOBES)
-_N_PIECES_BEHIND, _N_PIECES_IN_FRONT = 4, 2  # of clutter, an image
+_N_PIECES_BEHIND, _N_PIECES_IN_FRONT = 2, 1  # of clutter, an image
 _CHUNK = 500  # images drawn at once, so that the working set stays in the processor's cache
 
 
 def synthetic(n_train: int = 20_000, n_test: int = 4_000, seed: int = 0) -> Dataset:
     """Draw a data set of ten shapes, for machines without the real one.
 
-    The class is the shape of a pinwheel (2 to 6 lobes, solid or hollow). Its place, size, tilt, mirror image, colour and texture
-    are random and say nothing about the class, and pieces of clutter lie behind and before it.
+    The class is the shape of a pinwheel (1 to 5 lobes, solid or hollow). Its place, size, tilt, mirror image, colour
+    and texture are random and say nothing about the class, and pieces of clutter lie behind and before it.
 
     Args:
         n_train: number of training images.
@@ -717,11 +731,11 @@ def _draw_chunk(labels: Tensor, generator: torch.Generator) -> Tensor:
 
     background = uniform(0.2, 0.8, 3)
     direction = torch.nn.functional.normalize(uniform(-1, 1, 3), dim=1)
-    canvas = background + uniform(0, 0.2) * stripes()
+    canvas = background + uniform(0, 0.1) * stripes()
     for _ in range(_N_PIECES_BEHIND):
         canvas = clutter(canvas)
 
-    radius = uniform(6, 11)
+    radius = uniform(8, 13)
     margin = 0.8 * radius
     across = margin + (IMAGE_SIZE - 2 * margin) * uniform(0, 1)
     down = margin + (IMAGE_SIZE - 2 * margin) * uniform(0, 1)
@@ -731,13 +745,13 @@ def _draw_chunk(labels: Tensor, generator: torch.Generator) -> Tensor:
     u, v = mirror * (x - across), y - down  # (n, 1, 32, 32)
     distance = (u.square() + v.square()).sqrt() / radius
     angle = torch.atan2(v, u) + 0.8 * distance + uniform(-0.5, 0.5)  # the twist makes it differ from its mirror image
-    contour = 0.72 + 0.28 * torch.cos(lobes * angle)
+    contour = 0.68 + 0.32 * torch.cos(lobes * angle)
     coverage = (radius * (contour - distance) + 0.5).clamp(0, 1)
-    hole = (radius * (contour - 0.3 - distance) + 0.5).clamp(0, 1)
+    hole = (radius * (contour - 0.28 - distance) + 0.5).clamp(0, 1)
     coverage = coverage - torch.where(is_hollow, hole, 0.0)
-    canvas = paint(canvas, coverage, background + uniform(0.35, 0.7) * direction + uniform(0, 0.2) * stripes())
+    canvas = paint(canvas, coverage, background + uniform(0.4, 0.8) * direction + uniform(0, 0.1) * stripes())
     for _ in range(_N_PIECES_IN_FRONT):
         canvas = clutter(canvas)
 
-    canvas = canvas + uniform(0.02, 0.1) * torch.randn(canvas.shape, generator=generator)
+    canvas = canvas + uniform(0.02, 0.08) * torch.randn(canvas.shape, generator=generator)
     return (255 * canvas).clamp(0, 255).to(torch.uint8)  # (n, 3, 32, 32)

@@ -1,19 +1,22 @@
 """3x3 convolution on a CPU by Winograd's minimal filtering: the same result with a quarter of the multiplications.
 
-Four neighbouring outputs of a one-dimensional filter with three taps take 12 multiplications. They are also the product of two
-short polynomials, and a polynomial of degree five is known from its values at six points (0, 1, -1, 2, -2 and "infinity"):
-evaluate the inputs there (B^T d), evaluate the taps there (G g), multiply point by point - six multiplications - and
-interpolate (A^T m). In two dimensions, for a 4x4 tile of outputs and the 6x6 tile d of inputs that it sees,
+Four neighbouring outputs of a one-dimensional filter with three taps take 12 multiplications. They are also
+coefficients in a product of short polynomials, and a polynomial of degree five is known from its values at six points
+(0, 1, -1, 2, -2 and "infinity"): evaluate the inputs there (B^T d), evaluate the taps there (G g), multiply point by
+point - six multiplications - and interpolate (A^T m). In two dimensions, for a 4x4 tile of outputs Y and the 6x6 tile
+d of inputs that it sees,
 
     Y = A^T [ (G g G^T) * (B^T d B) ] A,      36 multiplications instead of 144.
 
-The sum over input channels can be taken before interpolating, so each of the 36 points is one matrix product,
-(tiles x input channels) by (input channels x output channels). The transforms only add and scale, and their cost is shared
-among all channels. Both gradients follow by transposing: the input's gradient is a convolution of dY with the flipped weights;
-the weights' gradient is G^T [ sum over tiles of (B^T d B) * (A dY A^T) ] G.
+The sum over input channels can be taken before interpolating, so each of the 36 points is one matrix product, (tiles x
+input channels) by (input channels x output channels). The transforms only add and scale, and each is shared by all the
+channels on the other side. Both gradients follow by transposing: the input's gradient is a convolution of dY with the
+flipped weights, and the weights' gradient is
 
-Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015, arXiv 1509.09308. `winograd.c` holds the
-loops; the machine's C compiler builds it once, on first use.
+    dg = G^T [ sum over tiles of (B^T d B) * (A dY A^T) ] G.
+
+Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015, arXiv 1509.09308. `winograd.c` holds
+the loops; the machine's C compiler builds it once, on first use.
 """
 
 import ctypes
@@ -30,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from platformdirs import user_cache_dir
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 BLOCK_TILES = 56
@@ -42,6 +46,7 @@ PARTIAL_SUMS_BELOW = 128 * 256
 EVALUATE_TAPS = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
 
 
+@functools.cache
 def available() -> tuple[bool, str]:
     """Say whether the compiled loops can be used here.
 
@@ -78,11 +83,16 @@ class WinogradConv2d(torch.autograd.Function):
         return _convolve(x, _transform_weight(weight), weight.shape[0])
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102
+    @once_differentiable
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102  # pyright:
+    ignore[reportIncompatibleMethodOverride]
         x, weight = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
-        dx = _convolve(dy, _transform_weight(weight, transposed=True), weight.shape[1]) if ctx.needs_input_grad[0] else None
-        dw = _weight_gradient(x, dy) if ctx.needs_input_grad[1] else None
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _convolve(dy, _transform_weight(weight, transposed=True), weight.shape[1])
+        if ctx.needs_input_grad[1]:
+            dw = _weight_gradient(x, dy)
         return dx, dw
 
 
@@ -95,7 +105,7 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
         and weight.shape[2:] == (3, 3)
         and min(weight.shape[:2]) >= 16
         and x.numel() > 0
-        and min(x.shape[2:]) > 3
+        and min(x.shape[2:]) >= 3
         and x.shape[0] >= torch.get_num_threads()
         and x.is_contiguous(memory_format=torch.channels_last)
         and available()[0]
@@ -106,12 +116,14 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 def _library() -> ctypes.CDLL:
     """Compile `winograd.c` unless this source, compiler and processor were met before, and load it."""
     source = Path(__file__).with_suffix(".c")
-    compiler = shutil.which(os.environ.get("CC", "cc"))
+    name = os.environ.get("CC", "cc")
+    compiler = shutil.which(name)
     if compiler is None:
-        raise OSError("no C compiler `cc` on the path: install gcc or clang, or set CC")
+        raise OSError(f"no C compiler `{name}` on the path: install gcc, or set CC to its name")
     runtime = _openmp_runtime()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    key = hashlib.sha256("\0".join([source.read_text(), version, _processor(), runtime, *FLAGS]).encode()).hexdigest()[:16]
+    parts = [source.read_text(), version, _processor(), runtime, *FLAGS]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("CIFAR_FAST_CACHE") or user_cache_dir("cifar_fast"))
     target = folder / f"winograd-{key}.so"
     if not target.exists():
@@ -170,7 +182,7 @@ def _panels(channels: int) -> int:
 
 
 def _transform_weight(weight: Tensor, transposed: bool = False) -> Tensor:
-    """Filters (C_out, C_in, 3, 3) to points (36, panels, C_in, panel); `transposed` flips them and swaps the channels."""
+    """Filters (C_out, C_in, 3, 3) to points (36, panels, C_in, panel); `transposed` flips them and swaps channels."""
     matrix = _tap_matrix()
     taps = weight.detach().permute(2, 3, 1, 0)  # (3, 3, C_in, C_out)
     if transposed:
@@ -212,8 +224,9 @@ def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
     library, threads = _library(), torch.get_num_threads()
     n, cin, height, width = x.shape
     cout, panels, panel = dy.shape[1], _panels(dy.shape[1]), 2 * library.lanes()
-    # Threads share out the tiles, each with a partial sum of its own; where those grow large, they share out the panels.
-    splits = threads if cin * cout < PARTIAL_SUMS_BELOW or panels < threads else 1
+    # Threads share out the tiles, each with a partial sum of its own; where those are large, they share out panels.
+    most = 1 if cin * cout < PARTIAL_SUMS_BELOW else panels
+    splits = threads // max(parts for parts in range(1, most + 1) if threads % parts == 0)
     block = _block(-(-_tiles(x) // splits))
     scratch = torch.empty(threads * library.scratch_floats(cin, cout, block))
     sums = torch.empty(splits, 36, panels, cin, panel)

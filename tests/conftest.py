@@ -1,0 +1,62 @@
+"""What all tests share: no GPU test without a GPU, small data, and nobody's real cache."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from cifar_fast.data import Dataset
+
+# No test depends on time or on luck: no deadlines, and the same examples on every machine.
+settings.register_profile(
+    "cifar_fast", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("cifar_fast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def user_data_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
+    """Hides the user's settings and cache from every test; the value is what CIFAR_FAST_DATA was before."""
+    root = os.environ.get("CIFAR_FAST_DATA")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("CIFAR_FAST_")]:
+            patch.delenv(name)
+        patch.setenv("CIFAR_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MPLBACKEND", "agg")
+        yield Path(root).absolute() if root else None
+
+
+@pytest.fixture(scope="session")
+def tiny_data() -> Dataset:
+    """640 training and 200 test images of the synthetic set, 10 classes."""
+    from cifar_fast.data import synthetic
+
+    return synthetic(640, 200, seed=0)
+
+
+@pytest.fixture
+def real_data(user_data_root: Path | None, monkeypatch: pytest.MonkeyPatch) -> Dataset:
+    """CIFAR-10 from the user's CIFAR_FAST_DATA, which is set again while the test runs."""
+    if user_data_root is None:
+        pytest.skip("needs CIFAR-10: set CIFAR_FAST_DATA to the folder that holds it")
+    from cifar_fast.data import load_cifar10
+
+    monkeypatch.setenv("CIFAR_FAST_DATA", str(user_data_root))
+    return load_cifar10(download=False)

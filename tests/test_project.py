@@ -1,0 +1,171 @@
+"""The files around the package agree with each other and with the package."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "cifar_fast"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+SOURCES = sorted([*MODULES, *PACKAGE.rglob("*.c")])
+CONDA_NAMES = {"torch": "pytorch"}  # where conda-forge calls a package otherwise than PyPI does
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def readme_blocks() -> list[tuple[str, list[str]]]:
+    """Each fenced block of the README, as the heading it stands under and its lines."""
+    blocks: list[tuple[str, list[str]]] = []
+    heading, fenced = "", False
+    for line in (ROOT / "README.md").read_text().splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+            if fenced:
+                blocks.append((heading, []))
+        elif fenced:
+            blocks[-1][1].append(line)
+        elif line.startswith("#"):
+            heading = line.lstrip("# ")
+    return blocks
+
+
+def readme_command(word: str) -> str:
+    """The first fenced block under a heading that starts with the word."""
+    for heading, lines in readme_blocks():
+        if heading.startswith(word):
+            return "\n".join(lines)
+    raise AssertionError(f"README.md has no fenced code block under a heading that starts with {word!r}")
+
+
+def specifiers(requirements: list[str]) -> dict[str, object]:
+    parsed = [Requirement(text) for text in requirements]
+    return {requirement.name: requirement.specifier for requirement in parsed}
+
+
+# --- pyproject.toml and environment.yml ---
+
+
+def test_environment_yml_asks_for_the_same_packages_as_pyproject():
+    extras = project()["optional-dependencies"]
+    wanted = specifiers([*project()["dependencies"], *extras["notebooks"], *extras["test"]])
+    wanted = {CONDA_NAMES.get(name, name): specifier for name, specifier in wanted.items()}
+    wanted["python"] = Requirement(f"python{project()['requires-python']}").specifier
+
+    lines = (ROOT / "environment.yml").read_text().splitlines()
+    items = [line.removeprefix("  - ") for line in lines if re.match(r"  - \w", line)]
+    offered = specifiers([item for item in items if item not in ("conda-forge", "pip", "pip:")])
+    assert offered == wanted
+    assert "  - conda-forge" in lines and "      - -e ." in lines
+
+
+def test_every_dependency_has_a_lower_and_an_upper_bound():
+    for text in [*project()["dependencies"], *sum(project()["optional-dependencies"].values(), [])]:
+        requirement = Requirement(text)
+        if requirement.name != "cifar_fast":  # the extra `all` names the package itself
+            assert {specifier.operator for specifier in requirement.specifier} == {">=", "<"}, text
+
+
+def test_extra_all_names_every_other_extra():
+    extras = project()["optional-dependencies"]
+    (everything,) = extras["all"]
+    assert Requirement(everything).extras == set(extras) - {"all"}
+
+
+# --- README.md and .ci/run ---
+
+
+def test_ci_runs_the_readme_test_command():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    shown = subprocess.run([ROOT / ".ci" / "run", "--show"], capture_output=True, text=True, check=True).stdout
+    assert shown.rstrip("\n") == readme_command("Test")
+
+
+@pytest.mark.parametrize("readme", ["# Title\n", "# Test\nno block\n\n# Other\n```sh\nfalse\n```\n"])
+def test_ci_fails_loudly_when_the_readme_has_no_test_command(tmp_path, readme):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    (tmp_path / "README.md").write_text(readme)
+    result = subprocess.run([tmp_path / ".ci" / "run"], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "no fenced code block" in result.stdout
+
+
+def test_readme_commands_use_what_pyproject_offers():
+    train, test = readme_command("Train"), readme_command("Test")
+    for command in (train, test):
+        assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
+    (script,) = project()["scripts"]
+    assert train.endswith(f" && .venv/bin/{script} train")
+    assert "'.[test]'" in test and "test" in project()["optional-dependencies"]
+    for check in ("ruff check .", "ruff format --check .", "mypy cifar_fast", "python -m pytest"):
+        assert f".venv/bin/{check}" in test
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_readme_tree_says_one_line_about_every_source_file(source):
+    line = re.compile(rf"[\s│├└─|`+-]*{re.escape(source.name)}\s+\w.*")
+    found = [text for _, lines in readme_blocks() for text in lines if line.fullmatch(text)]
+    assert len(found) == 1, f"the tree in README.md needs one line `{source.name}   what it is`, found {found}"
+
+
+# --- the package ---
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.name)
+def test_every_module_says_its_boundary_in_a_sentence(module):
+    docstring = ast.get_docstring(ast.parse(module.read_text()))
+    assert docstring and re.search(r"[.](\s|$)", docstring), f"{module.name} needs a docstring that is a sentence"
+
+
+def test_import_does_nothing_heavy():
+    code = "import json, sys, cifar_fast; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, cwd=ROOT).stdout)
+    assert "cifar_fast" in loaded
+    assert not {"torchvision", "matplotlib", "ipywidgets", "IPython", "tyro"} & set(loaded)
+
+
+def test_public_names_exist():
+    import cifar_fast
+
+    assert cifar_fast.__all__
+    assert len(set(cifar_fast.__all__)) == len(cifar_fast.__all__)
+    missing = [name for name in cifar_fast.__all__ if not hasattr(cifar_fast, name)]
+    assert not missing
+
+
+# --- the repository ---
+
+
+def repository_files() -> list[Path]:
+    """Every file that is tracked or would be by `git add .`, skipping the test where this is no git checkout."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"not a git checkout: {error}")
+    return [path for name in listing.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def test_no_file_names_private_places():
+    here = "|".join(re.escape(str(path)) for path in {ROOT, Path.home()} if path != Path("/"))
+    home = re.compile(rf"(?<![\w.:/-])(?:{here}|/home/\w+|/Users/\w+|/root|[A-Z]:\\Users\\\w+)(?=[/\\])".encode())
+    shared = re.compile(rb"\.\./shared")
+    offenders = []
+    for path in repository_files():
+        content = path.read_bytes()
+        patterns = [home] if path == ROOT / ".ci" / "run" else [home, shared]
+        offenders += [f"{path.relative_to(ROOT)}: {found[0]!r}" for one in patterns for found in one.finditer(content)]
+    assert not offenders
