@@ -1,4 +1,5 @@
-"""Augmentation of a whole batch in one call, each image by its own choice; drawing the choices is `batches.py`'s part."""
+"""Augmentation of a whole batch in one call, each image by its own choice; drawing the choices is `batches.py`'s
+part."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from torch import Tensor
 
 
 def reflect_pad(images: Tensor, padding: int) -> Tensor:
-    """Mirror `padding` pixels outward at each border of `images` (N, C, H, W), any dtype; the edge pixel itself is not repeated."""
+    """Mirror `padding` pixels outward at each border of `images` (N, C, H, W), any dtype; the edge pixel itself is not
+    repeated."""
     if padding == 0:
         return images
     # torch's own reflection padding takes no uint8, so rows and columns are gathered by index.
@@ -24,8 +26,8 @@ def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
 def crop(padded: Tensor, tops: Tensor, lefts: Tensor, size: int, images: Tensor | None = None) -> Tensor:
     """Cut one window of `size` x `size` pixels out of each image.
 
-    `padded`: (M, C, P, P), any dtype. `tops`, `lefts`: int64 (N,), offsets 0 ... P - size, in pixels. `images`: int64 (N,), which
-    image each window is cut from; all in order when left out. Returns (N, C, size, size).
+    `padded`: (M, C, P, P), any dtype. `tops`, `lefts`: int64 (N,), offsets 0 ... P - size, in pixels. `images`: int64
+    (N,), which image each window is cut from; all in order when left out. Returns (N, C, size, size).
     """
     if images is None:
         images = torch.arange(len(padded), device=padded.device)
@@ -39,9 +41,11 @@ def flip(images: Tensor, mirrored: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, tops: Tensor, lefts: Tensor, size: int, value: float = 0.0) -> Tensor:
-    """Set a square of `size` x `size` pixels to `value` in each of `images` (N, C, H, W); `tops`, `lefts`: int64 (N,), in pixels.
+    """Set a square of `size` x `size` pixels to `value` in each of `images` (N, C, H, W); `tops`, `lefts`: int64 (N,),
+    in pixels.
 
-    Source: DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout", arXiv 1708.04552.
+    Source: DeVries and Taylor, "Improved regularization of convolutional neural networks with cutout", arXiv
+    1708.04552.
     """
     rows = torch.arange(images.shape[-2], device=images.device)[None, :, None]  # (1, H, 1)
     columns = torch.arange(images.shape[-1], device=images.device)[None, None, :]  # (1, 1, W)
@@ -51,12 +55,14 @@ def cutout(images: Tensor, tops: Tensor, lefts: Tensor, size: int, value: float 
 
 
 def jitter(images: Tensor, contrast: Tensor, brightness: Tensor) -> Tensor:
-    """Multiply each normalised image of `images` (N, C, H, W) by its `contrast` (N,) and add its `brightness` (N,), in standard deviations."""
+    """Multiply each normalised image of `images` (N, C, H, W) by its `contrast` (N,) and add its `brightness` (N,), in
+    standard deviations."""
     return images * contrast[:, None, None, None] + brightness[:, None, None, None]
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Resample floating-point `images` (N, C, H, W) to (N, C, size, size); unchanged where they have that size already."""
+    """Resample floating-point `images` (N, C, H, W) to (N, C, size, size); unchanged where they have that size
+    already."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

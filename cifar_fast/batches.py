@@ -16,7 +16,8 @@ from cifar_fast.recipe import Recipe
 
 
 def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel of uint8 `images` (N, C, H, W), in pixel values 0 ... 255: float32 (C,) each."""
+    """Return mean and standard deviation of each channel of uint8 `images` (N, C, H, W), in pixel values 0 ... 255:
+    float32 (C,) each."""
     values = torch.arange(256, dtype=torch.float64, device=images.device)
     means, deviations = [], []
     for channel in images.unbind(1):
@@ -29,7 +30,8 @@ def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_generator(seed: int, run: int, epoch: int, shard: int) -> torch.Generator:
-    """Return the CPU generator of all random choices for one (seed, run, epoch, shard), the same on any device and number of processes."""
+    """Return the CPU generator of all random choices for one (seed, run, epoch, shard), the same on any device and
+    number of processes."""
     return _generator(0, seed, run, epoch, shard)
 
 
@@ -40,13 +42,14 @@ def _generator(*key: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Choices:
-    """The random choices for `n` images of one epoch: which image, and what is done to it. All tensors are (n,) on the CPU."""
+    """The random choices for `n` images of one epoch: which image, and what is done to it. All tensors are (n,) on the
+    CPU."""
 
     index: Tensor  # int64, position within the shard
     top: Tensor  # int64, offset of the crop in pixels
     left: Tensor
     mirrored: Tensor  # bool
-    cutout_top: Tensor  # int64, pixels; may start outside the image, so that border pixels are covered as often as others
+    cutout_top: Tensor  # int64, pixels; may lie partly outside, so that the border is covered too
     cutout_left: Tensor
     contrast: Tensor  # float32, factor
     brightness: Tensor  # float32, standard deviations
@@ -80,9 +83,10 @@ def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, run: 
 class TrainBatches:
     """The training set of one process, and the batches it is trained on.
 
-    A process holds `n_shards / world_size` of the recipe's strided shards: shard s has the images s, s + n_shards, ... Its local batch is
-    the shards' local batches one after the other, so that a ghost group never crosses a shard. What is kept is uint8 with its reflected
-    border: a quarter of the bytes of float32, and the crop is a gather. Cropping and mirroring commute with normalisation, which comes after.
+    A process holds `n_shards / world_size` of the recipe's strided shards: shard s has the images s, s + n_shards, ...
+    Its local batch is the shards' local batches one after the other, so that a ghost group never crosses a shard. What
+    is kept is uint8 with its reflected border: a quarter of the bytes of float32, and the crop is a gather. Cropping
+    and mirroring commute with normalisation, which comes after.
     """
 
     def __init__(
@@ -100,7 +104,8 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Take uint8 `images` (N, C, H, W) and int64 `labels` (N,) to `device`; `mean` and `std` (C,) in pixel values, else measured.
+        """Take uint8 `images` (N, C, H, W) and int64 `labels` (N,) to `device`; `mean` and `std` (C,) in pixel values,
+        else measured.
 
         Raises `RecipeError` when a shard holds fewer images than the local batch needs.
         """
@@ -109,8 +114,8 @@ class TrainBatches:
         smallest = len(images) // recipe.n_shards
         if smallest < recipe.local_batch_size:
             raise RecipeError(
-                f"a batch of {recipe.local_batch_size} images cannot be drawn from a shard of {smallest}: {len(images)} training images in "
-                f"n_shards={recipe.n_shards}; lower global_batch_size={recipe.global_batch_size} or n_shards"
+                f"a batch of {recipe.local_batch_size} images cannot be drawn from a shard of {smallest}: "
+                f"{len(images)} training images in n_shards={recipe.n_shards}; lower global_batch_size={recipe.global_batch_size} or n_shards"
             )
         self.steps_per_epoch = smallest // recipe.local_batch_size
         self.side = images.shape[-1]
@@ -131,7 +136,8 @@ class TrainBatches:
         return sides[min(epoch, len(sides) - 1)] if sides else self.side
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of `epoch`, counted from 0: images (B, C, side, side), normalised, and int64 labels (B,)."""
+        """Yield the batches of `epoch`, counted from 0: images (B, C, side, side), normalised, and int64 labels
+        (B,)."""
         drawn = [
             draw_choices(self.recipe, len(labels), self.side, seed=self.seed, run=self.run, epoch=epoch, shard=shard)
             for shard, labels in zip(self.shards, self.labels, strict=True)

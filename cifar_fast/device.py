@@ -32,7 +32,9 @@ def select_device(name: str | None = None) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"device {name!r} is not known; use cpu, cuda, or cuda:0 for one GPU of several") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {name!r} is not there: this machine has {torch.cuda.device_count()} GPUs that torch can use; try cpu")
+        raise UserError(
+            f"device {name!r} is not there: torch can use {torch.cuda.device_count()} GPUs on this machine; try cpu"
+        )
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"device {name!r} is not supported; use cpu or cuda")
     return device
@@ -46,6 +48,14 @@ class Numerics:
     winograd: bool
     reason: str
 
+    def describe(self) -> dict[str, str]:
+        """Return them as plain words, for results."""
+        return {
+            "precision": str(self.dtype).removeprefix("torch."),
+            "convolution": "winograd" if self.winograd else "direct",
+            "numerics_reason": self.reason,
+        }
+
 
 def choose_numerics(recipe: Recipe, device: torch.device) -> Numerics:
     """Return the recipe's precision and convolution on `device`; `auto` is decided by measurement on a CPU.
@@ -55,9 +65,13 @@ def choose_numerics(recipe: Recipe, device: torch.device) -> Numerics:
     if device.type == "cuda":
         return _cuda_numerics(recipe, device)
     if recipe.precision == "float16":
-        return Numerics(torch.float32, False, "float16 is not trained in on CPUs (no fast backward pass): float32 instead")
+        return Numerics(
+            torch.float32, False, "float16 is not trained in on CPUs (no fast backward pass): float32 instead"
+        )
     wanted = ["bfloat16", "float32"] if recipe.precision == "auto" else [recipe.precision]
-    rates = {key: rate for key, rate in convolution_rates().items() if key.split()[0] in wanted and _allowed(key, recipe)}
+    rates = {
+        key: rate for key, rate in convolution_rates().items() if key.split()[0] in wanted and _allowed(key, recipe)
+    }
     best = max(rates, key=lambda key: rates[key])
     measured = ", ".join(f"{key} {rate:.0f}" for key, rate in rates.items())
     reason = f"measured on this CPU, in GFLOP/s of direct convolution: {measured}"
@@ -75,15 +89,20 @@ def _allowed(key: str, recipe: Recipe) -> bool:
 def _cuda_numerics(recipe: Recipe, device: torch.device) -> Numerics:
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     if recipe.precision == "bfloat16" and not has_bf16:
-        return Numerics(torch.float16, False, "this GPU has no bfloat16 arithmetic (compute capability below 8.0): float16 instead")
+        return Numerics(
+            torch.float16, False, "this GPU has no bfloat16 arithmetic (compute capability below 8.0): float16 instead"
+        )
     if recipe.precision != "auto":
         return Numerics(DTYPES[recipe.precision], False, "asked for by the recipe")
-    return Numerics(torch.float16, False, "half precision on the GPU's matrix units, with three bits more than bfloat16")
+    return Numerics(
+        torch.float16, False, "half precision on the GPU's matrix units, with three bits more than bfloat16"
+    )
 
 
 @cache
 def convolution_rates() -> dict[str, float]:
-    """Measure this CPU, in about a second: GFLOP/s of one typical convolution, forward and backward, in each way to compute it.
+    """Measure this CPU, in about a second: GFLOP/s of one typical convolution, forward and backward, in each way to
+    compute it.
 
     Winograd's rate counts the multiplications of the direct algorithm, so that rates compare as speeds do.
     """
@@ -110,7 +129,8 @@ def convolution_rates() -> dict[str, float]:
 
 @cache
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks instead of handing them back: each step then reuses its pages, and faults in none anew.
+    """Tell glibc to keep large freed blocks instead of handing them back: each step then reuses its pages, and faults
+    in none anew.
 
     Nothing happens where the C library has no `mallopt`.
     """
@@ -141,7 +161,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "gpu": gpu,
         "cpu": cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability() + (" + AMX" if torch.cpu._is_amx_tile_supported() else ""),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability()
+        + (" + AMX" if torch.cpu._is_amx_tile_supported() else ""),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),

@@ -1,4 +1,5 @@
-"""How good a network is on images it has not seen: loss, accuracy, confusion, with or without test-time augmentation."""
+"""How good a network is on images it has not seen: loss, accuracy, confusion, with or without test-time
+augmentation."""
 
 from __future__ import annotations
 
@@ -27,10 +28,11 @@ class Evaluation:
 
 
 def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
-    """Yield the views of `images` (N, C, H, W) that test-time augmentation averages, each with its weight; the weights sum to 1.
+    """Yield the views of `images` (N, C, H, W) that test-time augmentation averages, each with its weight; the weights
+    sum to 1.
 
-    `none`: the images. `flip`: and their mirror images. `flip_shift`: both again, shifted by a pixel up-left and down-right, which
-    together weigh as much as the unshifted pair. Source: Keller Jordan, arXiv 2404.00498.
+    `none`: the images. `flip`: and their mirror images. `flip_shift`: both again, shifted by a pixel up-left and down-
+    right, which together weigh as much as the unshifted pair. Source: Keller Jordan, arXiv 2404.00498.
     """
     if tta == "none":
         yield 1.0, images
@@ -57,14 +59,20 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def predict_logits(model: Network, images: Tensor, *, tta: str = "none", dtype: torch.dtype = torch.float32, batch_size: int = 500) -> Tensor:
-    """Return the logits, float32 (N, classes), of uint8 `images` (N, 3, H, W), computed in `dtype` on the device of the network."""
+def predict_logits(
+    model: Network, images: Tensor, *, tta: str = "none", dtype: torch.dtype = torch.float32, batch_size: int = 500
+) -> Tensor:
+    """Return the logits, float32 (N, classes), of uint8 `images` (N, 3, H, W), computed in `dtype` on the device of
+    the network."""
     device = model.normalise.mean.device
     logits = []
     with _evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         for some in images.split(batch_size):
             normalised = model.normalise(some.to(device)).contiguous(memory_format=torch.channels_last)
-            seen = [weight * model(view.contiguous(memory_format=torch.channels_last)).float() for weight, view in views(normalised, tta)]
+            seen = [
+                weight * model(view.contiguous(memory_format=torch.channels_last)).float()
+                for weight, view in views(normalised, tta)
+            ]
             logits.append(torch.stack(seen).sum(0))
     return torch.cat(logits)
 
@@ -75,7 +83,13 @@ def predict_probabilities(model: Network, images: Tensor, *, tta: str = "none") 
 
 
 def evaluate(
-    model: Network, images: Tensor, labels: Tensor, *, tta: str = "none", dtype: torch.dtype = torch.float32, batch_size: int = 500
+    model: Network,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    tta: str = "none",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 500,
 ) -> Evaluation:
     """Compare the predictions for uint8 `images` (N, 3, H, W) with int64 `labels` (N,)."""
     logits = predict_logits(model, images, tta=tta, dtype=dtype, batch_size=batch_size)

@@ -1,4 +1,5 @@
-"""The few layers that torch does not have: ghost batch norm, a 3x3 convolution with a choice of algorithm, patch whitening, a scale."""
+"""The few layers that torch does not have: ghost batch norm, a 3x3 convolution with a choice of algorithm, patch
+whitening, a scale."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from cifar_fast.winograd import winograd_conv2d
 
 
 class GhostBatchNorm(nn.BatchNorm2d):
-    """Batch norm with statistics of `group_size` consecutive images; a group as large as the batch is ordinary batch norm.
+    """Batch norm with statistics of `group_size` consecutive images; a group as large as the batch is ordinary batch
+    norm.
 
-    The running statistics take the mean over the groups. Source: Hoffer, Hubara and Soudry, "Train longer, generalize better",
-    arXiv 1705.08741.
+    The running statistics take the mean over the groups. Source: Hoffer, Hubara and Soudry, "Train longer, generalize
+    better", arXiv 1705.08741.
     """
 
     def __init__(self, n_channels: int, group_size: int, *, eps: float, momentum: float, freeze_scale: bool) -> None:
@@ -70,7 +72,8 @@ class Scale(nn.Module):
 
 
 class Normalise(nn.Module):
-    """Pixel values 0 ... 255 to zero mean and unit variance, channel by channel; the statistics travel with the weights."""
+    """Pixel values 0 ... 255 to zero mean and unit variance, channel by channel; the statistics travel with the
+    weights."""
 
     mean: Tensor
     std: Tensor
@@ -87,7 +90,8 @@ class Normalise(nn.Module):
 
 
 def patch_covariance(images: Tensor, size: int) -> Tensor:
-    """Return E[p p^T] over all `size` x `size` patches p of normalised `images` (N, C, H, W): float32 (C * size**2, C * size**2)."""
+    """Return E[p p^T] over all `size` x `size` patches p of normalised `images` (N, C, H, W): float32 (C * size**2, C
+    * size**2)."""
     channels = images.shape[1]
     covariance = torch.zeros(channels * size**2, channels * size**2, device=images.device)
     count = 0
@@ -99,10 +103,11 @@ def patch_covariance(images: Tensor, size: int) -> Tensor:
 
 
 def whitening_filters(images: Tensor, size: int, eps: float) -> Tensor:
-    """Return the filters (C * size**2, C, size, size) whose outputs over the patches of `images` are uncorrelated with unit variance.
+    """Return the filters (C * size**2, C, size, size) whose outputs over the patches of `images` are uncorrelated with
+    unit variance.
 
-    `images`: normalised (N, C, H, W). `eps` is added to each eigenvalue. Largest eigenvalue first. Sources: David Page, "How to train your
-    ResNet 8", 2019; tysam-code, hlb-CIFAR10, 2023.
+    `images`: normalised (N, C, H, W). `eps` is added to each eigenvalue. Largest eigenvalue first. Sources: David
+    Page, "How to train your ResNet 8", 2019; tysam-code, hlb-CIFAR10, 2023.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh(patch_covariance(images, size).double())
     filters = (eigenvectors / torch.sqrt(eigenvalues.clamp(min=0) + eps)).T.flip(0)  # (C * size**2, C * size**2)

@@ -21,12 +21,17 @@ def activation(recipe: Recipe) -> nn.Module:
 def norm(recipe: Recipe, n_channels: int) -> GhostBatchNorm:
     """Return the recipe's batch norm for `n_channels`."""
     return GhostBatchNorm(
-        n_channels, recipe.norm_group_size, eps=recipe.bn_eps, momentum=recipe.bn_momentum, freeze_scale=recipe.freeze_bn_scale
+        n_channels,
+        recipe.norm_group_size,
+        eps=recipe.bn_eps,
+        momentum=recipe.bn_momentum,
+        freeze_scale=recipe.freeze_bn_scale,
     )
 
 
 def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, winograd: bool = False) -> nn.Sequential:
-    """Return convolution, norm and activation, with max-pool where the recipe wants it: (N, n_in, H, W) -> (N, n_out, H or H/2, ...)."""
+    """Return convolution, norm and activation, with max-pool where the recipe wants it: (N, n_in, H, W) -> (N, n_out,
+    H or H/2, ...)."""
     layers: list[tuple[str, nn.Module]] = [
         ("conv", Conv3x3(n_in, n_out, init=recipe.conv_init, winograd=winograd)),
         ("norm", norm(recipe, n_out)),
@@ -53,7 +58,8 @@ class Residual(nn.Module):
 
 
 class Network(nn.Module):
-    """Layers in a row from normalised images to scaled logits; `normalise` takes raw pixel values to what they expect."""
+    """Layers in a row from normalised images to scaled logits; `normalise` takes raw pixel values to what they
+    expect."""
 
     def __init__(self, normalise: Normalise, layers: OrderedDict[str, nn.Module]) -> None:
         """Take the parts."""
@@ -66,11 +72,13 @@ class Network(nn.Module):
         return self.layers(images)
 
 
-def build_model(recipe: Recipe, n_classes: int, mean: Tensor, std: Tensor, *, winograd: bool = False, seed: int = 0) -> Network:
+def build_model(
+    recipe: Recipe, n_classes: int, mean: Tensor, std: Tensor, *, winograd: bool = False, seed: int = 0
+) -> Network:
     """Build the recipe's network for `n_classes`, with weights drawn from `seed` on the CPU, the same for every device.
 
-    `mean`, `std`: float32 (3,), in pixel values. `winograd`: how 3x3 convolutions are computed. The whitening layer, where there is one,
-    is filled by `whiten_first_layer`.
+    `mean`, `std`: float32 (3,), in pixel values. `winograd`: how 3x3 convolutions are computed. The whitening layer,
+    where there is one, is filled by `whiten_first_layer`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -79,13 +87,18 @@ def build_model(recipe: Recipe, n_classes: int, mean: Tensor, std: Tensor, *, wi
 
 
 def _resnet9(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, nn.Module]]:
-    # Source: David Page, "How to train your ResNet", 2018; with whitening as in part 8, 2019, and Apple's ml-cifar-10-faster.
+    # Source: David Page, "How to train your ResNet", 2018; with whitening as in part 8, 2019, and Apple's ml-
+    # cifar-10-faster.
     first, second, third, fourth = recipe.widths
     size = recipe.whitening_size
     if size:
         # The patches' directions are fixed, a learned 1x1 convolution mixes them.
         whiten = nn.Conv2d(3, 3 * size**2, size, padding=size // 2, bias=False)
-        mix = [("conv", nn.Conv2d(3 * size**2, first, 1, bias=False)), ("norm", norm(recipe, first)), ("activation", activation(recipe))]
+        mix = [
+            ("conv", nn.Conv2d(3 * size**2, first, 1, bias=False)),
+            ("norm", norm(recipe, first)),
+            ("activation", activation(recipe)),
+        ]
         head: list[tuple[str, nn.Module]] = [("whiten", whiten), ("mix", nn.Sequential(OrderedDict(mix)))]
     else:
         head = [("prepare", conv_block(recipe, 3, first))]
@@ -119,11 +132,18 @@ def _convnet6(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str,
     linear = nn.Linear(n_in, n_classes, bias=False)
     # Unit variance of the head's weights, made up for by logit_scale.
     linear.weight.data /= linear.weight.data.std()
-    return [*layers, ("pool", nn.AdaptiveMaxPool2d(1)), ("flatten", nn.Flatten()), ("linear", linear), ("scale", Scale(recipe.logit_scale))]
+    return [
+        *layers,
+        ("pool", nn.AdaptiveMaxPool2d(1)),
+        ("flatten", nn.Flatten()),
+        ("linear", linear),
+        ("scale", Scale(recipe.logit_scale)),
+    ]
 
 
 def whiten_first_layer(model: Network, recipe: Recipe, images: Tensor) -> None:
-    """Fill the whitening layer from the patches of `images`, uint8 (N, 3, H, W), and freeze it; nothing to do without that layer."""
+    """Fill the whitening layer from the patches of `images`, uint8 (N, 3, H, W), and freeze it; nothing to do without
+    that layer."""
     if not recipe.whitening_size:
         return
     layer = model.layers.get_submodule("whiten")

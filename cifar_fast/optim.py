@@ -16,7 +16,8 @@ from cifar_fast.recipe import Recipe
 
 @dataclass(frozen=True)
 class PiecewiseLinear:
-    """A schedule as a value: straight lines through `(knots[i], values[i])`, constant before the first knot and after the last."""
+    """A schedule as a value: straight lines through `(knots[i], values[i])`, constant before the first knot and after
+    the last."""
 
     knots: tuple[float, ...]
     values: tuple[float, ...]
@@ -38,10 +39,11 @@ def lr_schedule(recipe: Recipe) -> PiecewiseLinear:
 
 @torch.no_grad()
 def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
-    """Return the matrices, (B, m, n), with their singular values brought near 1 by `steps` Newton-Schulz iterations, all at once.
+    """Return the matrices, (B, m, n), with their singular values brought near 1 by `steps` Newton-Schulz iterations,
+    all at once.
 
-    The quintic's coefficients favour the slope at zero over convergence: the singular values end within about 0.5 ... 1.5. Source: Keller
-    Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
+    The quintic's coefficients favour the slope at zero over convergence: the singular values end within about 0.5 ...
+    1.5. Source: Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
@@ -55,8 +57,8 @@ def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update of each convolution's filters is orthogonalised; the filters keep a fixed norm.
 
-    torch.optim.Muon takes matrices only. A filter bank (K, C, 3, 3) counts as a matrix (K, 9 C). Source: as `orthogonalise`, and
-    airbench94_muon for the norm of sqrt(K).
+    torch.optim.Muon takes matrices only. A filter bank (K, C, 3, 3) counts as a matrix (K, 9 C). Source: as
+    `orthogonalise`, and airbench94_muon for the norm of sqrt(K).
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
@@ -86,7 +88,8 @@ class Muon(torch.optim.Optimizer):
 
 
 class Lookahead:
-    """Slow weights that follow the fast ones, which then restart from the slow: unlike an EMA it changes what is trained.
+    """Slow weights that follow the fast ones, which then restart from the slow: unlike an EMA it changes what is
+    trained.
 
     Source: Zhang, Lucas, Hinton and Ba, "Lookahead optimizer: k steps forward, 1 step back", arXiv 1907.08610.
     """
@@ -105,7 +108,8 @@ class Lookahead:
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return the recipe's optimisers; each parameter group has its `peak_lr`, and those of the whitening bias `stop_epoch`.
+    """Return the recipe's optimisers; each parameter group has its `peak_lr`, and those of the whitening bias
+    `stop_epoch`.
 
     Weights and biases are groups of their own. Under `muon` the 3x3 filters are Muon's, the rest SGD's.
     """
@@ -115,11 +119,16 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     filters = [p for p in weights if p.ndim == 4] if recipe.optimizer == "muon" else []
     others = [p for p in weights if not any(p is f for f in filters)]
     slow = {"lr": recipe.peak_lr, "weight_decay": recipe.weight_decay}
-    fast = {"lr": recipe.peak_lr * recipe.bias_lr_scale, "weight_decay": recipe.weight_decay * recipe.bias_weight_decay_scale}
+    fast = {
+        "lr": recipe.peak_lr * recipe.bias_lr_scale,
+        "weight_decay": recipe.weight_decay * recipe.bias_weight_decay_scale,
+    }
     groups: list[dict[str, Any]] = [{"params": others, **slow}, {"params": biases, **fast}]
     if whitening:
         groups.append({"params": list(whitening.values()), **fast, "stop_epoch": recipe.whitening_bias_epochs})
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0)]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    ]
     if filters:
         optimizers.append(Muon(filters, lr=recipe.muon_lr, momentum=recipe.muon_momentum))
     for optimizer in optimizers:

@@ -1,4 +1,5 @@
-"""What a training run is made of: one flat, frozen `Recipe`, the named recipes, the ladder of tricks, and what differs between two."""
+"""What a training run is made of: one flat, frozen `Recipe`, the named recipes, the ladder of tricks, and what differs
+between two."""
 
 from __future__ import annotations
 
@@ -22,17 +23,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "convolution": ("auto", "direct", "winograd"),
 }
 POSITIVE = ("epochs", "global_batch_size", "n_shards", "peak_lr", "bn_momentum", "bn_eps", "celu_alpha", "logit_scale")
-NOT_NEGATIVE = (
-    "ghost_batch_size micro_batch_size whitening_size whitening_eps whitening_bias_epochs crop_padding cutout color_jitter label_smoothing warmup_fraction "
-    "start_lr_fraction final_lr_fraction flat_epochs momentum weight_decay bias_lr_scale bias_weight_decay_scale muon_lr muon_momentum "
-    "ema_decay lookahead_alpha"
-).split()
+NOT_NEGATIVE = """
+    ghost_batch_size micro_batch_size whitening_size whitening_eps whitening_bias_epochs crop_padding cutout
+    color_jitter label_smoothing warmup_fraction start_lr_fraction final_lr_fraction flat_epochs momentum
+    weight_decay bias_lr_scale bias_weight_decay_scale muon_lr muon_momentum ema_decay lookahead_alpha
+""".split()
 BELOW_ONE = "label_smoothing warmup_fraction momentum muon_momentum ema_decay lookahead_alpha color_jitter".split()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Everything that decides what a training run computes; a trick is a field, and its default is the trick's off value.
+    """Everything that decides what a training run computes; a trick is a field, and its default is the trick's off
+    value.
 
     Losses are means over images, so a learning rate means the same whatever the batch and the number of processes.
     `RecipeError` (a `ValueError`) says which field cannot be.
@@ -43,7 +45,8 @@ class Recipe:
 
     # The network
     network: Literal["resnet9", "convnet6"] = "resnet9"
-    """`resnet9` as Page (2018) and Apple (2019) have it; `convnet6`, three blocks of two convolutions, as airbench (arXiv 2404.00498) has it."""
+    """`resnet9` as Page (2018) and Apple (2019) have it; `convnet6`, three blocks of two convolutions, as airbench
+    (arXiv 2404.00498) has it."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each stage: four for `resnet9`, three for `convnet6`."""
     activation: Literal["relu", "celu", "gelu"] = "relu"
@@ -53,11 +56,14 @@ class Recipe:
     pool_position: Literal["after_activation", "before_activation", "before_norm"] = "after_activation"
     """Where max-pool stands. The first two compute the same function when the activation never falls (ReLU, CELU)."""
     conv_init: Literal["kaiming", "dirac"] = "kaiming"
-    """`dirac` makes the first output channels of each convolution copy its input, so that the signal passes from the first step on."""
+    """`dirac` makes the first output channels of each convolution copy its input, so that the signal passes from the
+    first step on."""
     whitening_size: int = 0
-    """Side in pixels of the patches that the fixed first convolution whitens; 0 has an ordinary learned convolution instead."""
+    """Side in pixels of the patches that the fixed first convolution whitens; 0 has an ordinary learned convolution
+    instead."""
     whitening_eps: float = 1e-2
-    """Added to each eigenvalue of the patch covariance before its square root divides: how much the faintest directions are held back."""
+    """Added to each eigenvalue of the patch covariance before its square root divides: how much the faintest
+    directions are held back."""
     whitening_bias_epochs: float = 0.0
     """Epochs during which the whitening layer's bias is learned (`convnet6` only)."""
     ghost_batch_size: int = 0
@@ -73,9 +79,11 @@ class Recipe:
 
     # The data
     preload: bool = True
-    """Keep the whole training set on the device and augment it there; off: cut and augment each batch on the CPU and send it."""
+    """Keep the whole training set on the device and augment it there; off: cut and augment each batch on the CPU and
+    send it."""
     n_shards: int = 1
-    """Fixed strided shards of the training set; a global batch holds as many images of each. Independent of the number of processes."""
+    """Fixed strided shards of the training set; a global batch holds as many images of each. Independent of the number
+    of processes."""
     global_batch_size: int = 512
     """Images per optimiser step, over all shards."""
     crop_padding: int = 4
@@ -87,7 +95,8 @@ class Recipe:
     color_jitter: float = 0.0
     """Largest relative change of contrast, and of brightness in standard deviations; 0 is off."""
     resolutions: tuple[int, ...] = ()
-    """Side in pixels of the training images, epoch by epoch (the last goes on); empty trains at the data set's own size."""
+    """Side in pixels of the training images, epoch by epoch (the last goes on); empty trains at the data set's own
+    size."""
 
     # The loss and the optimiser
     label_smoothing: float = 0.0
@@ -125,7 +134,8 @@ class Recipe:
     ema_every: int = 5
     """Steps between two updates of that average."""
     lookahead_alpha: float = 0.0
-    """Share of the way that Lookahead's slow weights go towards the fast ones, which then restart from there; 0 is off."""
+    """Share of the way that Lookahead's slow weights go towards the fast ones, which then restart from there; 0 is
+    off."""
     lookahead_every: int = 5
     """Steps between two such moves."""
     tta: Literal["none", "flip", "flip_shift"] = "none"
@@ -135,7 +145,8 @@ class Recipe:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the convolutions; `auto` takes what the device computes fastest."""
     micro_batch_size: int = 0
-    """Images whose activations are held at once, their gradients added up to the whole batch's; 0 is the whole batch. In ghost groups."""
+    """Images whose activations are held at once, their gradients added up to the whole batch's; 0 is the whole batch.
+    In ghost groups."""
     channels_last: bool = True
     """Store activations with the channels innermost."""
     convolution: Literal["auto", "direct", "winograd"] = "auto"
@@ -160,24 +171,37 @@ class Recipe:
                 raise RecipeError(f"{field}={getattr(self, field)!r} must be at least 1 step")
         n_widths = 4 if self.network == "resnet9" else 3
         if len(self.widths) != n_widths or min(self.widths, default=0) < 1:
-            raise RecipeError(f"widths={self.widths} must be {n_widths} positive channel counts for network={self.network!r}")
+            raise RecipeError(
+                f"widths={self.widths} must be {n_widths} positive channel counts for network={self.network!r}"
+            )
         if any(side < 16 for side in self.resolutions):
-            raise RecipeError(f"resolutions={self.resolutions} must be at least 16 pixels: the networks halve the image three times")
+            raise RecipeError(
+                f"resolutions={self.resolutions} must be at least 16 pixels: the networks halve the image three times"
+            )
         if self.network == "convnet6" and self.whitening_size == 0:
             raise RecipeError("network='convnet6' starts with patch whitening: set whitening_size=2 (or 3)")
         if self.flat_epochs > self.epochs * (1 - self.warmup_fraction):
-            raise RecipeError(f"flat_epochs={self.flat_epochs} leaves no time to come down: epochs={self.epochs}, warmup_fraction={self.warmup_fraction}")
+            raise RecipeError(
+                f"flat_epochs={self.flat_epochs} leaves no time to come down: epochs={self.epochs}, "
+                f"warmup_fraction={self.warmup_fraction}"
+            )
         if self.global_batch_size % self.n_shards:
-            raise RecipeError(f"global_batch_size={self.global_batch_size} does not divide into n_shards={self.n_shards}")
+            raise RecipeError(
+                f"global_batch_size={self.global_batch_size} does not divide into n_shards={self.n_shards}"
+            )
         if self.ghost_batch_size and self.local_batch_size % self.ghost_batch_size:
             raise RecipeError(
-                f"ghost_batch_size={self.ghost_batch_size} does not divide the local batch of {self.local_batch_size} images "
-                f"(global_batch_size={self.global_batch_size} over n_shards={self.n_shards})"
+                f"ghost_batch_size={self.ghost_batch_size} does not divide the local batch of "
+                f"{self.local_batch_size} images (global_batch_size={self.global_batch_size} over n_shards={self.n_shards})"
             )
-        if self.micro_batch_size % self.norm_group_size or self.micro_batch_size and self.global_batch_size % self.micro_batch_size:
+        if (
+            self.micro_batch_size % self.norm_group_size
+            or self.micro_batch_size
+            and self.global_batch_size % self.micro_batch_size
+        ):
             raise RecipeError(
-                f"micro_batch_size={self.micro_batch_size} must hold whole norm groups of {self.norm_group_size} images and divide "
-                f"global_batch_size={self.global_batch_size}"
+                f"micro_batch_size={self.micro_batch_size} must hold whole norm groups of {self.norm_group_size} images "
+                f"and divide global_batch_size={self.global_batch_size}"
             )
 
     @property
@@ -192,11 +216,14 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, ready for JSON."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()}
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in dataclasses.asdict(self).items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Build a recipe from plain values, as `to_dict` gives them; raise `RecipeError` for a field that does not exist."""
+        """Build a recipe from plain values, as `to_dict` gives them; raise `RecipeError` for a field that does not
+        exist."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise RecipeError(f"unknown recipe field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
@@ -209,7 +236,9 @@ def _is_number(value: object) -> bool:
 
 def changed_fields(a: Recipe, b: Recipe) -> dict[str, tuple[Any, Any]]:
     """Return each field in which two recipes differ, other than the name, as `(value in a, value in b)`."""
-    pairs = {field.name: (getattr(a, field.name), getattr(b, field.name)) for field in fields(Recipe) if field.name != "name"}
+    pairs = {
+        field.name: (getattr(a, field.name), getattr(b, field.name)) for field in fields(Recipe) if field.name != "name"
+    }
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -234,7 +263,12 @@ def ladder() -> tuple[Rung, ...]:
     """
     steps: list[tuple[Literal["trick", "retune"], str, str, dict[str, Any]]] = [
         ("trick", "preload_2019", "preprocessing and augmentation on the device", {"preload": True}),
-        ("trick", "pool_before_activation_2019", "max-pool before the activation (the same function)", {"pool_position": "before_activation"}),
+        (
+            "trick",
+            "pool_before_activation_2019",
+            "max-pool before the activation (the same function)",
+            {"pool_position": "before_activation"},
+        ),
         ("trick", "pool_before_norm_2019", "max-pool before norm and activation", {"pool_position": "before_norm"}),
         ("retune", "pool_before_norm_retuned_2019", "one epoch more", {"epochs": 25.0}),
         ("trick", "label_smoothing_2019", "label smoothing", {"label_smoothing": 0.2}),
@@ -242,9 +276,19 @@ def ladder() -> tuple[Rung, ...]:
         ("trick", "celu_2019", "CELU", {"activation": "celu"}),
         ("retune", "celu_retuned_2019", "three epochs fewer", {"epochs": 20.0}),
         ("trick", "ghost_batch_norm_2019", "ghost batch norm", {"ghost_batch_size": 32}),
-        ("retune", "ghost_batch_norm_retuned_2019", "two epochs fewer at a higher learning rate", {"epochs": 18.0, "peak_lr": 0.6}),
+        (
+            "retune",
+            "ghost_batch_norm_retuned_2019",
+            "two epochs fewer at a higher learning rate",
+            {"epochs": 18.0, "peak_lr": 0.6},
+        ),
         ("trick", "frozen_scale_2019", "frozen batch-norm scales", {"freeze_bn_scale": True}),
-        ("retune", "frozen_scale_rescaled_2019", "CELU and logits rescaled to a scale of 1", {"celu_alpha": 0.3, "logit_scale": 1 / 16}),
+        (
+            "retune",
+            "frozen_scale_rescaled_2019",
+            "CELU and logits rescaled to a scale of 1",
+            {"celu_alpha": 0.3, "logit_scale": 1 / 16},
+        ),
         ("trick", "bias_lr_2019", "faster biases", {"bias_lr_scale": 16.0}),
         (
             "retune",
@@ -253,9 +297,19 @@ def ladder() -> tuple[Rung, ...]:
             {"bias_lr_scale": 64.0, "bias_weight_decay_scale": 1 / 64, "epochs": 17.0},
         ),
         ("trick", "whitening_2019", "patch whitening", {"whitening_size": 3}),
-        ("retune", "whitening_retuned_2019", "three epochs fewer, higher learning rate, smaller cutout", {"epochs": 14.0, "peak_lr": 1.0, "cutout": 5}),
+        (
+            "retune",
+            "whitening_retuned_2019",
+            "three epochs fewer, higher learning rate, smaller cutout",
+            {"epochs": 14.0, "peak_lr": 1.0, "cutout": 5},
+        ),
         ("trick", "ema_2019", "exponential moving average of the weights", {"ema_decay": 0.99}),
-        ("retune", "ema_retuned_2019", "one epoch fewer, flat at the end", {"epochs": 13.0, "flat_epochs": 2.0, "final_lr_fraction": 0.1}),
+        (
+            "retune",
+            "ema_retuned_2019",
+            "one epoch fewer, flat at the end",
+            {"epochs": 13.0, "flat_epochs": 2.0, "final_lr_fraction": 0.1},
+        ),
         ("trick", "flip_tta_2019", "flip at test time", {"tta": "flip"}),
         ("retune", "page_2019", "three epochs fewer, no cutout", {"epochs": 10.0, "cutout": 0}),
     ]
@@ -266,7 +320,8 @@ def ladder() -> tuple[Rung, ...]:
 
 
 def apple_8gpu() -> Recipe:
-    """Return the 8-GPU recipe of Apple's `ml-cifar-10-faster` (2019): published mean 7.81 s on 8 V100, median accuracy 94.19 %."""
+    """Return the 8-GPU recipe of Apple's `ml-cifar-10-faster` (2019): published mean 7.81 s on 8 V100, median accuracy
+    94.19 %."""
     return replace(
         page_2019(),
         name="apple_8gpu",
@@ -336,11 +391,16 @@ def laptop() -> Recipe:
 
 def smoke() -> Recipe:
     """Return a recipe of seconds, for tests: it shows that everything runs, not what can be reached."""
-    return replace(speedrun(), name="smoke", widths=(16, 32, 32), logit_scale=1 / 32, global_batch_size=320, epochs=2.0, tta="flip")
+    return replace(speedrun(), name="smoke", widths=(16, 32, 32), global_batch_size=320, epochs=2.0, tta="flip")
 
 
 def _recipes() -> dict[str, Callable[[], Recipe]]:
-    named: dict[str, Callable[[], Recipe]] = {"laptop": laptop, "speedrun": speedrun, "apple_8gpu": apple_8gpu, "smoke": smoke}
+    named: dict[str, Callable[[], Recipe]] = {
+        "laptop": laptop,
+        "speedrun": speedrun,
+        "apple_8gpu": apple_8gpu,
+        "smoke": smoke,
+    }
     return named
 
 

@@ -1,7 +1,7 @@
 """What a training run leaves behind: `RunResult` in memory, a run folder on disk.
 
-A run folder holds `recipe.json`, `environment.json`, `epochs.jsonl` and `timing_log.tsv` (each grows by a line an epoch, so that an
-interrupted run keeps them), and, once the run has finished, `result.json` and `weights.safetensors`.
+A run folder holds `recipe.json`, `environment.json`, `epochs.jsonl` and `timing_log.tsv` (each grows by a line an
+epoch, so that an interrupted run keeps them), and, once the run has finished, `result.json` and `weights.safetensors`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from cifar_fast.recipe import Recipe
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch: losses are means over images, accuracies shares 0 ... 1, `train_seconds` counts from the start of the run."""
+    """One epoch: losses are means over images, accuracies shares 0 ... 1, `train_seconds` counts from the start of the
+    run."""
 
     epoch: int
     """Epochs done, from 1."""
@@ -55,6 +56,8 @@ class RunResult:
     total_seconds: float
     first_step_seconds: float
     """From the start of the command (or of the call) to the first training step."""
+    peak_memory_gb: float
+    """Largest resident memory of the process, in 1e9 bytes; in a notebook that of the whole kernel."""
     model: Network = field(repr=False)
     """The network that was evaluated: the averaged one where the recipe averages."""
 
@@ -77,6 +80,7 @@ class RunResult:
             "evaluate_seconds": self.evaluate_seconds,
             "total_seconds": self.total_seconds,
             "first_step_seconds": self.first_step_seconds,
+            "peak_memory_gb": self.peak_memory_gb,
             "seed": self.seed,
             "dataset": self.dataset,
             "environment": self.environment,
@@ -88,14 +92,20 @@ class RunResult:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write `values` to `path`, whole or not at all."""
     partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 class RunFolder:
     """The folder of one run, made before training starts and filled as it goes on."""
 
-    def __init__(self, path: Path | str, recipe: Recipe, dataset: Mapping[str, Any], environment: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path | str, recipe: Recipe, dataset: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> None:
         """Make the folder; raise `RunError` when it exists or cannot be written."""
         self.path = Path(path)
         try:
@@ -104,18 +114,26 @@ class RunFolder:
             write_json(self.path / "environment.json", {"dataset": dict(dataset), **environment})
             (self.path / "timing_log.tsv").write_text("epoch\thours\ttop1Accuracy\n")
         except FileExistsError as error:
-            raise RunError(f"{self.path} exists already; choose another --out, or remove it: a run never overwrites another") from error
+            raise RunError(
+                f"{self.path} exists already; choose another --out, or remove it: a run never overwrites another"
+            ) from error
         except OSError as error:
-            raise RunError(f"the run folder {self.path} cannot be written: {error.strerror}; choose another with --out") from error
+            raise RunError(
+                f"the run folder {self.path} cannot be written: {error.strerror}; choose another with --out"
+            ) from error
 
     def log(self, epoch: EpochResult) -> None:
         """Append one epoch to the logs and flush them to disk."""
         try:
             self._append("epochs.jsonl", json.dumps(asdict(epoch)))
             # The columns of DAWNBench: hours of training, accuracy in per cent.
-            self._append("timing_log.tsv", f"{epoch.epoch}\t{epoch.train_seconds / 3600:.8f}\t{100 * epoch.test_accuracy:.2f}")
+            self._append(
+                "timing_log.tsv", f"{epoch.epoch}\t{epoch.train_seconds / 3600:.8f}\t{100 * epoch.test_accuracy:.2f}"
+            )
         except OSError as error:
-            raise RunError(f"the log in {self.path} cannot be written: {error.strerror}; free some space and start again") from error
+            raise RunError(
+                f"the log in {self.path} cannot be written: {error.strerror}; free some space and start again"
+            ) from error
 
     def _append(self, name: str, line: str) -> None:
         with open(self.path / name, "a") as file:
@@ -132,7 +150,9 @@ class RunFolder:
             write_json(self.path / "result.json", result.to_dict())
         except (OSError, SafetensorError) as error:
             partial.unlink(missing_ok=True)
-            raise RunError(f"the result cannot be written to {self.path}: {error}; its logs are there, free some space and run again") from error
+            raise RunError(
+                f"the result cannot be written to {self.path}: {error}; its logs are there; make space and run again"
+            ) from error
 
 
 def save_run(result: RunResult, path: Path | str) -> None:
@@ -144,13 +164,14 @@ def save_run(result: RunResult, path: Path | str) -> None:
 
 
 def load_run(path: Path | str) -> RunResult:
-    """Read a run folder back, the network on the CPU; raise `RunError` when it is incomplete or its weights do not fit its recipe."""
+    """Read a run folder back, the network on the CPU; raise `RunError` when it is incomplete or its weights do not fit
+    its recipe."""
     folder = Path(path)
     try:
         values = json.loads((folder / "result.json").read_text())
         weights = load_file(folder / "weights.safetensors")
     except FileNotFoundError as error:
-        raise RunError(f"{folder} is not a finished run: {error.filename} is missing; train one with --out {folder}") from error
+        raise RunError(f"{folder} is not a finished run ({error}); train it again to another folder") from error
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise RunError(f"the run in {folder} cannot be read: {error}; train it again") from error
     try:
@@ -158,12 +179,23 @@ def load_run(path: Path | str) -> RunResult:
         epochs = [EpochResult(**epoch) for epoch in values["epochs"]]
         model = build_model(recipe, len(values["dataset"]["classes"]), torch.zeros(3), torch.ones(3))
         model.load_state_dict(weights)
+        model.eval()
+        clocks = {
+            key: values[key]
+            for key in ("train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds", "peak_memory_gb")
+        }
+        return RunResult(
+            recipe=recipe,
+            dataset=values["dataset"],
+            environment=values["environment"],
+            seed=values["seed"],
+            epochs=epochs,
+            model=model,
+            **clocks,
+        )
     except (KeyError, TypeError) as error:
-        raise RunError(f"result.json in {folder} lacks or has too much of {error}; it was not written by this version") from error
+        raise RunError(
+            f"result.json in {folder} lacks or has too much of {error}; it was not written by this version"
+        ) from error
     except RuntimeError as error:
         raise RunError(f"the weights in {folder} do not fit its recipe {recipe.name!r}: {error}") from error
-    model.eval()
-    clocks = {key: values[key] for key in ("train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds")}
-    return RunResult(
-        recipe=recipe, dataset=values["dataset"], environment=values["environment"], seed=values["seed"], epochs=epochs, model=model, **clocks
-    )

@@ -1,12 +1,14 @@
 """The clocks, and what each of them counts.
 
-`train_seconds` is DAWNBench's: from the first byte sent to the device to the last step; transfer, preprocessing, whitening and
-augmentation included, validation and warm-up left out. `evaluate_seconds` is the validation. `total_seconds` runs from the start of
-the command (or of the call) to the trained and evaluated model: imports, loading, compilation, everything.
+`train_seconds` is DAWNBench's: from the first byte sent to the device to the last step; transfer, preprocessing,
+whitening and augmentation included, validation and warm-up left out. `evaluate_seconds` is the validation.
+`total_seconds` runs from the start of the command (or of the call) to the trained and evaluated model: imports,
+loading, compilation, everything.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,3 +46,13 @@ class Clock:
 def process_start() -> float:
     """Return when this process was started, in seconds since the epoch, as `time.time` counts."""
     return psutil.Process().create_time()
+
+
+def peak_memory() -> int:
+    """Return the largest resident memory that this process has had so far, in bytes."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # there is none on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes on Linux

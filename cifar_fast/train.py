@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from cifar_fast.model import Network, build_model, whiten_first_layer
 from cifar_fast.optim import Lookahead, build_optimizers, lr_schedule, set_learning_rates
 from cifar_fast.recipe import Recipe
 from cifar_fast.result import EpochResult, RunFolder, RunResult
-from cifar_fast.timing import Clock
+from cifar_fast.timing import Clock, peak_memory
 
 WHITENING_IMAGES = 10_000
 
@@ -40,40 +41,31 @@ def train(
 ) -> RunResult:
     """Train the recipe's network on `data` in this process, and evaluate it after every epoch.
 
-    `device`: `cpu`, `cuda`, ... or None for the best there is. `out`: a new folder for logs and weights. `started`: when the command began
-    (`time.time`), for `total_seconds`; else this call. Each epoch but the last is evaluated on single views, the last with the recipe's
-    `tta`. `on_epoch` is called with each epoch's result.
+    `device`: `cpu`, `cuda`, ... or None for the best there is. `out`: a new folder for logs and weights. `started`:
+    when the command began (`time.time`), for `total_seconds`; else this call. Each epoch but the last is evaluated on
+    single views, the last with the recipe's `tta`. `on_epoch` is called with each epoch's result.
 
-    The same seed on the same device with the same threads gives the same weights, bit for bit, on a CPU. Raises `TrainingError` when the
-    loss is not finite, `RecipeError` when the recipe does not fit the data, `RunError` when `out` cannot be written.
+    The same seed on the same device with the same threads gives the same weights, bit for bit, on a CPU. Raises
+    `TrainingError` when the loss is not finite, `RecipeError` when the recipe does not fit the data, `RunError` when
+    `out` cannot be written.
     """
     started = time.time() if started is None else started
     on = select_device(device)
     keep_freed_memory()
     numerics = choose_numerics(recipe, on)
-    about_data = {"name": data.name, "fingerprint": data.fingerprint, "n_train": len(data.train_labels), "n_test": len(data.test_labels)}
-    about_data["classes"] = list(data.classes)
-    machine = environment(on) | {
-        "precision": str(numerics.dtype).removeprefix("torch."),
-        "convolution": "winograd" if numerics.winograd else "direct",
-        "numerics_reason": numerics.reason,
-    }
+    machine = environment(on) | numerics.describe()
+    folder = RunFolder(out, recipe, data.describe(), machine) if out is not None else None
     train_clock, evaluate_clock = Clock(on), Clock(on)
 
     with train_clock.running():  # from the first byte sent to the device
         mean, std = pixel_statistics(data.train_images)
-        model = build_model(recipe, len(data.classes), mean, std, winograd=numerics.winograd, seed=seed).to(on)
-        if recipe.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+        model = build_model(recipe, data.n_classes, mean, std, winograd=numerics.winograd, seed=seed).to(on)
+        model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
         batches = TrainBatches(data.train_images, data.train_labels, recipe, device=on, mean=mean, std=std, seed=seed)
         whiten_first_layer(model, recipe, data.train_images[:WHITENING_IMAGES].to(on))
         optimizers, schedule = build_optimizers(model, recipe), lr_schedule(recipe)
         ema = EMA(model, recipe.ema_decay**recipe.ema_every) if recipe.ema_decay else None
         lookahead = Lookahead(model, recipe.lookahead_alpha) if recipe.lookahead_alpha else None
-        # The mean loss of a batch has gradients too small for float16; the sum, as the original recipes had it, has not.
-        loss_scale = recipe.global_batch_size if numerics.dtype == torch.float16 else 1
-    micro_batch = recipe.micro_batch_size or recipe.global_batch_size
-    folder = RunFolder(out, recipe, about_data, machine) if out is not None else None
 
     evaluated = ema.model if ema else model
     epochs: list[EpochResult] = []
@@ -81,24 +73,13 @@ def train(
     first_step_seconds = time.time() - started
     with tqdm(total=total_steps, desc=f"{recipe.name} on {data.name}", unit="step", disable=not progress) as bar:
         for epoch in range(math.ceil(recipe.epochs)):
-            losses: list[Tensor] = []
-            correct: list[Tensor] = []
+            losses, correct = [], []
             with train_clock.running():
                 freeze_whitening_bias(model, epoch >= recipe.whitening_bias_epochs)
-                for images, labels in batches.epoch(epoch):
-                    if step == total_steps:
-                        break
-                    loss, hits = torch.zeros((), device=on), torch.zeros((), device=on)
-                    for part, target in zip(images.split(micro_batch), labels.split(micro_batch), strict=True):
-                        with torch.autocast(on.type, numerics.dtype, enabled=numerics.dtype != torch.float32):
-                            logits = model(part)
-                        part_loss = F.cross_entropy(logits.float(), target, label_smoothing=recipe.label_smoothing) * len(part) / len(images)
-                        (part_loss * loss_scale).backward()
-                        loss += part_loss.detach()
-                        hits += (logits.detach().argmax(1) == target).sum()
+                for images, labels in islice(batches.epoch(epoch), total_steps - step):
+                    loss, hits = forward_backward(model, images, labels, recipe, numerics.dtype)
                     set_learning_rates(optimizers, schedule, step / batches.steps_per_epoch)
                     for optimizer in optimizers:
-                        unscale(optimizer, loss_scale)
                         optimizer.step()
                         optimizer.zero_grad()
                     step += 1
@@ -108,10 +89,9 @@ def train(
                         lookahead.move()
                     losses.append(loss)
                     correct.append(hits)
-                    if on.type == "cpu":  # on a GPU reading the loss would make it wait at every step
-                        require_finite(losses, step, schedule(step / batches.steps_per_epoch) * recipe.peak_lr)
+                    if on.type == "cpu" or step % batches.steps_per_epoch == 0:  # reading it makes a GPU wait
+                        require_finite(loss, step, optimizers)
                     bar.update()
-                require_finite(losses, step, schedule(step / batches.steps_per_epoch) * recipe.peak_lr)
             tta = recipe.tta if step == total_steps else "none"
             with evaluate_clock.running():
                 test = evaluate(evaluated, data.test_images, data.test_labels, tta=tta, dtype=numerics.dtype)
@@ -134,7 +114,7 @@ def train(
 
     result = RunResult(
         recipe=recipe,
-        dataset=about_data,
+        dataset=data.describe(),
         environment=machine,
         seed=seed,
         epochs=epochs,
@@ -142,6 +122,7 @@ def train(
         evaluate_seconds=evaluate_clock.seconds,
         total_seconds=time.time() - started,
         first_step_seconds=first_step_seconds,
+        peak_memory_gb=peak_memory() / 1e9,
         model=evaluated,
     )
     if folder:
@@ -149,25 +130,43 @@ def train(
     return result
 
 
+def forward_backward(
+    model: Network, images: Tensor, labels: Tensor, recipe: Recipe, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Leave the gradients of the batch's mean loss in the parameters; return that loss and the number of images hit.
+
+    `images`: (N, 3, H, W), normalised; `labels`: int64 (N,). The convolutions compute in `dtype`. With
+    `micro_batch_size` only that many images' activations exist at a time; the gradients add up to the same.
+    """
+    size = recipe.micro_batch_size or len(images)
+    # A mean loss has gradients too small for float16; those of the sum, which the original recipes took, are not.
+    loss_scale = len(images) if dtype == torch.float16 else 1
+    loss, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+    for part, target in zip(images.split(size), labels.split(size), strict=True):
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            logits = model(part)
+        smoothing = recipe.label_smoothing
+        part_loss = F.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing) / len(images)
+        (part_loss * loss_scale).backward()
+        loss += part_loss.detach()
+        hits += (logits.detach().argmax(1) == target).sum()
+    if loss_scale != 1:
+        torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], loss_scale)
+    return loss, hits
+
+
 def freeze_whitening_bias(model: Network, frozen: bool) -> None:
-    """Stop or go on learning the whitening layer's bias; without it nothing need be computed backwards through the first block."""
+    """Stop or go on learning the whitening bias; frozen, nothing need be computed back through the first block."""
     for name, p in model.named_parameters():
         if name.endswith("whiten.bias"):
             p.requires_grad = not frozen
 
 
-def unscale(optimizer: torch.optim.Optimizer, loss_scale: float) -> None:
-    """Divide the gradients by the factor that the loss was multiplied by."""
-    if loss_scale != 1:
-        torch._foreach_div_([p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None], loss_scale)
-
-
-def require_finite(losses: list[Tensor], step: int, learning_rate: float) -> None:
-    """Raise `TrainingError` with step, learning rate and advice when the newest loss is not a finite number."""
-    if losses and not math.isfinite(value := losses[-1].item()):
+def require_finite(loss: Tensor, step: int, optimizers: list[torch.optim.Optimizer]) -> None:
+    """Raise `TrainingError` with step, learning rates and advice when the loss is not a finite number."""
+    if not math.isfinite(value := loss.item()):
+        rates = ", ".join(f"{group['lr']:.3g}" for optimizer in optimizers for group in optimizer.param_groups)
         raise TrainingError(
-            f"the loss is {value} at step {step}, with a learning rate of {learning_rate:.3g}: training has diverged; "
+            f"the loss is {value} at step {step}, with learning rates of {rates}: training has diverged; "
             "lower peak_lr (or muon_lr), raise warmup_fraction, or try precision=float32"
         )
-
-

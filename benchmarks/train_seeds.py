@@ -1,0 +1,79 @@
+"""Trains a recipe once for each seed, each run a fresh command, and files what they reached.
+
+    python benchmarks/train_seeds.py --recipe laptop --seeds 0 1 2 --out benchmarks/results/laptop
+
+Writes results.jsonl (a line a run: result, clocks, peak memory, environment, commit; appended as each run ends),
+summary.json (drawn from all lines there), timing_log.tsv and learning_curve.png of the first run.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FIGURES = ("accuracy", "train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds", "peak_memory_gb")
+
+
+def commit() -> str:
+    """Return the commit that is checked out, marked when files of the package differ from it."""
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "cifar_fast"]).returncode
+    return revision + ("-changed" if changed else "")
+
+
+def summarise(runs: list[dict]) -> dict:
+    """Return n, mean with its 95 % interval (Student's t), min, median and max of each figure over `runs`."""
+    # Two-sided 97.5 % quantiles of Student's t by degrees of freedom; past ten the normal one is close enough.
+    t = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
+    summary: dict = {"n": len(runs), "recipe": runs[0]["recipe"]["name"], "data set": runs[0]["dataset"]["name"]}
+    for figure in FIGURES:
+        values = [run[figure] for run in runs]
+        spread = (
+            t.get(len(values) - 1, 1.96) * statistics.stdev(values) / math.sqrt(len(values))
+            if len(values) > 1
+            else None
+        )
+        summary[figure] = {
+            "mean": statistics.mean(values),
+            "mean_95_percent_half_width": spread,
+            "min": min(values),
+            "median": statistics.median(values),
+            "max": max(values),
+        }
+    summary["commits"] = sorted({run["commit"] for run in runs})
+    summary["environment"] = runs[0]["environment"]
+    return summary
+
+
+def main() -> None:
+    """Train, one seed after the other."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="laptop")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results = arguments.out / "results.jsonl"
+    for seed in arguments.seeds:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "run"
+            command = [sys.executable, "-m", "cifar_fast", "train", "--recipe", arguments.recipe, "--seed", str(seed)]
+            subprocess.run([*command, "--out", str(folder)], check=True)
+            run = json.loads((folder / "result.json").read_text()) | {"commit": commit()}
+            if not results.exists():
+                for name in ("timing_log.tsv", "learning_curve.png"):
+                    shutil.copy(folder / name, arguments.out / name)
+            with results.open("a") as lines:
+                lines.write(json.dumps(run) + "\n")
+    runs = [json.loads(line) for line in results.read_text().splitlines()]
+    (arguments.out / "summary.json").write_text(json.dumps(summarise(runs), indent=2) + "\n")
+    print(json.dumps(summarise(runs), indent=2))
+
+
+if __name__ == "__main__":
+    main()
