@@ -1,4 +1,4 @@
-"""The public names of the package; those that need torch are loaded when they are first used, so that importing it is quick."""
+"""The public names of the package; those that need torch are loaded on first use, so that importing it is quick."""
 
 from __future__ import annotations
 

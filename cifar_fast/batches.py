@@ -115,7 +115,8 @@ class TrainBatches:
         if smallest < recipe.local_batch_size:
             raise RecipeError(
                 f"a batch of {recipe.local_batch_size} images cannot be drawn from a shard of {smallest}: "
-                f"{len(images)} training images in n_shards={recipe.n_shards}; lower global_batch_size={recipe.global_batch_size} or n_shards"
+                f"{len(images)} training images in n_shards={recipe.n_shards}; lower "
+                f"global_batch_size={recipe.global_batch_size} or n_shards"
             )
         self.steps_per_epoch = smallest // recipe.local_batch_size
         self.side = images.shape[-1]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+
+from cifar_fast.model import Network
 
 
 class EMA:
@@ -14,13 +15,13 @@ class EMA:
     Source: Polyak and Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Network, decay: float) -> None:
         """Start from the weights of `model`; each `update` keeps `decay` of the average, 0 ... 1."""
         self.decay = decay
         self.model = copy.deepcopy(model).requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: Network) -> None:
         """Move the average towards the weights that `model` has now."""
         for average, value in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
             if average.is_floating_point():

@@ -192,7 +192,8 @@ class Recipe:
         if self.ghost_batch_size and self.local_batch_size % self.ghost_batch_size:
             raise RecipeError(
                 f"ghost_batch_size={self.ghost_batch_size} does not divide the local batch of "
-                f"{self.local_batch_size} images (global_batch_size={self.global_batch_size} over n_shards={self.n_shards})"
+                f"{self.local_batch_size} images (global_batch_size={self.global_batch_size} over "
+                f"n_shards={self.n_shards})"
             )
         if (
             self.micro_batch_size % self.norm_group_size
@@ -200,8 +201,8 @@ class Recipe:
             and self.global_batch_size % self.micro_batch_size
         ):
             raise RecipeError(
-                f"micro_batch_size={self.micro_batch_size} must hold whole norm groups of {self.norm_group_size} images "
-                f"and divide global_batch_size={self.global_batch_size}"
+                f"micro_batch_size={self.micro_batch_size} must hold whole norm groups of {self.norm_group_size} "
+                f"images and divide global_batch_size={self.global_batch_size}"
             )
 
     @property
@@ -227,7 +228,8 @@ class Recipe:
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise RecipeError(f"unknown recipe field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        plain: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**plain)
 
 
 def _is_number(value: object) -> bool:

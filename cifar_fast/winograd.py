@@ -28,6 +28,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,21 +72,22 @@ def winograd_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """
     if not _suits(x, weight):
         return F.conv2d(x, weight, padding=1)
-    return WinogradConv2d.apply(x, weight)  # pyright: ignore[reportReturnType]
+    return WinogradConv2d.apply(x, weight)
 
 
 class WinogradConv2d(torch.autograd.Function):
     """The convolution with its two gradients; call `winograd_conv2d`, which checks that the arguments fit."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """Convolve."""
         ctx.save_for_backward(x, weight)
         return _convolve(x, _transform_weight(weight), weight.shape[0])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:  # noqa: D102  # pyright:
-    ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients of x and weight, each only if it is asked for."""
         x, weight = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = dw = None
