@@ -1,0 +1,462 @@
+"""The command line: arguments become calls of the package, their results become text; nothing is computed here.
+
+Only what is quick to load is imported at the top, so that help and mistakes in the arguments do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro import conf
+
+from cifar_fast import recipe as recipes
+from cifar_fast.errors import TrainingError, UserError
+from cifar_fast.recipe import Recipe, changed_fields
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cifar_fast.data import Dataset
+    from cifar_fast.evaluate import Evaluation
+    from cifar_fast.result import EpochResult, RunResult
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+
+DataOption = Annotated[str | None, conf.arg(metavar="PATH|synthetic")]
+MirrorOption = Annotated[tuple[str, ...], conf.arg(metavar="URL"), conf.UseAppendAction]
+DeviceOption = Annotated[str | None, conf.arg(metavar="cpu|cuda|cuda:N")]
+Switch = Annotated[bool, conf.FlagCreatePairsOff]
+
+
+@dataclass(kw_only=True)
+class Train:
+    """Train a network and say how well and how fast; every field of the recipe is an option.
+
+    Without --recipe the hardware decides: `speedrun` with a GPU, `laptop` without.
+    """
+
+    recipe: Annotated[str | None, conf.arg(metavar="NAME")] = None
+    """Recipe to start from: laptop, speedrun, apple_8gpu, smoke, or a rung of the ladder such as page_2019."""
+    data: DataOption = None
+    """Folder of the data set, or `synthetic` (embedded). Default: CIFAR_FAST_DATA, the cache folder, a download."""
+    mirror: MirrorOption = ()
+    """Another place to download CIFAR-10 from; may be given more than once."""
+    seed: int = 0
+    """Seed of all random choices."""
+    out: Annotated[Path | None, conf.arg(metavar="FOLDER")] = None
+    """New folder for logs, result and weights. Default: runs/NAME-seedN-DATE-TIME."""
+    device: DeviceOption = None
+    """Where to train. Default: the first GPU, else the CPU."""
+    quiet: Switch = False
+    """Print the result alone."""
+    fields: Annotated[Recipe, conf.arg(name=""), conf.FlagConversionOff]
+
+    def run(self) -> int:
+        """Train, save, print a table."""
+        from tqdm.auto import tqdm
+
+        from cifar_fast.timing import process_start
+        from cifar_fast.train import train
+
+        if self.seed < 0:
+            raise UserError(f"--seed {self.seed} must be at least 0")
+        base, why = base_recipe(self.recipe, self.device)
+        recipe = self.fields
+        changes = changed_fields(base, recipe)
+        if changes and recipe.name == base.name:
+            recipe = replace(
+                recipe, name=f"{base.name}-changed"
+            )  # so that its results are not filed among the original's
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        out = self.out or Path("runs") / f"{recipe.name}-seed{self.seed}-{stamp}"
+        if not self.quiet:
+            print(f"recipe: {base.name} ({why})")
+            for field, (before, after) in changes.items():
+                print(f"  {field}: {before} -> {after}")
+        data = open_data(self.data, self.mirror)
+        if not self.quiet:
+            print(f"data set: {data.name} ({data.source})\nrun folder: {out}", flush=True)
+
+        logged: list[EpochResult] = []
+
+        def on_epoch(epoch: EpochResult) -> None:
+            logged.append(epoch)
+            if not self.quiet:
+                tqdm.write(
+                    f"epoch {epoch.epoch:3}  {epoch.train_seconds:8.2f} s  test accuracy {percent(epoch.test_accuracy)}"
+                )
+
+        try:
+            result = train(
+                recipe,
+                data,
+                device=self.device,
+                seed=self.seed,
+                out=out,
+                progress=not self.quiet and sys.stderr.isatty(),  # in a log file each epoch's line is enough
+                started=process_start(),
+                on_epoch=on_epoch,
+            )
+        except KeyboardInterrupt:
+            kept = f"{len(logged)} finished epochs are logged in {out}" if logged else "no epoch was finished"
+            print(f"\ninterrupted: {kept}", file=sys.stderr)
+            return 130
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {len(logged)} finished epochs are logged in {out}") from error
+        print(result_table(result, out))
+        save_learning_curve(result, out)
+        return 0
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Evaluate a trained network: accuracy, loss, and which classes it takes for which."""
+
+    run_folder: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
+    """Folder of a finished run."""
+    data: DataOption = None
+    """Folder of the data set, or `synthetic`. Default: as for `train`; `synthetic` where the run was trained on it."""
+    mirror: MirrorOption = ()
+    """Another place to download CIFAR-10 from; may be given more than once."""
+    tta: Literal["none", "flip", "flip_shift"] | None = None
+    """Test-time augmentation. Default: the recipe's."""
+    device: DeviceOption = None
+    """Where to compute. Default: the first GPU, else the CPU."""
+
+    def run(self) -> int:
+        """Evaluate and print two tables."""
+        from cifar_fast.data import SYNTHETIC, load_cifar10, synthetic
+        from cifar_fast.device import select_device
+        from cifar_fast.evaluate import evaluate
+        from cifar_fast.result import load_run
+
+        result = load_run(self.run_folder)
+        trained_on = result.dataset
+        use_synthetic = self.data == SYNTHETIC or (self.data is None and trained_on["name"] == SYNTHETIC)
+        data = synthetic() if use_synthetic else load_cifar10(self.data, mirrors=self.mirror)
+        n_known = len(trained_on["classes"])
+        if data.n_classes != n_known:
+            raise UserError(
+                f"the network in {self.run_folder} knows {n_known} classes and {data.name} has {data.n_classes}; "
+                f"name the data set it was trained on ({trained_on['name']}) with --data"
+            )
+        tta = self.tta or result.recipe.tta
+        device = select_device(self.device)
+        found = evaluate(result.model.to(device), data.test_images, data.test_labels, tta=tta)
+        then = f"{percent(result.accuracy)} (TTA: {result.recipe.tta})"
+        rows = [
+            ("run", str(self.run_folder)),
+            ("recipe", result.recipe.name),
+            ("data set", f"{data.name}, {len(data.test_labels):,} test images"),
+            ("accuracy", f"{percent(found.accuracy)} (TTA: {tta})"),
+            ("loss", f"{found.loss:.4f}"),
+            ("when trained", f"{then} in {result.environment['precision']}; here in float32"),
+        ]
+        print(table(rows))
+        if data.fingerprint != trained_on["fingerprint"]:
+            print(
+                f"note: these are not the data of the run: {data.name} has the fingerprint {data.fingerprint}, "
+                f"the run's {trained_on['name']} has {trained_on['fingerprint']}"
+            )
+        if list(data.classes) != trained_on["classes"]:
+            print(f"note: the network's classes have other names: {', '.join(trained_on['classes'])}")
+        print("\n" + class_table(found, data.classes))
+        return 0
+
+
+@dataclass(kw_only=True)
+class Predict:
+    """Say what is in pictures of any size: the centre square is scaled down to 32x32 pixels."""
+
+    run_folder: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
+    """Folder of a finished run."""
+    images: Annotated[conf.Positional[tuple[Path, ...]], conf.arg(metavar="IMAGE [IMAGE ...]")]
+    """Picture files."""
+    top: int = 3
+    """Number of classes to print for each picture."""
+
+    def run(self) -> int:
+        """Read all pictures, then predict and print a line for each."""
+        import torch
+
+        from cifar_fast.evaluate import predict_probabilities
+        from cifar_fast.result import load_run
+
+        if not self.images:
+            raise UserError("no picture is named: cifar-fast predict RUN IMAGE [IMAGE ...]")
+        result = load_run(self.run_folder)
+        classes = result.dataset["classes"]
+        if not 1 <= self.top <= len(classes):
+            raise UserError(f"--top {self.top} must be from 1 to {len(classes)}, the number of classes")
+        pictures = torch.stack([read_picture(path) for path in self.images])  # (N, 3, 32, 32)
+        best = predict_probabilities(result.model, pictures, tta=result.recipe.tta).topk(self.top)
+        print(f"network: {result.recipe.name}, trained on data set: {result.dataset['name']}")
+        rows = []
+        for path, values, labels in zip(self.images, best.values.tolist(), best.indices.tolist(), strict=True):
+            guesses = [f"{classes[label]} {percent(value)}" for value, label in zip(values, labels, strict=True)]
+            rows.append((str(path), *guesses))
+        print(table(rows))
+        return 0
+
+
+@dataclass(kw_only=True)
+class Data:
+    """Say which data sets are there and check every file of them; download CIFAR-10 with --download."""
+
+    download: Switch = False
+    """Download CIFAR-10 into the cache folder, unless it is there."""
+    data: Annotated[str | None, conf.arg(metavar="PATH")] = None
+    """A folder to look at before the others."""
+    mirror: MirrorOption = ()
+    """Another place to download from; may be given more than once."""
+
+    def run(self) -> int:
+        """Print the state; the exit status is 1 when `train` would find no usable data set on this machine."""
+        from cifar_fast.data import download, status
+
+        if self.download:
+            print(f"downloaded: {download(self.mirror)}")
+        elif self.mirror:
+            raise UserError("--mirror is a place to download from: add --download")
+        places = status(self.data)
+        for place in places:
+            print(f"{place.origin}: {place.path}\n  {place.finding}")
+            if place.decoded:
+                print(f"  decoded copy: {place.decoded}")
+        if places[0].usable:
+            print(f"`train` reads {places[0].origin}.")
+        elif len(places) == 1:
+            print("`train` would download CIFAR-10; so does `cifar-fast data --download`.")
+        else:
+            print(f"`train` would stop: {places[0].origin} comes first and is not usable.")
+        return 0 if places[0].usable else 1
+
+
+@dataclass(kw_only=True)
+class Doctor:
+    """Say what this machine has, which recipe and precision it would get, and why."""
+
+    def run(self) -> int:
+        """Print the table."""
+        import torch
+
+        from cifar_fast import __version__, winograd
+        from cifar_fast.data import status
+        from cifar_fast.device import choose_numerics, environment, select_device
+
+        device = select_device()
+        machine = environment(device)
+        recipe, why = base_recipe(None, None)
+        numerics = choose_numerics(recipe, device)
+        compiled, detail = winograd.available()
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        place = status()[0]
+        rows = [
+            ("processor", f"{machine['cpu']}, {machine['cores']} cores for this process, {machine['threads']} threads"),
+            ("CPU capability", machine["cpu_capability"]),
+            ("memory", f"{machine['memory_gb']} GB"),
+            ("GPUs", ", ".join(gpus) or "none that torch can use"),
+            ("system", machine["platform"]),
+            ("python", machine["python"]),
+            ("cifar_fast", __version__),
+            *((name, version(name)) for name in ("torch", "torchvision", "numpy", "matplotlib", "jupyterlab")),
+            ("recipe", f"{recipe.name} ({why})"),
+            ("precision", f"{numerics.dtype}".removeprefix("torch.")),
+            ("convolution", "winograd" if numerics.winograd else "direct"),
+            ("because", numerics.reason),
+            ("Winograd kernels", "compiled" if compiled else f"not compiled: {detail}"),
+            ("data set", f"{place.origin}: {place.finding}"),
+        ]
+        print(table(rows))
+        return 0
+
+
+@dataclass(kw_only=True)
+class Lab:
+    """Open the notebooks in JupyterLab."""
+
+    options: conf.Positional[tuple[str, ...]] = ()
+    """Options for JupyterLab, after `--`: cifar-fast lab -- --no-browser."""
+
+    def run(self) -> int:
+        """Start JupyterLab in this process, which it leaves when it is shut down."""
+        if not NOTEBOOKS.is_dir():
+            raise UserError(
+                f"there is no folder {NOTEBOOKS}: the notebooks come with a checkout of the repository, "
+                "not with the package"
+            )
+        try:
+            from jupyterlab.labapp import LabApp
+        except ModuleNotFoundError as error:
+            raise UserError("JupyterLab is not installed: pip install 'cifar_fast[notebooks]'") from error
+        LabApp.launch_instance([str(NOTEBOOKS), *self.options])
+        return 0
+
+
+Command = Train | Evaluate | Predict | Data | Doctor | Lab
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command in `argv` (default: this process's) and return the exit status: 2 a mistake, 130 Ctrl-C."""
+    try:
+        status = parse(sys.argv[1:] if argv is None else argv).run()
+        sys.stdout.flush()
+        return status
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output, `head` for instance, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Return the command in `argv`; the recipe of `train` sets its options' defaults, so it is looked for first."""
+    train: Any = Annotated[Train, conf.subcommand("train")]
+    if argv[:1] == ["train"]:
+        first = argparse.ArgumentParser(prog="cifar-fast train", add_help=False, allow_abbrev=False)
+        first.add_argument("--recipe")
+        first.add_argument("--device")
+        named, _ = first.parse_known_args(argv[1:])
+        base, _ = base_recipe(named.recipe, named.device)
+        train = Annotated[Train, conf.subcommand("train", default=Train(fields=base))]
+    commands = train | Annotated[Evaluate, conf.subcommand("evaluate")] | Annotated[Predict, conf.subcommand("predict")]
+    commands = commands | Annotated[Data, conf.subcommand("data")] | Annotated[Doctor, conf.subcommand("doctor")]
+    commands = commands | Annotated[Lab, conf.subcommand("lab")]
+    return tyro.cli(commands, args=argv, prog="cifar-fast", description="Train a CIFAR-10 network to 94 % in seconds.")
+
+
+def base_recipe(name: str | None, device: str | None) -> tuple[Recipe, str]:
+    """Return the recipe called `name`, or else the one for the hardware, and why it was taken."""
+    if name is not None:
+        return recipes.named(name), "asked for"
+    import torch
+
+    from cifar_fast.device import select_device
+
+    if select_device(device).type == "cpu":
+        return recipes.laptop(), "the recipe for a CPU" + ("" if device else ": torch can use no GPU here")
+    n_gpus = torch.cuda.device_count()
+    # A recipe for all GPUs needs a process for each of them; this command is one process.
+    return recipes.speedrun(), "the recipe for one GPU" + (f", of the {n_gpus} here" if n_gpus > 1 else "")
+
+
+def open_data(path: str | None, mirrors: Sequence[str]) -> Dataset:
+    """Load the data to train on: a folder, `synthetic`, or what can be found, with a banner where that is synthetic."""
+    from cifar_fast.data import SYNTHETIC, load_or_synthetic, synthetic
+
+    return synthetic() if path == SYNTHETIC else load_or_synthetic(path, mirrors=mirrors)
+
+
+def read_picture(path: Path) -> Tensor:
+    """Return a picture file as the networks take it, upright, its centre square scaled to 32x32 pixels.
+
+    Args:
+        path: a picture in any format that Pillow reads, of any size.
+
+    Returns:
+        uint8 (3, 32, 32); what is transparent is white.
+
+    Raises:
+        UserError: the file is not there or is not a picture.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps
+
+    from cifar_fast.data import IMAGE_SIZE
+
+    try:
+        with Image.open(path) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGBA")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(
+            f"{path} cannot be read as a picture: {error}; name a png, jpg or another image file"
+        ) from error
+    picture = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+    # Lanczos widens its filter with the scale, so that nothing of a large picture is skipped.
+    square = ImageOps.fit(picture, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def save_learning_curve(result: RunResult, folder: Path) -> None:
+    """Draw the run into its folder; a figure that cannot be written costs the run nothing but the figure."""
+    from cifar_fast.plots import learning_curve
+
+    try:
+        learning_curve(result).savefig(folder / "learning_curve.png", dpi=150)
+    except OSError as error:
+        print(f"note: no learning_curve.png: {error}", file=sys.stderr)
+
+
+def result_table(result: RunResult, folder: Path) -> str:
+    """Return what a run came to, as text."""
+    from cifar_fast import __version__
+
+    machine, data = result.environment, result.dataset
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}"
+    rows = [
+        ("recipe", result.recipe.name),
+        ("data set", f"{data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images)"),
+        ("accuracy", f"{percent(result.accuracy)} (TTA: {result.recipe.tta})"),
+        ("train_seconds", f"{result.train_seconds:.2f}"),
+        ("evaluate_seconds", f"{result.evaluate_seconds:.2f}"),
+        ("total_seconds", f"{result.total_seconds:.2f}"),
+        ("first step", f"{result.first_step_seconds:.2f} s after the command"),
+        ("peak memory", f"{result.peak_memory_gb:.2f} GB"),
+        ("hardware", f"{where}; {machine['precision']}, {machine['convolution']} convolution"),
+        ("versions", f"cifar_fast {__version__}, torch {machine['torch']}, Python {machine['python']}"),
+        ("n", f"1 run, seed {result.seed}"),
+        ("run folder", str(folder)),
+    ]
+    return table(rows)
+
+
+def class_table(found: Evaluation, classes: Sequence[str]) -> str:
+    """Return for each class its accuracy and the three classes that it is most often taken for."""
+    rows = [("class", "images", "accuracy", "taken for")]
+    for label, counts in enumerate(found.confusion.tolist()):
+        others = sorted(
+            (other for other in range(len(classes)) if other != label and counts[other]),
+            key=lambda other: -counts[other],
+        )
+        mistakes = ", ".join(f"{classes[other]} {counts[other]}" for other in others[:3])
+        share = percent(counts[label] / sum(counts)) if sum(counts) else "-"
+        rows.append((classes[label], f"{sum(counts):,}", share, mistakes))
+    return table(rows)
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Return the rows with their columns aligned."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def percent(share: float) -> str:
+    """Return a share of 0 ... 1 in per cent."""
+    return f"{100 * share:.2f} %"
+
+
+def version(package: str) -> str:
+    """Return the version of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"

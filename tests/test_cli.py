@@ -1,0 +1,474 @@
+"""Every command does what it says, and what a user gets wrong is one line and exit status 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cifar_fast
+from cifar_fast import cli, data, recipe
+from cifar_fast.recipe import Recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+CLASSES = ("blue", "green", "red")
+QUICK = ["--widths", "8", "8", "8", "--global-batch-size", "30", "--precision", "float32", "--convolution", "direct"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder: three classes of one colour and noise, 40 training and 10 test pictures each."""
+    folder = tmp_path_factory.mktemp("data") / "colours"
+    random = np.random.default_rng(0)
+    for part, count in (("train", 40), ("test", 10)):
+        for channel, name in enumerate(reversed(CLASSES)):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 120, (32, 32, 3), np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that knows the three colours."""
+    out = tmp_path_factory.mktemp("runs") / "colours"
+    arguments = ["train", "--recipe", "smoke", "--data", str(pictures), "--device", "cpu", "--out", str(out), "--quiet"]
+    assert cli.main([*arguments, *QUICK, "--epochs", "4", "--peak-lr", "134"]) == 0
+    return out
+
+
+def start(*arguments: str | Path, **options) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "cifar_fast", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+def status_of(*arguments: str | Path) -> int:
+    """What the process would exit with: mistakes that the parser finds leave by SystemExit."""
+    try:
+        return cli.main([str(argument) for argument in arguments])
+    except SystemExit as left:
+        assert isinstance(left.code, int)
+        return left.code
+
+
+# --- the process ---
+
+
+def test_help_names_every_command_without_loading_torch():
+    process = start("--help")
+    out, err = process.communicate()
+    assert process.returncode == 0 and not err
+    for command in ("train", "evaluate", "predict", "data", "doctor", "lab"):
+        assert re.search(rf"\b{command}\b", out)
+    code = "import sys, cifar_fast.cli; sys.exit(bool({'torch', 'matplotlib', 'numpy', 'PIL'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_mistakes_exit_with_2_and_no_traceback():
+    for arguments in (
+        ["train", "--recipe", "fastest"],
+        ["evaluate", "nowhere"],
+        ["train", "--recipe", "smoke", "--warp", "9"],
+        [],
+    ):
+        process = start(*arguments)
+        _, err = process.communicate()
+        assert process.returncode == 2, err
+        assert "Traceback" not in err and err.strip()
+
+
+def test_ctrl_c_ends_cleanly_and_keeps_the_log(pictures, tmp_path):
+    out = tmp_path / "run"
+    # A shell that starts the tests in the background may have left SIGINT ignored, and children inherit that.
+    process = start(
+        "train", "--recipe", "smoke", "--data", pictures, "--device", "cpu", "--out", out, *QUICK, "--epochs", "100000",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), cwd=tmp_path,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("epoch   2"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    found = re.search(r"interrupted: (\d+) finished epochs are logged in (.*)", err)
+    assert found and found[2] == str(out)
+    epochs = [json.loads(line)["epoch"] for line in (out / "epochs.jsonl").read_text().splitlines()]
+    assert epochs[:2] == [1, 2] and epochs == list(range(1, len(epochs) + 1))
+    assert len(epochs) - int(found[1]) in (0, 1)  # the signal may come between the log and the count
+    assert len((out / "timing_log.tsv").read_text().splitlines()) in (len(epochs), len(epochs) + 1)
+    assert not (out / "result.json").exists()
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    process = start("doctor")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 141
+
+
+# --- train ---
+
+
+def test_train_leaves_a_whole_run_folder(run_folder):
+    names = {path.name for path in run_folder.iterdir()}
+    assert names == {
+        "recipe.json", "environment.json", "epochs.jsonl", "timing_log.tsv", "result.json", "weights.safetensors",
+        "learning_curve.png",
+    }  # fmt: skip
+    result = cifar_fast.load_run(run_folder)
+    assert result.dataset["name"] == "colours" and result.dataset["classes"] == list(CLASSES)
+    assert result.recipe.widths == (8, 8, 8) and result.recipe.name == "smoke-changed"
+    assert result.accuracy > 0.8
+    with Image.open(run_folder / "learning_curve.png") as picture:
+        assert picture.width > 800
+
+
+def test_train_prints_the_epochs_and_a_table(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["train", "--recipe", "smoke", "--data", pictures, "--device", "cpu", "--seed", "7"]
+    assert status_of(*arguments, *QUICK, "--epochs", "1") == 0
+    out = capsys.readouterr().out
+    assert "recipe: smoke (asked for)" in out and "epochs: 2.0 -> 1.0" in out
+    assert "data set: colours" in out and "epoch   1" in out
+    rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(.*)$", out, re.MULTILINE))
+    assert rows["data set"].startswith("colours") and "TTA: flip" in rows["accuracy"]
+    assert rows["n"] == "1 run, seed 7" and torch.__version__ in rows["versions"]
+    for clock in ("train_seconds", "evaluate_seconds", "total_seconds", "first step", "hardware"):
+        assert rows[clock]
+    assert re.fullmatch(r"runs/smoke-changed-seed7-\d{8}-\d{6}", rows["run folder"])
+    assert (tmp_path / rows["run folder"] / "result.json").exists()
+
+
+def test_synthetic_data_is_never_silent(tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "synthetic", lambda: tiny_data)
+    arguments = ["train", "--recipe", "smoke", "--device", "cpu", "--quiet", *QUICK, "--epochs", "1"]
+    assert status_of(*arguments, "--data", "synthetic", "--out", tmp_path / "asked") == 0
+    assert re.search(r"data set +synthetic", capsys.readouterr().out)
+    monkeypatch.setattr(data, "load_cifar10", nothing_found)
+    assert status_of(*arguments, "--out", tmp_path / "found") == 0
+    printed = capsys.readouterr()
+    assert "data set: synthetic" in printed.err
+    assert re.search(r"data set +synthetic", printed.out)
+    assert status_of("evaluate", tmp_path / "found") == 0
+    assert re.search(r"data set +synthetic", capsys.readouterr().out)
+
+
+def nothing_found(*_: object) -> data.Dataset:
+    raise data.DataNotFoundError("no host answers")
+
+
+def test_every_recipe_field_is_an_option_with_the_recipes_default():
+    for name in ("page_2019", "apple_8gpu", "laptop"):
+        command = cli.parse(["train", "--recipe", name])
+        assert isinstance(command, cli.Train) and command.fields == recipe.named(name)
+    changed = replace(recipe.page_2019(), preload=False, resolutions=(16, 24))
+    for dash in ("-", "_"):
+        arguments = ["train", "--recipe=smoke"]
+        for field in fields(Recipe):
+            value = getattr(changed, field.name)
+            arguments.append("--" + field.name.replace("_", dash))
+            arguments += [str(one) for one in (value if isinstance(value, tuple) else [value])]
+        command = cli.parse(arguments)
+        assert isinstance(command, cli.Train) and command.fields == changed
+
+
+def test_help_of_train_is_the_fields_docstrings(capsys):
+    assert status_of("train", "--recipe", "page_2019", "--help") == 0
+    out = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
+    for field in fields(Recipe):
+        assert f"--{field.name.replace('_', '-')} " in out
+    assert "Alpha of CELU: how far below zero it reaches." in out
+    assert "Passes over the training set; a fraction stops within an epoch. (default: 10.0)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "fastest"], "no recipe 'fastest'.*laptop.*page_2019"),
+        (["--epochs", "-1"], "epochs=-1.0 must be"),
+        (["--epochs", "many"], "--epochs.*many"),
+        (["--network", "vgg"], "vgg"),
+        (["--warp", "9"], "Unrecognized.*--warp"),
+        (["--ghost-batch-size", "7"], "ghost_batch_size=7 does not divide"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--data", "/nowhere/at/all"], "no folder /nowhere/at/all"),
+        (["--global-batch-size", "4000"], "4000 images cannot be drawn"),
+        (["--out", __file__], "exists already"),
+        (["--out", f"{__file__}/run"], "cannot be written"),
+    ],
+)
+def test_mistakes_of_train(pictures, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    defaults = ["--recipe", "smoke", "--data", str(pictures), "--device", "cpu"]
+    kept = [word for i in range(0, 6, 2) if defaults[i] != arguments[0] for word in defaults[i : i + 2]]
+    assert status_of("train", *kept, *arguments) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, re.sub(r"[\s│]+", " ", err)), err
+
+
+def test_a_diverging_run_says_where_its_log_is(pictures, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["train", "--recipe", "smoke", "--data", pictures, "--device", "cpu", "--out", out, *QUICK]
+    assert status_of(*arguments, "--optimizer", "sgd", "--peak-lr", "1e30", "--quiet") == 2
+    err = capsys.readouterr().err
+    assert "diverged" in err and "peak_lr" in err and f"logged in {out}" in err
+    assert (out / "recipe.json").exists() and not (out / "result.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("n_gpus", "device", "expected"),
+    [(0, None, "laptop"), (1, None, "speedrun"), (8, None, "speedrun"), (1, "cpu", "laptop"), (1, "cuda", "speedrun")],
+)
+def test_the_hardware_picks_the_recipe(monkeypatch, n_gpus, device, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+    picked, why = cli.base_recipe(None, device)
+    assert picked.name == expected and why
+    if n_gpus > 1:
+        assert f"of the {n_gpus} here" in why
+
+
+# --- evaluate ---
+
+
+def test_evaluate_says_what_train_said(run_folder, pictures, capsys):
+    assert status_of("evaluate", run_folder, "--data", pictures, "--device", "cpu") == 0
+    out = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(.*)$", out, re.MULTILINE))
+    accuracy = cifar_fast.load_run(run_folder).accuracy
+    assert rows["accuracy"] == f"{100 * accuracy:.2f} % (TTA: flip)"
+    assert rows["data set"].startswith("colours") and "note" not in out
+    for name in CLASSES:
+        assert re.search(rf"^{name} +10 +\d+\.\d\d %", out, re.MULTILINE)
+    assert status_of("evaluate", run_folder, "--data", pictures, "--tta", "none", "--device", "cpu") == 0
+    assert "(TTA: none)" in capsys.readouterr().out
+
+
+def test_evaluate_on_other_data_says_so(run_folder, pictures, tmp_path, capsys):
+    other = tmp_path / "others"
+    for path in pictures.glob("*/*/[0-4].png"):
+        name = "crimson" if path.parent.name == "red" else path.parent.name
+        (other / path.parent.parent.name / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, other / path.parent.parent.name / name)
+    assert status_of("evaluate", run_folder, "--data", other) == 0
+    out = capsys.readouterr().out
+    assert "note: these are not the data of the run: others has the fingerprint" in out
+    assert "other names: blue, green, red" in out
+
+
+def test_evaluate_needs_as_many_classes(run_folder, tiny_data, monkeypatch, capsys):
+    monkeypatch.setattr(data, "synthetic", lambda: tiny_data)
+    assert status_of("evaluate", run_folder, "--data", "synthetic") == 2
+    assert "knows 3 classes and synthetic has 10" in capsys.readouterr().err
+
+
+def test_evaluate_of_no_run(tmp_path, capsys):
+    assert status_of("evaluate", tmp_path) == 2
+    assert "not a finished run" in capsys.readouterr().err
+
+
+# --- predict ---
+
+
+def colour_picture(path: Path, colour: str, size: tuple[int, int]) -> Path:
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def test_predict_takes_pictures_of_any_size_and_kind(run_folder, pictures, tmp_path, capsys):
+    paths = [colour_picture(tmp_path / "tiny.gif", "grey", (1, 7)), pictures / "test" / "red" / "0.png"]
+    for name, suffix in (("red", "png"), ("green", "bmp"), ("blue", "jpg")):
+        with Image.open(pictures / "test" / name / "0.png") as picture:
+            large = Image.new("RGB", (900, 320))  # the picture ten times as large, in the middle of a wide black one
+            large.paste(picture.resize((320, 320), Image.Resampling.NEAREST), (290, 0))
+            large.save(tmp_path / f"{name}.{suffix}")
+            paths.append(tmp_path / f"{name}.{suffix}")
+    assert status_of("predict", run_folder, *paths, "--top", "2") == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert "data set: colours" in header and len(lines) == 5
+    for path, line in zip(paths, lines, strict=True):
+        guesses = re.findall(r"  (\w+) ([\d.]+) %", line)
+        assert line.startswith(str(path)) and len(guesses) == 2
+        assert float(guesses[0][1]) >= float(guesses[1][1])
+    for name, line in zip(("red", "red", "green", "blue"), lines[1:], strict=True):
+        assert re.search(rf"\.\w+ +{name} ", line)
+
+
+def test_predict_checks_every_file_first(run_folder, tmp_path, capsys):
+    good = colour_picture(tmp_path / "good.png", "red", (8, 8))
+    text, cut, empty = tmp_path / "text.png", tmp_path / "cut.png", tmp_path / "empty.png"
+    text.write_text("not a picture")
+    cut.write_bytes(colour_picture(tmp_path / "large.png", "red", (300, 300)).read_bytes()[:200])
+    empty.touch()
+    for bad in (text, cut, empty, tmp_path, tmp_path / "missing.png"):
+        assert status_of("predict", run_folder, good, bad) == 2
+        printed = capsys.readouterr()
+        assert str(bad) in printed.err and not printed.out
+    assert status_of("predict", run_folder) == 2
+    assert status_of("predict", run_folder, good, "--top", "4") == 2
+    assert "the number of classes" in capsys.readouterr().err
+
+
+def save_turned(path: Path, pixels: np.ndarray) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by 90 degrees to the left; a viewer turns it back
+    Image.fromarray(np.rot90(pixels)).save(path, exif=exif)
+
+
+def save_on_white(path: Path, pixels: np.ndarray) -> None:
+    alpha = np.full((32, 32, 1), 255, np.uint8)
+    hidden = pixels.copy()
+    alpha[:4], hidden[:4] = 0, 77
+    Image.fromarray(np.concatenate([hidden, alpha], axis=2), "RGBA").save(path)
+
+
+@pytest.mark.parametrize("save", [lambda path, pixels: Image.fromarray(pixels).save(path), save_turned, save_on_white])
+def test_read_picture_keeps_pixels_and_stands_upright(tmp_path, save: Callable[[Path, np.ndarray], None]):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    if save is save_on_white:
+        pixels[:4] = 255
+    save(tmp_path / "picture.png", pixels)
+    assert np.array_equal(cli.read_picture(tmp_path / "picture.png").permute(1, 2, 0), pixels)
+
+
+def test_read_picture_takes_the_centre_square_and_skips_no_pixel(tmp_path):
+    wide = np.zeros((320, 1000, 3), np.uint8)
+    wide[:, 340:660] = 255 * (np.arange(320) % 2)[:, None, None]  # stripes a pixel wide: only averaging makes them grey
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    picture = cli.read_picture(tmp_path / "wide.png")
+    assert picture.shape == (3, 32, 32) and picture.dtype == torch.uint8
+    assert (picture.int() - 127).abs().max() <= 15  # the filter reaches a little over the edge of the square
+
+
+# --- data, doctor, lab ---
+
+
+def test_data_reports_what_is_there(pictures, capsys):
+    assert status_of("data", "--data", pictures) == 0
+    out = capsys.readouterr().out
+    assert str(pictures) in out and "120 training and 30 test images of 3 classes" in out
+    assert "cache folder" in out
+
+
+def test_data_without_any_and_with_damaged_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path / "empty"))
+    assert status_of("data") == 1
+    assert "--download" in capsys.readouterr().out
+    (tmp_path / "train" / "one").mkdir(parents=True)
+    assert status_of("data", "--data", tmp_path) == 1
+    assert "would stop" in capsys.readouterr().out
+    assert status_of("data", "--mirror", "http://localhost/x.tar.gz") == 2
+    assert "add --download" in capsys.readouterr().err
+
+
+def test_data_downloads_from_the_mirrors(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def download(mirrors: tuple[str, ...]) -> Path:
+        asked.append(mirrors)
+        return tmp_path
+
+    monkeypatch.setattr(data, "download", download)
+    monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path / "empty"))
+    assert status_of("data", "--download", "--mirror", "http://a/x", "--mirror", "http://b/x") == 1
+    assert asked == [("http://a/x", "http://b/x")]
+    assert f"downloaded: {tmp_path}" in capsys.readouterr().out
+
+
+def test_doctor_says_what_this_machine_would_get_and_why(capsys):
+    assert status_of("doctor") == 0
+    out = capsys.readouterr().out
+    rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(.*)$", out, re.MULTILINE))
+    for row in ("processor", "CPU capability", "memory", "GPUs", "torch", "jupyterlab", "Winograd kernels", "data set"):
+        assert rows[row]
+    assert rows["recipe"].split()[0] in ("laptop", "speedrun")
+    assert rows["precision"] in ("float32", "float16", "bfloat16") and rows["because"]
+    assert rows["cifar_fast"] == cifar_fast.__version__
+
+
+def test_lab_without_notebooks_or_jupyterlab(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "NOTEBOOKS", tmp_path / "notebooks")
+    assert status_of("lab") == 2
+    assert "notebooks come with a checkout" in capsys.readouterr().err
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.setitem(sys.modules, "jupyterlab.labapp", None)
+    monkeypatch.setitem(sys.modules, "jupyterlab", None)
+    assert status_of("lab") == 2
+    assert "pip install 'cifar_fast[notebooks]'" in capsys.readouterr().err
+
+
+def test_lab_opens_the_notebooks(tmp_path, monkeypatch):
+    started = []
+
+    class LabApp:
+        @staticmethod
+        def launch_instance(arguments: list[str]) -> None:
+            started.append(arguments)
+
+    module = type(sys)("jupyterlab.labapp")
+    monkeypatch.setattr(module, "LabApp", LabApp, raising=False)
+    monkeypatch.setitem(sys.modules, "jupyterlab", type(sys)("jupyterlab"))
+    monkeypatch.setitem(sys.modules, "jupyterlab.labapp", module)
+    monkeypatch.setattr(cli, "NOTEBOOKS", tmp_path)
+    assert status_of("lab", "--", "--no-browser", "--port=8899") == 0
+    assert started == [[str(tmp_path), "--no-browser", "--port=8899"]]
+
+
+# --- the public names ---
+
+
+IMPORT_ORDERS = """
+import sys
+for first in (
+    "pass",
+    "import cifar_fast.train, cifar_fast.evaluate",
+    "from cifar_fast.train import train",
+    "import cifar_fast; cifar_fast.train, cifar_fast.evaluate, cifar_fast.synthetic",
+    "from cifar_fast import evaluate, train",
+    "from cifar_fast import *",
+):
+    for name in [name for name in sys.modules if name.startswith("cifar_fast")]:
+        del sys.modules[name]
+    exec(first, {})
+    import cifar_fast as cf
+    for _ in range(2):
+        assert (cf.train.__module__, cf.train.__qualname__) == ("cifar_fast.train", "train"), first
+        assert (cf.evaluate.__module__, cf.evaluate.__qualname__) == ("cifar_fast.evaluate", "evaluate"), first
+        import cifar_fast.evaluate, cifar_fast.train
+    assert cf.recipes.page_2019() == cf.recipes.named("page_2019")
+"""
+
+
+def test_train_and_evaluate_are_functions_whatever_was_imported_first():
+    subprocess.run([sys.executable, "-c", IMPORT_ORDERS], cwd=ROOT, check=True)
+
+
+def test_unknown_names_and_the_version():
+    with pytest.raises(AttributeError, match="no attribute 'warp'"):
+        _ = cifar_fast.warp
+    assert set(dir(cifar_fast)) == set(cifar_fast.__all__)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cifar_fast.__version__ == project["version"]
+    assert cifar_fast.replace is replace
