@@ -75,8 +75,7 @@ def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, run: 
         mirrored = first[index] ^ bool(epoch % 2)
     elif recipe.flip == "none":
         mirrored = torch.zeros_like(mirrored)
-    last = side - recipe.cutout + recipe.cutout // 2 + 1
-    cutout_top, cutout_left = integers(-(recipe.cutout // 2), last), integers(-(recipe.cutout // 2), last)
+    cutout_top, cutout_left = integers(1 - recipe.cutout, side), integers(1 - recipe.cutout, side)
     return Choices(index, top, left, mirrored, cutout_top, cutout_left, 1 + spread(), spread())
 
 

@@ -7,9 +7,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import psutil
@@ -40,6 +39,13 @@ def select_device(name: str | None = None) -> torch.device:
     return device
 
 
+WAYS = ("float32 winograd", "float32 direct", "bfloat16 direct")
+"""The ways to compute a convolution on a CPU: precision and algorithm, in a recipe's words."""
+
+CLEARLY = 1.25
+"""How many times faster than the one before it in `WAYS` a way must be measured to be taken instead."""
+
+
 @dataclass(frozen=True)
 class Numerics:
     """How the convolutions are computed on a device, and why."""
@@ -58,32 +64,35 @@ class Numerics:
 
 
 def choose_numerics(recipe: Recipe, device: torch.device) -> Numerics:
-    """Return the recipe's precision and convolution on `device`; `auto` is decided by measurement on a CPU.
+    """Return the recipe's precision and convolution on `device`; what it leaves to `auto` is measured on a CPU.
 
-    A precision that the device lacks falls back to the nearest that it has, and the reason says so.
+    A precision or a convolution that the device lacks falls back to one that it has, and the reason says so.
     """
     if device.type == "cuda":
         return _cuda_numerics(recipe, device)
     if recipe.precision == "float16":
-        return Numerics(
-            torch.float32, False, "float16 is not trained in on CPUs (no fast backward pass): float32 instead"
-        )
-    wanted = ["bfloat16", "float32"] if recipe.precision == "auto" else [recipe.precision]
-    rates = {
-        key: rate for key, rate in convolution_rates().items() if key.split()[0] in wanted and _allowed(key, recipe)
-    }
-    best = max(rates, key=lambda key: rates[key])
-    measured = ", ".join(f"{key} {rate:.0f}" for key, rate in rates.items())
-    reason = f"measured on this CPU, in GFLOP/s of direct convolution: {measured}"
-    if recipe.convolution == "winograd" and not best.endswith("winograd"):
-        reason += f"; no Winograd here: {winograd.available()[1]}"
-    return Numerics(DTYPES[best.split()[0]], best.endswith("winograd"), reason)
+        return Numerics(torch.float32, False, "CPUs have no fast backward pass in float16: float32 instead")
+    compiled, detail = winograd.available()
+    ways = [way for way in WAYS if recipe.precision in ("auto", way.split()[0]) and (compiled or "winograd" not in way)]
+    asked = [way for way in ways if recipe.convolution in ("auto", way.split()[1])]
+    if not asked:
+        detail = "it computes in float32 alone" if compiled else detail
+        return _way(ways[0], f"no Winograd here: {detail}; direct instead")
+    if len(asked) == 1:
+        return _way(asked[0], "the only way that the recipe leaves on this machine")
+    rates = convolution_rates()
+    best, *others = [way for way in asked if way in rates]
+    for way in others:
+        # A clear win or none: the same machine has to choose the same way each time, though its clock is noisy.
+        if rates[way] > CLEARLY * rates[best]:
+            best = way
+    measured = ", ".join(f"{way} {rate:.0f}" for way, rate in rates.items())
+    return _way(best, f"measured on this CPU, in GFLOP/s of direct convolution: {measured}")
 
 
-def _allowed(key: str, recipe: Recipe) -> bool:
-    if recipe.convolution == "winograd" and recipe.precision != "bfloat16" and winograd.available()[0]:
-        return key == "float32 winograd"
-    return recipe.convolution != "direct" or key.endswith("direct")
+def _way(way: str, reason: str) -> Numerics:
+    precision, convolution = way.split()
+    return Numerics(DTYPES[precision], convolution == "winograd", reason)
 
 
 def _cuda_numerics(recipe: Recipe, device: torch.device) -> Numerics:
@@ -101,30 +110,25 @@ def _cuda_numerics(recipe: Recipe, device: torch.device) -> Numerics:
 
 @cache
 def convolution_rates() -> dict[str, float]:
-    """Measure this CPU, in about a second: GFLOP/s of one typical convolution, forward and backward, in each way to
-    compute it.
+    """Measure this CPU, in about a second: GFLOP/s of one typical convolution, forward and backward, each way.
 
-    Winograd's rate counts the multiplications of the direct algorithm, so that rates compare as speeds do.
+    Winograd's rate counts the multiplications of the direct algorithm, so that rates compare as speeds do. The ways
+    take turns and the best time of each counts, so that another process in between disturbs them alike.
     """
     n, channels, side = 64, 128, 14
     flops = 3 * 2 * n * channels**2 * 9 * side**2
-    x = torch.randn(n, channels, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
-    weight = torch.randn(channels, channels, 3, 3).requires_grad_()
-    ways: dict[str, tuple[torch.dtype, Callable[..., torch.Tensor]]] = {
-        "float32 direct": (torch.float32, lambda a, b: F.conv2d(a, b, padding=1)),
-        "bfloat16 direct": (torch.bfloat16, lambda a, b: F.conv2d(a, b, padding=1)),
-    }
-    if winograd.available()[0]:
-        ways["float32 winograd"] = (torch.float32, winograd.winograd_conv2d)
-    rates = {}
-    for key, (dtype, convolve) in ways.items():
-        best = float("inf")
-        for _ in range(4):
+    x = torch.randn(n, channels, side, side).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(channels, channels, 3, 3)
+    ways = [way for way in WAYS if "direct" in way or winograd.available()[0]]
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(5):
+        for way in ways:
+            convolve = winograd.winograd_conv2d if "winograd" in way else partial(F.conv2d, padding=1)
+            inputs, filters = (value.to(DTYPES[way.split()[0]]).requires_grad_() for value in (x, weight))
             start = time.perf_counter()
-            convolve(x.to(dtype), weight.to(dtype)).sum().backward()
-            best = min(best, time.perf_counter() - start)
-        rates[key] = flops / best / 1e9
-    return rates
+            convolve(inputs, filters).sum().backward()
+            best[way] = min(best[way], time.perf_counter() - start)
+    return {way: flops / seconds / 1e9 for way, seconds in best.items()}
 
 
 @cache

@@ -113,9 +113,10 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 
     Weights and biases are groups of their own. Under `muon` the 3x3 filters are Muon's, the rest SGD's.
     """
-    weights = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    whitening = {name: p for name, p in model.named_parameters() if name.endswith("whiten.bias")}
-    biases = [p for name, p in model.named_parameters() if p.requires_grad and p.ndim == 1 and name not in whitening]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = [p for name, p in trained.items() if not name.endswith("bias")]
+    whitening = [p for name, p in trained.items() if name.endswith("whiten.bias")]
+    biases = [p for name, p in trained.items() if name.endswith("bias") and not name.endswith("whiten.bias")]
     filters = [p for p in weights if p.ndim == 4] if recipe.optimizer == "muon" else []
     others = [p for p in weights if not any(p is f for f in filters)]
     slow = {"lr": recipe.peak_lr, "weight_decay": recipe.weight_decay}
@@ -125,7 +126,7 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     }
     groups: list[dict[str, Any]] = [{"params": others, **slow}, {"params": biases, **fast}]
     if whitening:
-        groups.append({"params": list(whitening.values()), **fast, "stop_epoch": recipe.whitening_bias_epochs})
+        groups.append({"params": whitening, **fast, "stop_epoch": recipe.whitening_bias_epochs})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     ]

@@ -146,6 +146,7 @@ class RunFolder:
         partial = self.path / "weights.safetensors.part"
         try:
             save_file({name: value.contiguous().cpu() for name, value in result.model.state_dict().items()}, partial)
+            partial.chmod(0o644)  # safetensors keeps its files to their owner
             os.replace(partial, self.path / "weights.safetensors")
             write_json(self.path / "result.json", result.to_dict())
         except (OSError, SafetensorError) as error:

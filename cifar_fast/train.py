@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -45,7 +46,8 @@ def train(
     when the command began (`time.time`), for `total_seconds`; else this call. Each epoch but the last is evaluated on
     single views, the last with the recipe's `tta`. `on_epoch` is called with each epoch's result.
 
-    The same seed on the same device with the same threads gives the same weights, bit for bit, on a CPU. Raises
+    The same seed on the same CPU with the same threads gives the same weights, bit for bit; `precision` and
+    `convolution`, which `auto` measures, are in the result's `environment` and can be fixed in the recipe. Raises
     `TrainingError` when the loss is not finite, `RecipeError` when the recipe does not fit the data, `RunError` when
     `out` cannot be written.
     """
@@ -53,8 +55,9 @@ def train(
     on = select_device(device)
     keep_freed_memory()
     numerics = choose_numerics(recipe, on)
+    if recipe.precision not in ("auto", numerics.describe()["precision"]):
+        warnings.warn(f"precision={recipe.precision} is not used: {numerics.reason}", stacklevel=2)
     machine = environment(on) | numerics.describe()
-    folder = RunFolder(out, recipe, data.describe(), machine) if out is not None else None
     train_clock, evaluate_clock = Clock(on), Clock(on)
 
     with train_clock.running():  # from the first byte sent to the device
@@ -67,6 +70,7 @@ def train(
         ema = EMA(model, recipe.ema_decay**recipe.ema_every) if recipe.ema_decay else None
         lookahead = Lookahead(model, recipe.lookahead_alpha) if recipe.lookahead_alpha else None
 
+    folder = RunFolder(out, recipe, data.describe(), machine) if out is not None else None  # the recipe fits the data
     evaluated = ema.model if ema else model
     epochs: list[EpochResult] = []
     step, total_steps = 0, batches.total_steps()
