@@ -22,7 +22,17 @@ class GhostBatchNorm(nn.BatchNorm2d):
         """Build for `n_channels`; with `freeze_scale` the scale stays at 1 and only the bias is learned."""
         super().__init__(n_channels, eps=eps, momentum=momentum)
         self.group_size = group_size
+        self.batch_momentum = momentum
         self.weight.requires_grad = not freeze_scale
+
+    def expect_part(self, part: int, n_parts: int) -> None:
+        """Prepare for part number `part`, from 1, of a batch that comes in `n_parts` equal parts.
+
+        The running statistics then end where they would have ended had the batch come as a whole: each part counts
+        `batch_momentum / n_parts` once the later ones have taken their share.
+        """
+        share = self.batch_momentum / n_parts
+        self.momentum = share / (1 - share * (n_parts - part))
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
         """Normalise by each group's own statistics in training, by the running ones in evaluation."""

@@ -20,6 +20,7 @@ from cifar_fast.device import choose_numerics, environment, keep_freed_memory, s
 from cifar_fast.ema import EMA
 from cifar_fast.errors import TrainingError
 from cifar_fast.evaluate import evaluate
+from cifar_fast.layers import GhostBatchNorm
 from cifar_fast.model import Network, build_model, whiten_first_layer
 from cifar_fast.optim import Lookahead, build_optimizers, lr_schedule, set_learning_rates
 from cifar_fast.recipe import Recipe
@@ -93,7 +94,8 @@ def train(
                         lookahead.move()
                     losses.append(loss)
                     correct.append(hits)
-                    if on.type == "cpu" or step % batches.steps_per_epoch == 0:  # reading it makes a GPU wait
+                    if on.type == "cpu" or step % batches.steps_per_epoch == 0 or step == total_steps:
+                        # Not at every step: reading the loss makes a GPU wait.
                         require_finite(loss, step, optimizers)
                     bar.update()
             tta = recipe.tta if step == total_steps else "none"
@@ -146,7 +148,9 @@ def forward_backward(
     # A mean loss has gradients too small for float16; those of the sum, which the original recipes took, are not.
     loss_scale = len(images) if dtype == torch.float16 else 1
     loss, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
-    for part, target in zip(images.split(size), labels.split(size), strict=True):
+    parts = list(zip(images.split(size), labels.split(size), strict=True))
+    for number, (part, target) in enumerate(parts, start=1):
+        expect_part(model, number, len(parts))
         with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
             logits = model(part)
         smoothing = recipe.label_smoothing
@@ -157,6 +161,13 @@ def forward_backward(
     if loss_scale != 1:
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], loss_scale)
     return loss, hits
+
+
+def expect_part(model: Network, part: int, n_parts: int) -> None:
+    """Tell the batch norms which part of the batch comes next, for their running statistics."""
+    for module in model.modules():
+        if isinstance(module, GhostBatchNorm):
+            module.expect_part(part, n_parts)
 
 
 def freeze_whitening_bias(model: Network, frozen: bool) -> None:
