@@ -1,5 +1,4 @@
-"""Augmentation of a whole batch in one call, each image by its own choice; drawing the choices is `batches.py`'s
-part."""
+"""Augmentation of a whole batch in one call, each image by its own choice; `batches.py` draws the choices."""
 
 from __future__ import annotations
 
@@ -9,8 +8,7 @@ from torch import Tensor
 
 
 def reflect_pad(images: Tensor, padding: int) -> Tensor:
-    """Mirror `padding` pixels outward at each border of `images` (N, C, H, W), any dtype; the edge pixel itself is not
-    repeated."""
+    """Mirror `padding` pixels outward at each border of `images` (N, C, H, W), any dtype, the edge pixel excepted."""
     if padding == 0:
         return images
     # torch's own reflection padding takes no uint8, so rows and columns are gathered by index.
@@ -55,14 +53,12 @@ def cutout(images: Tensor, tops: Tensor, lefts: Tensor, size: int, value: float 
 
 
 def jitter(images: Tensor, contrast: Tensor, brightness: Tensor) -> Tensor:
-    """Multiply each normalised image of `images` (N, C, H, W) by its `contrast` (N,) and add its `brightness` (N,), in
-    standard deviations."""
+    """Multiply each normalised image (N, C, H, W) by its `contrast` (N,), and add its `brightness` (N,)."""
     return images * contrast[:, None, None, None] + brightness[:, None, None, None]
 
 
 def resize(images: Tensor, size: int) -> Tensor:
-    """Resample floating-point `images` (N, C, H, W) to (N, C, size, size); unchanged where they have that size
-    already."""
+    """Resample floating-point `images` (N, C, H, W) to (N, C, size, size), unless they have that size."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)

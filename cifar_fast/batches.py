@@ -16,8 +16,7 @@ from cifar_fast.recipe import Recipe
 
 
 def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel of uint8 `images` (N, C, H, W), in pixel values 0 ... 255:
-    float32 (C,) each."""
+    """Return mean and standard deviation of each channel of uint8 `images` (N, C, H, W): float32 (C,), 0 ... 255."""
     values = torch.arange(256, dtype=torch.float64, device=images.device)
     means, deviations = [], []
     for channel in images.unbind(1):
@@ -30,8 +29,7 @@ def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def draw_generator(seed: int, run: int, epoch: int, shard: int) -> torch.Generator:
-    """Return the CPU generator of all random choices for one (seed, run, epoch, shard), the same on any device and
-    number of processes."""
+    """Return the CPU generator of one shard's choices in one epoch, whatever the device or the number of processes."""
     return _generator(0, seed, run, epoch, shard)
 
 
@@ -42,8 +40,7 @@ def _generator(*key: int) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Choices:
-    """The random choices for `n` images of one epoch: which image, and what is done to it. All tensors are (n,) on the
-    CPU."""
+    """The random choices for `n` images of one epoch: which image, and what is done to it; all tensors are (n,)."""
 
     index: Tensor  # int64, position within the shard
     top: Tensor  # int64, offset of the crop in pixels
@@ -110,6 +107,10 @@ class TrainBatches:
         """
         self.recipe, self.seed, self.run, self.device, self.dtype = recipe, seed, run, device, dtype
         self.shards = range(rank * recipe.n_shards // world_size, (rank + 1) * recipe.n_shards // world_size)
+        if recipe.crop_padding >= images.shape[-1]:
+            raise RecipeError(
+                f"crop_padding={recipe.crop_padding} reflects more than an image has: at most {images.shape[-1] - 1}"
+            )
         smallest = len(images) // recipe.n_shards
         if smallest < recipe.local_batch_size:
             raise RecipeError(
@@ -136,8 +137,7 @@ class TrainBatches:
         return sides[min(epoch, len(sides) - 1)] if sides else self.side
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the batches of `epoch`, counted from 0: images (B, C, side, side), normalised, and int64 labels
-        (B,)."""
+        """Yield the batches of `epoch`, from 0: normalised images (B, C, side, side) and int64 labels (B,)."""
         drawn = [
             draw_choices(self.recipe, len(labels), self.side, seed=self.seed, run=self.run, epoch=epoch, shard=shard)
             for shard, labels in zip(self.shards, self.labels, strict=True)

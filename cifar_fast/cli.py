@@ -67,8 +67,6 @@ class Train:
         from cifar_fast.timing import process_start
         from cifar_fast.train import train
 
-        if self.seed < 0:
-            raise UserError(f"--seed {self.seed} must be at least 0")
         base, why = base_recipe(self.recipe, self.device)
         recipe = self.fields
         changes = changed_fields(base, recipe)

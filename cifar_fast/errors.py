@@ -2,8 +2,7 @@
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend; the command line shows its message alone, without a
-    traceback."""
+    """A mistake that the person at the keyboard can mend; the command line shows its message, no traceback."""
 
 
 class DataError(UserError):

@@ -1,5 +1,4 @@
-"""How good a network is on images it has not seen: loss, accuracy, confusion, with or without test-time
-augmentation."""
+"""How good a network is on unseen images: loss, accuracy, confusion, with or without test-time augmentation."""
 
 from __future__ import annotations
 
@@ -62,8 +61,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def predict_logits(
     model: Network, images: Tensor, *, tta: str = "none", dtype: torch.dtype = torch.float32, batch_size: int = 500
 ) -> Tensor:
-    """Return the logits, float32 (N, classes), of uint8 `images` (N, 3, H, W), computed in `dtype` on the device of
-    the network."""
+    """Return the logits, float32 (N, classes), of uint8 `images` (N, 3, H, W), computed in `dtype`."""
     device = model.normalise.mean.device
     logits = []
     with _evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

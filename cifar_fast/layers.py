@@ -1,5 +1,4 @@
-"""The few layers that torch does not have: ghost batch norm, a 3x3 convolution with a choice of algorithm, patch
-whitening, a scale."""
+"""The few layers that torch lacks: ghost batch norm, a 3x3 convolution with its algorithm, whitening, a scale."""
 
 from __future__ import annotations
 
@@ -82,8 +81,7 @@ class Scale(nn.Module):
 
 
 class Normalise(nn.Module):
-    """Pixel values 0 ... 255 to zero mean and unit variance, channel by channel; the statistics travel with the
-    weights."""
+    """Pixel values 0 ... 255 to zero mean and unit variance, by channel; the statistics travel with the weights."""
 
     mean: Tensor
     std: Tensor
@@ -100,8 +98,7 @@ class Normalise(nn.Module):
 
 
 def patch_covariance(images: Tensor, size: int) -> Tensor:
-    """Return E[p p^T] over all `size` x `size` patches p of normalised `images` (N, C, H, W): float32 (C * size**2, C
-    * size**2)."""
+    """Return E[p p^T] over all patches p of normalised `images` (N, C, H, W): float32, C * size**2 square."""
     channels = images.shape[1]
     covariance = torch.zeros(channels * size**2, channels * size**2, device=images.device)
     count = 0

@@ -30,8 +30,7 @@ def norm(recipe: Recipe, n_channels: int) -> GhostBatchNorm:
 
 
 def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, winograd: bool = False) -> nn.Sequential:
-    """Return convolution, norm and activation, with max-pool where the recipe wants it: (N, n_in, H, W) -> (N, n_out,
-    H or H/2, ...)."""
+    """Return convolution, norm and activation, with max-pool by 2 where the recipe wants it."""
     layers: list[tuple[str, nn.Module]] = [
         ("conv", Conv3x3(n_in, n_out, init=recipe.conv_init, winograd=winograd)),
         ("norm", norm(recipe, n_out)),
@@ -58,8 +57,7 @@ class Residual(nn.Module):
 
 
 class Network(nn.Module):
-    """Layers in a row from normalised images to scaled logits; `normalise` takes raw pixel values to what they
-    expect."""
+    """Layers in a row, from normalised images to scaled logits; `normalise` makes them from pixel values."""
 
     def __init__(self, normalise: Normalise, layers: OrderedDict[str, nn.Module]) -> None:
         """Take the parts."""
@@ -87,8 +85,8 @@ def build_model(
 
 
 def _resnet9(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, nn.Module]]:
-    # Source: David Page, "How to train your ResNet", 2018; with whitening as in part 8, 2019, and Apple's ml-
-    # cifar-10-faster.
+    # Source: David Page, "How to train your ResNet", 2018; with whitening as in part 8, 2019, and Apple's
+    # ml-cifar-10-faster.
     first, second, third, fourth = recipe.widths
     size = recipe.whitening_size
     if size:
@@ -142,8 +140,7 @@ def _convnet6(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str,
 
 
 def whiten_first_layer(model: Network, recipe: Recipe, images: Tensor) -> None:
-    """Fill the whitening layer from the patches of `images`, uint8 (N, 3, H, W), and freeze it; nothing to do without
-    that layer."""
+    """Fill the whitening layer, if there is one, from the patches of uint8 `images` (N, 3, H, W), and freeze it."""
     if not recipe.whitening_size:
         return
     layer = model.layers.get_submodule("whiten")

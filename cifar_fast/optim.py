@@ -16,8 +16,7 @@ from cifar_fast.recipe import Recipe
 
 @dataclass(frozen=True)
 class PiecewiseLinear:
-    """A schedule as a value: straight lines through `(knots[i], values[i])`, constant before the first knot and after
-    the last."""
+    """A schedule as a value: straight lines through `(knots[i], values[i])`, constant before and after them."""
 
     knots: tuple[float, ...]
     values: tuple[float, ...]
@@ -55,7 +54,7 @@ def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update of each convolution's filters is orthogonalised; the filters keep a fixed norm.
+    """Nesterov momentum whose update of each convolution's filters is orthogonalised.
 
     torch.optim.Muon takes matrices only. A filter bank (K, C, 3, 3) counts as a matrix (K, 9 C). Source: as
     `orthogonalise`, and airbench94_muon for the norm of sqrt(K).
@@ -111,7 +110,7 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     """Return the recipe's optimisers; each parameter group has its `peak_lr`, and those of the whitening bias
     `stop_epoch`.
 
-    Weights and biases are groups of their own. Under `muon` the 3x3 filters are Muon's, the rest SGD's.
+    Weights and biases are groups of their own. Under `muon` the convolutions' filters are Muon's, the rest SGD's.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = [p for name, p in trained.items() if not name.endswith("bias")]

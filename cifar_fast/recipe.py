@@ -1,5 +1,4 @@
-"""What a training run is made of: one flat, frozen `Recipe`, the named recipes, the ladder of tricks, and what differs
-between two."""
+"""What a training run is made of: the flat, frozen `Recipe`, the named recipes, and the ladder of tricks."""
 
 from __future__ import annotations
 
@@ -28,6 +27,10 @@ NOT_NEGATIVE = """
     color_jitter label_smoothing warmup_fraction start_lr_fraction final_lr_fraction flat_epochs momentum
     weight_decay bias_lr_scale bias_weight_decay_scale muon_lr muon_momentum ema_decay lookahead_alpha
 """.split()
+INTEGERS = """
+    ghost_batch_size micro_batch_size whitening_size n_shards global_batch_size crop_padding cutout ema_every
+    lookahead_every
+""".split()
 BELOW_ONE = "label_smoothing warmup_fraction momentum muon_momentum ema_decay lookahead_alpha color_jitter".split()
 
 
@@ -45,8 +48,7 @@ class Recipe:
 
     # The network
     network: Literal["resnet9", "convnet6"] = "resnet9"
-    """`resnet9` as Page (2018) and Apple (2019) have it; `convnet6`, three blocks of two convolutions, as airbench
-    (arXiv 2404.00498) has it."""
+    """`resnet9` as Page (2018) and Apple (2019) have it, or `convnet6`, airbench's three blocks of two convolutions."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each stage: four for `resnet9`, three for `convnet6`."""
     activation: Literal["relu", "celu", "gelu"] = "relu"
@@ -56,14 +58,11 @@ class Recipe:
     pool_position: Literal["after_activation", "before_activation", "before_norm"] = "after_activation"
     """Where max-pool stands. The first two compute the same function when the activation never falls (ReLU, CELU)."""
     conv_init: Literal["kaiming", "dirac"] = "kaiming"
-    """`dirac` makes the first output channels of each convolution copy its input, so that the signal passes from the
-    first step on."""
+    """`dirac`: the first output channels of each convolution copy its input, so that the signal passes at once."""
     whitening_size: int = 0
-    """Side in pixels of the patches that the fixed first convolution whitens; 0 has an ordinary learned convolution
-    instead."""
+    """Side in pixels of the patches that the fixed first convolution whitens; 0: an ordinary learned convolution."""
     whitening_eps: float = 1e-2
-    """Added to each eigenvalue of the patch covariance before its square root divides: how much the faintest
-    directions are held back."""
+    """Added to each eigenvalue of the patch covariance: how much the faintest directions are held back."""
     whitening_bias_epochs: float = 0.0
     """Epochs during which the whitening layer's bias is learned (`convnet6` only)."""
     ghost_batch_size: int = 0
@@ -79,11 +78,9 @@ class Recipe:
 
     # The data
     preload: bool = True
-    """Keep the whole training set on the device and augment it there; off: cut and augment each batch on the CPU and
-    send it."""
+    """Keep the training set on the device and augment it there; off: make each batch on the CPU and send it."""
     n_shards: int = 1
-    """Fixed strided shards of the training set; a global batch holds as many images of each. Independent of the number
-    of processes."""
+    """Fixed strided shards of the training set; a global batch takes as many images of each."""
     global_batch_size: int = 512
     """Images per optimiser step, over all shards."""
     crop_padding: int = 4
@@ -95,8 +92,7 @@ class Recipe:
     color_jitter: float = 0.0
     """Largest relative change of contrast, and of brightness in standard deviations; 0 is off."""
     resolutions: tuple[int, ...] = ()
-    """Side in pixels of the training images, epoch by epoch (the last goes on); empty trains at the data set's own
-    size."""
+    """Side in pixels of the training images, epoch by epoch (the last goes on); empty: the data set's own size."""
 
     # The loss and the optimiser
     label_smoothing: float = 0.0
@@ -134,8 +130,7 @@ class Recipe:
     ema_every: int = 5
     """Steps between two updates of that average."""
     lookahead_alpha: float = 0.0
-    """Share of the way that Lookahead's slow weights go towards the fast ones, which then restart from there; 0 is
-    off."""
+    """Share of the way that Lookahead's slow weights go to the fast ones, which restart from there; 0 is off."""
     lookahead_every: int = 5
     """Steps between two such moves."""
     tta: Literal["none", "flip", "flip_shift"] = "none"
@@ -145,8 +140,7 @@ class Recipe:
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the convolutions; `auto` takes what the device computes fastest."""
     micro_batch_size: int = 0
-    """Images whose activations are held at once, their gradients added up to the whole batch's; 0 is the whole batch.
-    In ghost groups."""
+    """Images whose activations are held at once, in whole norm groups; their gradients add up. 0: the whole batch."""
     channels_last: bool = True
     """Store activations with the channels innermost."""
     convolution: Literal["auto", "direct", "winograd"] = "auto"
@@ -169,6 +163,15 @@ class Recipe:
         for field in ("ema_every", "lookahead_every"):
             if getattr(self, field) < 1:
                 raise RecipeError(f"{field}={getattr(self, field)!r} must be at least 1 step")
+        for field in INTEGERS:
+            if not isinstance(getattr(self, field), int) or isinstance(getattr(self, field), bool):
+                raise RecipeError(f"{field}={getattr(self, field)!r} must be a whole number")
+        for field in ("widths", "resolutions"):
+            if not all(isinstance(value, int) for value in getattr(self, field)):
+                raise RecipeError(f"{field}={getattr(self, field)!r} must be whole numbers")
+        for field in ("freeze_bn_scale", "preload", "channels_last"):
+            if not isinstance(getattr(self, field), bool):
+                raise RecipeError(f"{field}={getattr(self, field)!r} must be true or false")
         n_widths = 4 if self.network == "resnet9" else 3
         if len(self.widths) != n_widths or min(self.widths, default=0) < 1:
             raise RecipeError(
@@ -180,6 +183,13 @@ class Recipe:
             )
         if self.network == "convnet6" and self.whitening_size == 0:
             raise RecipeError("network='convnet6' starts with patch whitening: set whitening_size=2 (or 3)")
+        if self.whitening_size > 7 or (
+            self.network == "resnet9" and self.whitening_size % 2 == 0 and self.whitening_size
+        ):
+            raise RecipeError(
+                f"whitening_size={self.whitening_size} must be at most 7, and odd for network='resnet9', whose first "
+                "convolution keeps the image's size"
+            )
         if self.flat_epochs > self.epochs * (1 - self.warmup_fraction):
             raise RecipeError(
                 f"flat_epochs={self.flat_epochs} leaves no time to come down: epochs={self.epochs}, "
@@ -223,8 +233,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Build a recipe from plain values, as `to_dict` gives them; raise `RecipeError` for a field that does not
-        exist."""
+        """Build a recipe from plain values, as `to_dict` gives them; an unknown field is a `RecipeError`."""
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise RecipeError(f"unknown recipe field {', '.join(unknown)}; the fields are {', '.join(sorted(known))}")
@@ -324,8 +333,7 @@ def ladder() -> tuple[Rung, ...]:
 
 
 def apple_8gpu() -> Recipe:
-    """Return the 8-GPU recipe of Apple's `ml-cifar-10-faster` (2019): published mean 7.81 s on 8 V100, median accuracy
-    94.19 %."""
+    """Return the recipe of Apple's `ml-cifar-10-faster`, 2019: published mean 7.81 s on 8 V100, median 94.19 %."""
     return replace(
         page_2019(),
         name="apple_8gpu",

@@ -24,8 +24,7 @@ from cifar_fast.recipe import Recipe
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch: losses are means over images, accuracies shares 0 ... 1, `train_seconds` counts from the start of the
-    run."""
+    """One epoch: losses are means over images, accuracies shares 0 ... 1."""
 
     epoch: int
     """Epochs done, from 1."""
@@ -165,8 +164,7 @@ def save_run(result: RunResult, path: Path | str) -> None:
 
 
 def load_run(path: Path | str) -> RunResult:
-    """Read a run folder back, the network on the CPU; raise `RunError` when it is incomplete or its weights do not fit
-    its recipe."""
+    """Read a run folder back, network on the CPU; a `RunError` when it is incomplete or weights do not fit."""
     folder = Path(path)
     try:
         values = json.loads((folder / "result.json").read_text())

@@ -18,7 +18,7 @@ from cifar_fast.batches import TrainBatches, pixel_statistics
 from cifar_fast.data import Dataset
 from cifar_fast.device import choose_numerics, environment, keep_freed_memory, select_device
 from cifar_fast.ema import EMA
-from cifar_fast.errors import TrainingError
+from cifar_fast.errors import TrainingError, UserError
 from cifar_fast.evaluate import evaluate
 from cifar_fast.layers import GhostBatchNorm
 from cifar_fast.model import Network, build_model, whiten_first_layer
@@ -53,6 +53,8 @@ def train(
     `out` cannot be written.
     """
     started = time.time() if started is None else started
+    if seed < 0:
+        raise UserError(f"seed={seed} must be at least 0")
     on = select_device(device)
     keep_freed_memory()
     numerics = choose_numerics(recipe, on)

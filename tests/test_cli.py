@@ -211,7 +211,7 @@ def test_help_of_train_is_the_fields_docstrings(capsys):
         (["--network", "vgg"], "vgg"),
         (["--warp", "9"], "Unrecognized.*--warp"),
         (["--ghost-batch-size", "7"], "ghost_batch_size=7 does not divide"),
-        (["--seed", "-1"], "--seed -1"),
+        (["--seed", "-1"], "seed=-1"),
         (["--device", "tpu"], "'tpu'"),
         (["--data", "/nowhere/at/all"], "no folder /nowhere/at/all"),
         (["--global-batch-size", "4000"], "4000 images cannot be drawn"),
