@@ -34,7 +34,9 @@ def learning_curve(run: RunResult | Sequence[EpochResult], axes: tuple[Axes, Axe
     seconds = [epoch.train_seconds for epoch in epochs]
     left.plot(seconds, [100 * epoch.train_accuracy for epoch in epochs], **TRAIN)
     left.plot(seconds, [100 * epoch.test_accuracy for epoch in epochs], **TEST)
-    right.plot(seconds, [epoch.train_loss for epoch in epochs], **TRAIN)
+    # Smoothed targets keep the training loss above what the same predictions cost on the test set's.
+    smoothed = {"label": "training (augmented, smoothed labels)"}
+    right.plot(seconds, [epoch.train_loss for epoch in epochs], **(TRAIN | smoothed if _smooths(run) else TRAIN))
     right.plot(seconds, [epoch.test_loss for epoch in epochs], **TEST)
     for axis, label in ((left, "accuracy in %"), (right, "loss")):
         axis.set(xlabel="train_seconds", ylabel=label)
@@ -47,6 +49,10 @@ def learning_curve(run: RunResult | Sequence[EpochResult], axes: tuple[Axes, Axe
     if not isinstance(run, Sequence):
         figure.suptitle(_title(run), fontsize="medium")
     return figure
+
+
+def _smooths(run: RunResult | Sequence[EpochResult]) -> bool:
+    return not isinstance(run, Sequence) and run.recipe.label_smoothing > 0
 
 
 def _title(run: RunResult) -> str:

@@ -215,8 +215,8 @@ def test_help_of_train_is_the_fields_docstrings(capsys):
         (["--device", "tpu"], "'tpu'"),
         (["--data", "/nowhere/at/all"], "no folder /nowhere/at/all"),
         (["--global-batch-size", "4000"], "4000 images cannot be drawn"),
-        (["--out", __file__], "exists already"),
-        (["--out", f"{__file__}/run"], "cannot be written"),
+        (["--global-batch-size", "40", "--out", __file__], "exists already"),
+        (["--global-batch-size", "40", "--out", f"{__file__}/run"], "cannot be written"),
     ],
 )
 def test_mistakes_of_train(pictures, tmp_path, monkeypatch, capsys, arguments, message):
