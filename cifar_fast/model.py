@@ -15,7 +15,7 @@ def activation(recipe: Recipe) -> nn.Module:
     """Return the recipe's nonlinearity."""
     if recipe.activation == "celu":
         return nn.CELU(recipe.celu_alpha)
-    return nn.GELU() if recipe.activation == "gelu" else nn.ReLU()
+    return {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU}[recipe.activation]()
 
 
 def norm(recipe: Recipe, n_channels: int) -> GhostBatchNorm:

@@ -12,7 +12,7 @@ from cifar_fast.errors import RecipeError
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "network": ("resnet9", "convnet6"),
-    "activation": ("relu", "celu", "gelu"),
+    "activation": ("relu", "celu", "gelu", "silu"),
     "pool_position": ("after_activation", "before_activation", "before_norm"),
     "conv_init": ("kaiming", "dirac"),
     "flip": ("none", "random", "alternating"),
@@ -51,7 +51,7 @@ class Recipe:
     """`resnet9` as Page (2018) and Apple (2019) have it, or `convnet6`, airbench's three blocks of two convolutions."""
     widths: tuple[int, ...] = (64, 128, 256, 512)
     """Channels of each stage: four for `resnet9`, three for `convnet6`."""
-    activation: Literal["relu", "celu", "gelu"] = "relu"
+    activation: Literal["relu", "celu", "gelu", "silu"] = "relu"
     """Nonlinearity after each norm."""
     celu_alpha: float = 0.075
     """Alpha of CELU: how far below zero it reaches. Read only when `activation` is `celu`."""
@@ -359,12 +359,7 @@ def baseline_2018() -> Recipe:
 
 
 def speedrun() -> Recipe:
-    """Return our recipe for one modern GPU; it starts from the Muon variant of airbench (Keller Jordan, 2024).
-
-    There, for losses summed over 2,000 images: learning rates 0.053 (biases) and 0.67 (head), decay 2e-6 x 2000 a step.
-    """
-    batch = 2000
-    head_lr, bias_lr = 0.67 * batch, 0.053 * batch
+    """Return our recipe for one modern GPU; it starts from the Muon variant of airbench (Keller Jordan, 2024)."""
     return Recipe(
         name="speedrun",
         network="convnet6",
@@ -379,33 +374,47 @@ def speedrun() -> Recipe:
         bn_momentum=0.4,
         bn_eps=1e-12,
         logit_scale=1 / 256,
-        global_batch_size=batch,
         crop_padding=2,
         flip="alternating",
         label_smoothing=0.2,
         epochs=8.0,
         optimizer="muon",
-        peak_lr=head_lr,
-        bias_lr_scale=bias_lr / head_lr,
         start_lr_fraction=1.0,
         warmup_fraction=0.0,
         momentum=0.85,
-        weight_decay=2e-6 * batch / head_lr,
-        bias_weight_decay_scale=head_lr / bias_lr,
         tta="flip_shift",
+        **_summed_loss_rates(batch=2000, head_lr=0.67, bias_lr=0.053, decay=2e-6),
     )
 
 
+def _summed_loss_rates(*, batch: int, head_lr: float, bias_lr: float, decay: float) -> dict[str, Any]:
+    """Return the fields for rates that were published for losses summed over a batch, and a decay an image and step."""
+    return {
+        "global_batch_size": batch,
+        "peak_lr": head_lr * batch,
+        "bias_lr_scale": bias_lr / head_lr,
+        "weight_decay": decay / head_lr,  # the same share of a weight at each step, whatever its learning rate
+        "bias_weight_decay_scale": head_lr / bias_lr,
+    }
+
+
 def laptop() -> Recipe:
-    """Return our recipe for a CPU with two cores."""
+    """Return our recipe for a CPU with two cores; its rates are those of Hiverge's `cifar10-speedrun` (2025)."""
     return replace(
         speedrun(),
         name="laptop",
-        ghost_batch_size=500,
-        micro_batch_size=500,
-        epochs=10.0,
-        # At 18 pixels the stages are 17, 8, 4 and 2 wide: Winograd's tiles fit, and an epoch costs a third.
-        resolutions=(18, 18, 18, 18, 32),
+        activation="silu",
+        whitening_bias_epochs=0.19,  # then nothing need be computed back through the first and largest images
+        bn_momentum=0.4434,
+        color_jitter=0.135,
+        label_smoothing=0.09,
+        epochs=8.0,
+        muon_lr=0.205,
+        muon_momentum=0.655,
+        momentum=0.825,
+        ghost_batch_size=512,
+        micro_batch_size=512,
+        **_summed_loss_rates(batch=1536, head_lr=0.5415, bias_lr=0.0573, decay=1.0418e-6),
     )
 
 

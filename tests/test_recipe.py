@@ -298,6 +298,10 @@ def test_the_8_gpu_recipe_is_as_published() -> None:
     )
 
 
-def test_laptop_is_speedrun_with_smaller_groups_and_first_images() -> None:
-    changes = changed_fields(recipes.speedrun(), recipes.laptop())
-    assert changes.keys() == {"ghost_batch_size", "micro_batch_size", "epochs", "resolutions"}
+def test_rates_published_for_summed_losses_take_the_same_steps_on_mean_losses() -> None:
+    recipe, batch = recipes.laptop(), 1536  # there: head 0.5415, biases 0.0573, decay 1.0418e-6 an image and step
+    assert recipe.peak_lr / batch == pytest.approx(0.5415)
+    assert recipe.peak_lr * recipe.bias_lr_scale / batch == pytest.approx(0.0573)
+    assert recipe.peak_lr * recipe.weight_decay == pytest.approx(1.0418e-6 * batch)
+    bias_decay = recipe.weight_decay * recipe.bias_weight_decay_scale
+    assert recipe.peak_lr * recipe.bias_lr_scale * bias_decay == pytest.approx(1.0418e-6 * batch)
