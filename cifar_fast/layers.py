@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar_fast.winograd import winograd_conv2d
+from cifar_fast.winograd import winograd_conv2d, winograd_conv2d_max_pool
 
 
 class GhostBatchNorm(nn.BatchNorm2d):
@@ -52,19 +52,27 @@ class GhostBatchNorm(nn.BatchNorm2d):
 
 
 class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution, padding 1, without bias; `winograd` computes the same with fewer multiplications."""
+    """A 3x3 convolution, padding 1, without bias, its output max-pooled by 2 if `pool`.
 
-    def __init__(self, in_channels: int, out_channels: int, *, init: str = "kaiming", winograd: bool = False) -> None:
+    `winograd` computes the same with fewer multiplications.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, init: str = "kaiming", pool: bool = False, winograd: bool = False
+    ) -> None:
         """Build with `init` `kaiming` (torch's default) or `dirac` (the first outputs copy the inputs)."""
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        self.winograd = winograd
+        self.pool, self.winograd = pool, winograd
         if init == "dirac":
             # Only as many outputs as there are inputs; the others keep their random filters.
             nn.init.dirac_(self.weight.data[:in_channels])
 
-    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K, H, W)
-        """Convolve."""
-        return winograd_conv2d(x, self.weight) if self.winograd else super().forward(x)
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K, H, W), or (N, K, H // 2, W // 2) if it pools
+        """Convolve, and pool."""
+        if self.winograd:
+            return (winograd_conv2d_max_pool if self.pool else winograd_conv2d)(x, self.weight)
+        y = super().forward(x)
+        return F.max_pool2d(y, 2) if self.pool else y
 
 
 class Scale(nn.Module):

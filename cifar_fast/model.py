@@ -31,13 +31,14 @@ def norm(recipe: Recipe, n_channels: int) -> GhostBatchNorm:
 
 def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, winograd: bool = False) -> nn.Sequential:
     """Return convolution, norm and activation, with max-pool by 2 where the recipe wants it."""
+    pool_at_once = pool and recipe.pool_position == "before_norm"
     layers: list[tuple[str, nn.Module]] = [
-        ("conv", Conv3x3(n_in, n_out, init=recipe.conv_init, winograd=winograd)),
+        ("conv", Conv3x3(n_in, n_out, init=recipe.conv_init, pool=pool_at_once, winograd=winograd)),
         ("norm", norm(recipe, n_out)),
         ("activation", activation(recipe)),
     ]
-    if pool:
-        place = {"before_norm": 1, "before_activation": 2, "after_activation": 3}[recipe.pool_position]
+    if pool and not pool_at_once:
+        place = {"before_activation": 2, "after_activation": 3}[recipe.pool_position]
         layers.insert(place, ("pool", nn.MaxPool2d(2)))
     return nn.Sequential(OrderedDict(layers))
 

@@ -3,7 +3,11 @@
    A tile is a 4x4 patch of outputs together with the 6x6 patch of inputs it needs. Every loop runs over a flat list of
    tiles (image, row, column) and vectorises over channels. Each thread takes its own tiles in blocks small enough for
    its caches: transform in, 36 matrix products, transform out. Nothing is shared while it is written, and every sum has
-   a fixed order, so a result depends on the number of threads alone. */
+   a fixed order, so a result depends on the number of threads alone.
+
+   A 4x4 tile also holds whole 2x2 windows of a max-pool that follows. Then only each window's maximum is written and
+   its place in the window, a byte; on the way back the gradients are read through the places, as if they had been
+   spread out. */
 #include <stddef.h>
 #include <stdint.h>
 #if defined(__AVX512F__)
@@ -23,6 +27,8 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 int lanes(void) { return LANES; }
 int rows(void) { return ROWS; }
@@ -91,27 +97,67 @@ INLINE grid make_grid(int images, int height, int width) {
     return (grid){images, height, width, (width + 3) / 4, (height + 3) / 4};
 }
 
-/* Addresses of a tile's size x size pixels from (4 row - margin, 4 column - margin); `outside` stands for the padding. */
-INLINE void pixels(float **at, const float *image, grid g, int channels, long tile, int size, int margin, float *outside) {
+typedef struct {
+    float *values;   /* (images, height, width, channels); after max-pool height / 2 and width / 2 */
+    uint8_t *places; /* after max-pool: where the value stood, 2 * row + column; rows of ceil_to(channels, LANES) */
+    int channels;
+} maps; /* places is NULL where there is no max-pool */
+
+/* Addresses of a tile's size x size pixels from (4 row - margin, 4 column - margin); `outside` stands for the padding.
+   After max-pool the four pixels of a window share an address, and those that fill no window are outside. */
+INLINE void pixels(float **at, uint8_t **place, maps a, grid g, long tile, int size, int margin, float *outside) {
     int column = (int)(tile % g.across), row = (int)(tile / g.across % g.down);
+    int half = a.places != NULL, height = g.height >> half, width = g.width >> half;
     long n = tile / g.across / g.down;
     for (int i = 0; i < size; i++)
         for (int j = 0; j < size; j++) {
-            int y = 4 * row - margin + i, x = 4 * column - margin + j;
-            int inside = n < g.images && y >= 0 && y < g.height && x >= 0 && x < g.width;
-            at[size * i + j] = inside ? (float *)image + ((n * g.height + y) * g.width + x) * channels : outside;
+            int y = (4 * row - margin + i) >> half, x = (4 * column - margin + j) >> half;
+            int inside = n < g.images && y >= 0 && y < height && x >= 0 && x < width;
+            ptrdiff_t pixel = (n * height + y) * width + x;
+            at[size * i + j] = inside ? a.values + pixel * a.channels : outside;
+            if (half) place[size * i + j] = inside ? a.places + pixel * ceil_to(a.channels, LANES) : (uint8_t *)outside;
         }
 }
 
+/* The values at pixel (y, x), counted from any window; after max-pool, zero where the maximum stood elsewhere. */
+INLINE vec load_pixel(const float *from, const uint8_t *place, int y, int x, int n) {
+    if (!place) return load(from, n);
+#if defined(__AVX512F__)
+    ints at = (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)place));
+#else
+    ints at = __builtin_convertvector(*(const bytes *)place, ints);
+#endif
+    return (vec)((ints)load(from, n) & (at == 2 * (y % 2) + x % 2));
+}
+
+/* Write the first maximum, or a NaN, of a 2x2 window in d, whose rows are six apart, and its place. */
+INLINE void store_maximum(const vec *d, float *to, uint8_t *place, int n, int whole) {
+    vec best = d[0];
+    ints at = {0};
+#pragma GCC unroll 3
+    for (int k = 1; k < 4; k++) {
+        vec v = d[k / 2 * 6 + k % 2];
+        ints better = (v > best) | (v != v);
+        best = (vec)(((ints)v & better) | ((ints)best & ~better));
+        at = (k & better) | (at & ~better);
+    }
+    store_once(to, best, n, whole);
+    *(bytes *)place = __builtin_convertvector(at, bytes);
+}
+
 /* One tile to its 36 points: to[point * step + place(c)] where vectors of channels lie `skip` floats apart. */
-INLINE void transform_input(float *const *at, int channels, float *to, ptrdiff_t step, ptrdiff_t skip) {
+INLINE void transform_input(float *const *at, uint8_t *const *place, int channels, float *to, ptrdiff_t step,
+                            ptrdiff_t skip) {
     for (int c = 0; c < channels; c += LANES, to += skip) {
         int n = least(LANES, channels - c);
         vec d[36];
 #pragma GCC unroll 6
         for (int j = 0; j < 6; j++) {
 #pragma GCC unroll 6
-            for (int i = 0; i < 6; i++) d[6 * i + j] = load(at[6 * i + j] + c, n);
+            for (int i = 0; i < 6; i++) { /* the margin begins in the middle of a window */
+                int k = 6 * i + j;
+                d[k] = load_pixel(at[k] + c, place ? place[k] + c : NULL, i + 1, j + 1, n);
+            }
             input_1d(d + j, 6);
         }
 #pragma GCC unroll 6
@@ -124,7 +170,7 @@ INLINE void transform_input(float *const *at, int channels, float *to, ptrdiff_t
 }
 
 INLINE void transform_output(const float *from, ptrdiff_t step, ptrdiff_t panel, int channels, int whole,
-                             float *const *at) {
+                             float *const *at, uint8_t *const *place) {
     for (int c = 0; c < channels; c += LANES) {
         int n = least(LANES, channels - c);
         const float *m = from + c / PANEL * panel + c % PANEL;
@@ -139,12 +185,17 @@ INLINE void transform_output(const float *from, ptrdiff_t step, ptrdiff_t panel,
         for (int i = 0; i < 4; i++) {
             output_1d(d + 6 * i, 1);
 #pragma GCC unroll 6
-            for (int j = 0; j < 4; j++) store_once(at[4 * i + j] + c, d[6 * i + j], n, whole);
+            for (int j = 0; j < 4; j++) {
+                int k = 4 * i + j;
+                if (!place) store_once(at[k] + c, d[6 * i + j], n, whole);
+                else if (i % 2 && j % 2) store_maximum(d + 6 * (i - 1) + j - 1, at[k] + c, place[k] + c, n, whole);
+            }
         }
     }
 }
 
-INLINE void transform_gradient(float *const *at, int channels, float *to, ptrdiff_t step, ptrdiff_t panel) {
+INLINE void transform_gradient(float *const *at, uint8_t *const *place, int channels, float *to, ptrdiff_t step,
+                               ptrdiff_t panel) {
     for (int c = 0; c < channels; c += LANES) {
         int n = least(LANES, channels - c);
         float *m = to + c / PANEL * panel + c % PANEL;
@@ -152,7 +203,10 @@ INLINE void transform_gradient(float *const *at, int channels, float *to, ptrdif
 #pragma GCC unroll 6
         for (int j = 0; j < 4; j++) {
 #pragma GCC unroll 6
-            for (int i = 0; i < 4; i++) d[6 * i + j] = load(at[4 * i + j] + c, n);
+            for (int i = 0; i < 4; i++) {
+                int k = 4 * i + j;
+                d[6 * i + j] = load_pixel(at[k] + c, place ? place[k] + c : NULL, i, j, n);
+            }
             gradient_1d(d + j, 6);
         }
 #pragma GCC unroll 6
@@ -194,10 +248,12 @@ long scratch_floats(int cin, int cout, int block) {
     return POINTS * (point_stride((ptrdiff_t)block * (in + 16)) + point_stride((ptrdiff_t)block * out)) + in + out;
 }
 
-/* y = x * w with u the transformed weights, packed (36, cout / PANEL, cin, PANEL). */
-void convolve(const float *x, const float *u, float *y, float *scratch, int images, int height, int width, int cin,
-              int cout, int block, int threads) {
+/* y = x * w with u the transformed weights, packed (36, cout / PANEL, cin, PANEL). With x_places x is the gradient of a
+   max-pooled (height, width) image; with y_places y is max-pooled. */
+void convolve(float *x, uint8_t *x_places, const float *u, float *y, uint8_t *y_places, float *scratch, int images,
+              int height, int width, int cin, int cout, int block, int threads) {
     grid g = make_grid(images, height, width);
+    maps from = {x, x_places, cin}, to = {y, y_places, cout};
     int whole = cout % LANES == 0 && (uintptr_t)y % sizeof(vec) == 0; /* every vector is a whole cache line */
     long tiles = (long)images * g.across * g.down;
     int in = ceil_to(cin, LANES), out = ceil_to(cout, PANEL);
@@ -206,13 +262,16 @@ void convolve(const float *x, const float *u, float *y, float *scratch, int imag
     for (int thread = 0; thread < threads; thread++) {
         float *zero = scratch + thread * scratch_floats(cin, cout, block), *sink = zero + in;
         float *v = sink + out, *m = v + POINTS * v_step, *at[36];
+        uint8_t *place[36];
         for (int c = 0; c < in; c++) zero[c] = 0;
         long first = tiles * thread / threads, last = tiles * (thread + 1) / threads;
         for (long start = first; start < last; start += block) {
             int count = (int)(last - start < block ? last - start : block);
             for (int t = 0; t < count; t++) { /* V: (36, block / ROWS, cin / LANES, ROWS, LANES) */
-                pixels(at, x, g, cin, start + t, 6, 1, zero);
-                transform_input(at, cin, v + t / ROWS * ROWS * in + t % ROWS * LANES, v_step, ROWS * LANES);
+                float *tile = v + t / ROWS * ROWS * in + t % ROWS * LANES;
+                pixels(at, place, from, g, start + t, 6, 1, zero);
+                if (x_places) transform_input(at, place, cin, tile, v_step, ROWS * LANES);
+                else transform_input(at, NULL, cin, tile, v_step, ROWS * LANES);
             }
             for (int p = 0; p < POINTS; p++)
                 for (int j = 0; j < out; j += PANEL)
@@ -223,8 +282,10 @@ void convolve(const float *x, const float *u, float *y, float *scratch, int imag
                                      least(DEPTH, cin - k), m + p * m_step + (ptrdiff_t)j * block + t * PANEL, k > 0);
                     }
             for (int t = 0; t < count; t++) {
-                pixels(at, y, g, cout, start + t, 4, 0, sink);
-                transform_output(m + t * PANEL, m_step, (ptrdiff_t)block * PANEL, cout, whole, at);
+                float *tile = m + t * PANEL;
+                pixels(at, place, to, g, start + t, 4, 0, sink);
+                if (y_places) transform_output(tile, m_step, (ptrdiff_t)block * PANEL, cout, whole, at, place);
+                else transform_output(tile, m_step, (ptrdiff_t)block * PANEL, cout, whole, at, NULL);
             }
         }
 #if defined(__AVX512F__)
@@ -247,9 +308,10 @@ INLINE void multiply_rows(int r, const float *a, ptrdiff_t column, const float *
 }
 
 /* du (splits, 36, cout / PANEL, cin, PANEL): the gradient of u, one partial sum for each of `splits` shares of the tiles.
-   threads = splits * (threads / splits): the second factor shares out the panels. */
-void weight_gradient(const float *x, const float *dy, float *du, float *scratch, int images, int height, int width,
-                     int cin, int cout, int block, int splits, int threads) {
+   threads = splits * (threads / splits): the second factor shares out the panels. With dy_places dy is the
+   gradient of a max-pooled (height, width) image. */
+void weight_gradient(float *x, float *dy, uint8_t *dy_places, float *du, float *scratch, int images, int height,
+                     int width, int cin, int cout, int block, int splits, int threads) {
     grid g = make_grid(images, height, width);
     long tiles = (long)images * g.across * g.down;
     int in = ceil_to(cin, LANES), out = ceil_to(cout, PANEL), lda = in + 16, parts = threads / splits;
@@ -262,16 +324,19 @@ void weight_gradient(const float *x, const float *dy, float *du, float *scratch,
         int width_here = least(j_last, cout) - j_first;
         float *zero = scratch + thread * scratch_floats(cin, cout, block), *v = zero + in + out;
         float *m = v + POINTS * v_step, *at[36];
+        uint8_t *place[36];
+        maps from = {x, NULL, cin}, gradient = {dy + j_first, dy_places ? dy_places + j_first : NULL, cout};
         for (int c = 0; c < in + out; c++) zero[c] = 0;
         long first = tiles * split / splits, last = tiles * (split + 1) / splits;
         for (long start = first; start < last; start += block) {
             int count = (int)(last - start < block ? last - start : block);
             for (int t = 0; t < count; t++) {
-                pixels(at, x, g, cin, start + t, 6, 1, zero);
-                transform_input(at, cin, v + (ptrdiff_t)t * lda, v_step, LANES); /* V: (36, block, lda) */
-                pixels(at, dy, g, cout, start + t, 4, 0, zero);
-                for (int i = 0; i < 16; i++) at[i] += at[i] == zero ? 0 : j_first;
-                transform_gradient(at, width_here, m + t * PANEL, m_step, (ptrdiff_t)block * PANEL);
+                float *tile = m + t * PANEL;
+                pixels(at, NULL, from, g, start + t, 6, 1, zero);
+                transform_input(at, NULL, cin, v + (ptrdiff_t)t * lda, v_step, LANES); /* V: (36, block, lda) */
+                pixels(at, place, gradient, g, start + t, 4, 0, zero);
+                if (dy_places) transform_gradient(at, place, width_here, tile, m_step, (ptrdiff_t)block * PANEL);
+                else transform_gradient(at, NULL, width_here, tile, m_step, (ptrdiff_t)block * PANEL);
             }
             for (int p = 0; p < POINTS; p++)
                 for (int j = j_first; j < j_last; j += PANEL)

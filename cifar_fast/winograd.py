@@ -15,6 +15,8 @@ flipped weights, and the weights' gradient is
 
     dg = G^T [ sum over tiles of (B^T d B) * (A dY A^T) ] G.
 
+Where max-pool by 2 follows, its 2x2 windows lie inside the tiles: it is done before a tile leaves the registers.
+
 Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015, arXiv 1509.09308. `winograd.c` holds
 the loops; the machine's C compiler builds it once, on first use.
 """
@@ -27,6 +29,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,30 +75,47 @@ def winograd_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     """
     if not _suits(x, weight):
         return F.conv2d(x, weight, padding=1)
-    return WinogradConv2d.apply(x, weight)
+    return WinogradConv2d.apply(x, weight, False)
+
+
+def winograd_conv2d_max_pool(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolve as `winograd_conv2d` and max-pool by 2 in one go, so that the large image between is never in memory.
+
+    Args:
+        x: images (N, C_in, H, W), as for `winograd_conv2d`.
+        weight: filters (C_out, C_in, 3, 3).
+
+    Returns:
+        (N, C_out, H // 2, W // 2), equal to `F.max_pool2d(winograd_conv2d(x, weight), 2)` and so is its gradient.
+    """
+    if not _suits(x, weight):
+        return F.max_pool2d(F.conv2d(x, weight, padding=1), 2)
+    return WinogradConv2d.apply(x, weight, True)
 
 
 class WinogradConv2d(torch.autograd.Function):
-    """The convolution with its two gradients; call `winograd_conv2d`, which checks that the arguments fit."""
+    """The convolution, max-pooled or not, with its two gradients; the functions above check that the arguments fit."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        """Convolve."""
-        ctx.save_for_backward(x, weight)
-        return _convolve(x, _transform_weight(weight), weight.shape[0])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, pool: bool) -> Tensor:
+        """Convolve, and max-pool by 2 if `pool`."""
+        places = _empty_places(x, weight.shape[0]) if pool else None
+        y = _convolve(x, None, x.shape[2:], _transform_weight(weight), weight.shape[0], places)
+        ctx.save_for_backward(x, weight, places)
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Return the gradients of x and weight, each only if it is asked for."""
-        x, weight = ctx.saved_tensors
+        x, weight, places = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _convolve(dy, _transform_weight(weight, transposed=True), weight.shape[1])
+            dx = _convolve(dy, places, x.shape[2:], _transform_weight(weight, transposed=True), weight.shape[1], None)
         if ctx.needs_input_grad[1]:
-            dw = _weight_gradient(x, dy)
-        return dx, dw
+            dw = _weight_gradient(x, dy, places)
+        return dx, dw, None
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -139,8 +159,8 @@ def _library() -> ctypes.CDLL:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.scratch_floats.restype = ctypes.c_long
     library.scratch_floats.argtypes = [integer] * 3
-    library.convolve.argtypes = [pointer] * 4 + [integer] * 7
-    library.weight_gradient.argtypes = [pointer] * 4 + [integer] * 8
+    library.convolve.argtypes = [pointer] * 6 + [integer] * 7
+    library.weight_gradient.argtypes = [pointer] * 5 + [integer] * 8
     return library
 
 
@@ -196,9 +216,9 @@ def _transform_weight(weight: Tensor, transposed: bool = False) -> Tensor:
     return (matrix @ taps.reshape(9, -1)).view(36, panels, cin, panel)
 
 
-def _tiles(x: Tensor) -> int:
-    """Number of 4x4 tiles that cover the images x (N, C, H, W)."""
-    return x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+def _tiles(n: int, height: int, width: int) -> int:
+    """Number of 4x4 tiles that cover the images."""
+    return n * -(-height // 4) * -(-width // 4)
 
 
 def _block(tiles: int) -> int:
@@ -208,32 +228,53 @@ def _block(tiles: int) -> int:
     return -(-tiles // shares // rows) * rows
 
 
-def _convolve(x: Tensor, points: Tensor, cout: int) -> Tensor:
-    """Convolve x (N, C_in, H, W) with transformed weights (36, panels, C_in, panel)."""
+def _empty_places(x: Tensor, channels: int) -> Tensor:
+    """Room for the place of each maximum in its 2x2 window, the channels rounded up to whole vectors."""
+    lanes = _library().lanes()
+    return torch.empty(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, -(-channels // lanes) * lanes, dtype=torch.uint8)
+
+
+def _address(places: Tensor | None) -> int | None:
+    return None if places is None else places.data_ptr()
+
+
+def _convolve(
+    x: Tensor, x_places: Tensor | None, size: Sequence[int], points: Tensor, cout: int, y_places: Tensor | None
+) -> Tensor:
+    """Convolve x (N, C_in, H, W) with transformed weights (36, panels, C_in, panel), (H, W) being `size`.
+
+    With `x_places` x (N, C_in, H // 2, W // 2) stands for the image that is x at these places and zero elsewhere. With
+    `y_places` the result is max-pooled by 2 and the places are filled in.
+    """
     library, threads = _library(), torch.get_num_threads()
-    n, cin, height, width = x.shape
-    block = _block(-(-_tiles(x) // threads))
+    (n, cin), (height, width) = x.shape[:2], size
+    block = _block(-(-_tiles(n, height, width) // threads))
     scratch = torch.empty(threads * library.scratch_floats(cin, cout, block))
-    y = torch.empty((n, cout, height, width), memory_format=torch.channels_last)
+    shape = (n, cout, height, width) if y_places is None else (n, cout, height // 2, width // 2)
+    y = torch.empty(shape, memory_format=torch.channels_last)
     library.convolve(
-        x.data_ptr(), points.data_ptr(), y.data_ptr(), scratch.data_ptr(), n, height, width, cin, cout, block, threads
-    )
+        x.data_ptr(), _address(x_places), points.data_ptr(), y.data_ptr(), _address(y_places), scratch.data_ptr(),
+        n, height, width, cin, cout, block, threads,
+    )  # fmt: skip
     return y
 
 
-def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor:
-    """Gradient of the filters (C_out, C_in, 3, 3) from images x (N, C_in, H, W) and dy (N, C_out, H, W)."""
+def _weight_gradient(x: Tensor, dy: Tensor, places: Tensor | None) -> Tensor:
+    """Gradient of the filters (C_out, C_in, 3, 3) from images x (N, C_in, H, W) and dy (N, C_out, H, W).
+
+    With `places` dy (N, C_out, H // 2, W // 2) stands for the image that is dy at these places and zero elsewhere.
+    """
     library, threads = _library(), torch.get_num_threads()
     n, cin, height, width = x.shape
     cout, panels, panel = dy.shape[1], _panels(dy.shape[1]), 2 * library.lanes()
     # Threads share out the tiles, each with a partial sum of its own; where those are large, they share out panels.
     most = 1 if cin * cout < PARTIAL_SUMS_BELOW else panels
     splits = threads // max(parts for parts in range(1, most + 1) if threads % parts == 0)
-    block = _block(-(-_tiles(x) // splits))
+    block = _block(-(-_tiles(n, height, width) // splits))
     scratch = torch.empty(threads * library.scratch_floats(cin, cout, block))
     sums = torch.empty(splits, 36, panels, cin, panel)
     library.weight_gradient(
-        x.data_ptr(), dy.data_ptr(), sums.data_ptr(), scratch.data_ptr(),
+        x.data_ptr(), dy.data_ptr(), _address(places), sums.data_ptr(), scratch.data_ptr(),
         n, height, width, cin, cout, block, splits, threads,
     )  # fmt: skip
     taps = _tap_matrix().T.repeat(1, splits) @ sums.view(splits * 36, -1)  # (9, panels * C_in * panel)

@@ -125,6 +125,10 @@ def test_winograd_is_the_same_convolution() -> None:
     fast = Conv3x3(16, 32, winograd=True)
     fast.load_state_dict(direct.state_dict())
     torch.testing.assert_close(fast(x), direct(x), rtol=1e-3, atol=1e-4)
+    pooled = F.max_pool2d(direct(x), 2)
+    direct.pool = fast.pool = True
+    assert torch.equal(direct(x), pooled)
+    torch.testing.assert_close(fast(x), pooled, rtol=1e-3, atol=1e-4)
 
 
 def test_scale_multiplies() -> None:

@@ -62,7 +62,8 @@ def test_the_8_gpu_network_has_the_published_layers() -> None:
     residuals = [(layer.block1, layer.block2) for layer in model.modules() if isinstance(layer, Residual)]
     assert len(residuals) == 2
     for name in ("block1", "block2", "block3"):
-        assert list(dict(model.layers.get_submodule(name).named_children())) == ["conv", "pool", "norm", "activation"]
+        assert list(dict(model.layers.get_submodule(name).named_children())) == ["conv", "norm", "activation"]
+        assert model.layers.get_submodule(f"{name}.conv").pool  # before norm and activation
     for conv in (layer for layer in model.modules() if isinstance(layer, nn.Conv2d)):
         assert conv.bias is None and conv.stride == (1, 1)
     assert all(layer.group_size == 16 for layer in model.modules() if isinstance(layer, GhostBatchNorm))
@@ -137,6 +138,26 @@ def test_winograd_is_the_same_network(recipe: Recipe) -> None:
     x = random_batch().to(memory_format=torch.channels_last)
     assert sum(layer.winograd for layer in fast.modules() if isinstance(layer, Conv3x3)) >= 6
     torch.testing.assert_close(fast(x), direct(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [RESNET9, CONVNET6])
+def test_pooling_within_the_convolution_is_the_same_network(recipe: Recipe) -> None:
+    recipe = replace(recipe, widths=tuple(2 * width for width in recipe.widths), pool_position="before_norm")
+    direct, fast = build(recipe), build(recipe, winograd=True)
+    assert list(direct.state_dict()) == list(fast.state_dict())
+    assert sum(layer.pool for layer in fast.modules() if isinstance(layer, Conv3x3)) == 3
+    apart = copy.deepcopy(fast)
+    for name, layer in list(apart.named_modules()):
+        if isinstance(layer, Conv3x3) and layer.pool:
+            layer.pool = False
+            apart.set_submodule(name, nn.Sequential(layer, nn.MaxPool2d(2)))
+    x = random_batch().to(memory_format=torch.channels_last)
+    torch.testing.assert_close(fast(x), direct(x), rtol=1e-3, atol=1e-3)
+    assert torch.equal(fast(x), apart(x))
+    gradients = [
+        torch.autograd.grad(m(x).square().sum(), [p for p in m.parameters() if p.requires_grad]) for m in (fast, apart)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_channels_last_is_the_same_network() -> None:

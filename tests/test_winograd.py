@@ -12,6 +12,13 @@ from torch import Tensor
 from cifar_fast import winograd
 
 needs_compiler = pytest.mark.skipif(not winograd.available()[0], reason=winograd.available()[1])
+SHAPES = {
+    "n": st.integers(2, 9),
+    "cin": st.sampled_from([16, 17, 24, 40, 64, 300]),
+    "cout": st.sampled_from([16, 24, 33, 64, 96]),
+    "height": st.integers(3, 17),
+    "width": st.integers(3, 17),
+}
 
 
 def example(n: int, cin: int, cout: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,13 +43,7 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 @needs_compiler
 @settings(max_examples=12, deadline=None)
-@given(
-    n=st.integers(2, 9),
-    cin=st.sampled_from([16, 17, 24, 40, 64, 300]),
-    cout=st.sampled_from([16, 24, 33, 64, 96]),
-    height=st.integers(3, 17),
-    width=st.integers(3, 17),
-)
+@given(**SHAPES)
 def test_equals_conv2d_in_double_precision(n: int, cin: int, cout: int, height: int, width: int) -> None:
     x, weight, dy = example(n, cin, cout, height, width)
     assert winograd._suits(x, weight)
@@ -52,18 +53,88 @@ def test_equals_conv2d_in_double_precision(n: int, cin: int, cout: int, height: 
     assert [relative_error(a, b) < 1e-4 for a, b in zip(got, want, strict=True)] == [True] * 3
 
 
+def winograd_then_max_pool(x: Tensor, weight: Tensor) -> Tensor:
+    """What pooling at once must equal to the last bit."""
+    return F.max_pool2d(winograd.winograd_conv2d(x, weight), 2)
+
+
+def pooled_example(n: int, cin: int, cout: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As example, with the gradient of the pooled output."""
+    x, weight, dy = example(n, cin, cout, height, width)
+    return x, weight, F.max_pool2d(dy, 2)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("height", "width"), [(31, 31), (15, 15), (7, 7), (3, 3), (32, 32), (16, 16), (8, 8), (17, 18), (3, 8), (5, 4)]
+)
+@pytest.mark.parametrize("channels", [(16, 16), (24, 33), (17, 40)])
+def test_pooling_at_once_is_pooling_afterwards_to_the_last_bit(
+    height: int, width: int, channels: tuple[int, int]
+) -> None:
+    tensors = pooled_example(3, *channels, height, width)
+    got = forward_and_gradients(winograd.winograd_conv2d_max_pool, *tensors)
+    want = forward_and_gradients(winograd_then_max_pool, *tensors)
+    assert got[0].shape == (3, channels[1], height // 2, width // 2)
+    assert got[0].is_contiguous(memory_format=torch.channels_last)
+    assert [torch.equal(a, b) for a, b in zip(got, want, strict=True)] == [True] * 3
+
+
+@needs_compiler
+@settings(max_examples=12, deadline=None)
+@given(**SHAPES)
+def test_pooling_at_once_equals_conv2d_and_max_pool_in_double_precision(
+    n: int, cin: int, cout: int, height: int, width: int
+) -> None:
+    x, weight, _ = example(n, cin, cout, height, width)
+    x64, weight64 = (t.detach().double().requires_grad_() for t in (x, weight))
+    y = F.conv2d(x64, weight64, padding=1)
+    want, indices = F.max_pool2d(y, 2, return_indices=True)
+    # Where two candidates nearly tie, rounding may choose either and send the gradient to it: none is sent there.
+    second = y.detach().flatten(2).scatter(2, indices.flatten(2), -torch.inf).view_as(y)
+    clear = want - F.max_pool2d(second, 2) > 1e-2
+    dy = torch.randn(want.shape, generator=torch.Generator().manual_seed(n)) * clear
+    assert clear.float().mean() > 0.9
+    got = forward_and_gradients(winograd.winograd_conv2d_max_pool, x, weight, dy)
+    gradients = torch.autograd.grad(want, (x64, weight64), dy.double())
+    assert [relative_error(a, b) < 1e-4 for a, b in zip(got, (want.detach(), *gradients), strict=True)] == [True] * 3
+
+
+@needs_compiler
+def test_of_equal_values_the_first_is_the_maximum_as_in_torch() -> None:
+    x, weight, dy = pooled_example(2, 16, 16, 9, 9)
+    x.data.zero_()  # every window a tie, for every number of additions before it
+    (dx,) = torch.autograd.grad(winograd.winograd_conv2d_max_pool(x, weight), x, dy)
+    (want,) = torch.autograd.grad(F.max_pool2d(F.conv2d(x, weight, padding=1), 2), x, dy)
+    assert relative_error(dx, want.double()) < 1e-4
+
+
+@needs_compiler
+@pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_nan_survives_pooling(place: tuple[int, int]) -> None:
+    x, weight, _ = example(2, 16, 16, 8, 8)
+    x.data[0, 0, 4 + place[0], 4 + place[1]] = torch.nan
+    with torch.no_grad():
+        assert torch.equal(
+            winograd.winograd_conv2d_max_pool(x, weight).isnan(), winograd_then_max_pool(x, weight).isnan()
+        )
+        assert winograd.winograd_conv2d_max_pool(x, weight)[0, :, 2, 2].isnan().all()
+
+
 @needs_compiler
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("channels", [(64, 64), (256, 256)])  # partial sums for each thread, shared panels
+@pytest.mark.parametrize("pool", [False, True])
 def test_number_of_threads_changes_rounding_only_and_repeats_are_identical(
-    threads: int, channels: tuple[int, int]
+    threads: int, channels: tuple[int, int], pool: bool
 ) -> None:
-    tensors = example(5, *channels, 15, 15)
+    tensors = (pooled_example if pool else example)(5, *channels, 15, 15)
+    convolve = winograd.winograd_conv2d_max_pool if pool else winograd.winograd_conv2d
     before = torch.get_num_threads()
-    reference = forward_and_gradients(winograd.winograd_conv2d, *tensors)
+    reference = forward_and_gradients(convolve, *tensors)
     torch.set_num_threads(threads)
     try:
-        first, second = (forward_and_gradients(winograd.winograd_conv2d, *tensors) for _ in range(2))
+        first, second = (forward_and_gradients(convolve, *tensors) for _ in range(2))
     finally:
         torch.set_num_threads(before)
     for a, b, c in zip(first, second, reference, strict=True):
@@ -94,7 +165,9 @@ def test_what_does_not_suit_goes_to_conv2d(change) -> None:
     x, weight, _ = example(2, 16, 16, 8, 8)
     x, weight = change(x.detach(), weight.detach())
     assert not winograd._suits(x, weight)
-    assert torch.equal(winograd.winograd_conv2d(x, weight), F.conv2d(x, weight, padding=1))
+    y = F.conv2d(x, weight, padding=1)
+    assert torch.equal(winograd.winograd_conv2d(x, weight), y)
+    assert torch.equal(winograd.winograd_conv2d_max_pool(x, weight), F.max_pool2d(y, 2))
 
 
 def test_without_a_compiler_the_reason_is_given_and_conv2d_is_used(
