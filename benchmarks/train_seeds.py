@@ -50,6 +50,18 @@ def summarise(runs: list[dict]) -> dict:
     return summary
 
 
+def require_same_kind(run: dict, results: Path) -> None:
+    """Stop when `results` holds runs of another recipe, data set or processor, which no mean may mix with `run`."""
+    if not results.exists():
+        return
+    there = json.loads(results.read_text().splitlines()[0])
+    for what in ("recipe", "dataset"):
+        if there[what] != run[what]:
+            sys.exit(f"error: {results} holds runs of another {what}; choose another --out")
+    if there["environment"]["cpu"] != run["environment"]["cpu"]:
+        sys.exit(f"error: {results} was measured on {there['environment']['cpu']}; choose another --out")
+
+
 def main() -> None:
     """Train, one seed after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -65,6 +77,7 @@ def main() -> None:
             command = [sys.executable, "-m", "cifar_fast", "train", "--recipe", arguments.recipe, "--seed", str(seed)]
             subprocess.run([*command, "--out", str(folder)], check=True)
             run = json.loads((folder / "result.json").read_text()) | {"commit": commit()}
+            require_same_kind(run, results)
             if not results.exists():
                 for name in ("timing_log.tsv", "learning_curve.png"):
                     shutil.copy(folder / name, arguments.out / name)
