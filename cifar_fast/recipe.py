@@ -404,7 +404,7 @@ def laptop() -> Recipe:
         speedrun(),
         name="laptop",
         activation="silu",
-        whitening_bias_epochs=0.19,  # then nothing need be computed back through the first and largest images
+        whitening_bias_epochs=0.19,  # from the second epoch on nothing is computed back through the first block
         bn_momentum=0.4434,
         color_jitter=0.135,
         label_smoothing=0.09,
