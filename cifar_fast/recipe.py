@@ -408,7 +408,7 @@ def laptop() -> Recipe:
         bn_momentum=0.4434,
         color_jitter=0.135,
         label_smoothing=0.09,
-        epochs=8.0,
+        epochs=9.0,
         muon_lr=0.205,
         muon_momentum=0.655,
         momentum=0.825,
