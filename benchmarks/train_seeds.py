@@ -66,6 +66,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--world-size", type=int, help="processes that share the training")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = arguments.out / "results.jsonl"
@@ -73,6 +74,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "run"
             command = [sys.executable, "-m", "cifar_fast", "train", "--recipe", arguments.recipe, "--seed", str(seed)]
+            if arguments.world_size:
+                command += ["--world-size", str(arguments.world_size)]
             subprocess.run([*command, "--out", str(folder)], check=True)
             run = json.loads((folder / "result.json").read_text()) | {"commit": commit()}
             require_same_kind(run, results)

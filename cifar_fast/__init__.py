@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast import plots
     from cifar_fast.data import Dataset, load_cifar10, load_or_synthetic, synthetic
     from cifar_fast.evaluate import evaluate
+    from cifar_fast.parallel import Trainer, launch
     from cifar_fast.result import RunResult, load_run, save_run
     from cifar_fast.train import train
 
@@ -25,11 +26,13 @@ __all__ = [
     "Dataset",
     "Recipe",
     "RunResult",
+    "Trainer",
     "UserError",
     "__version__",
     "changed_fields",
     "evaluate",
     "ladder",
+    "launch",
     "load_cifar10",
     "load_or_synthetic",
     "load_run",
@@ -47,6 +50,8 @@ _MODULE_OF = {
     "load_or_synthetic": "data",
     "synthetic": "data",
     "evaluate": "evaluate",
+    "Trainer": "parallel",
+    "launch": "parallel",
     "RunResult": "result",
     "load_run": "result",
     "save_run": "result",

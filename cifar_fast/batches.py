@@ -38,6 +38,18 @@ def _generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
+def steps_per_epoch(recipe: Recipe, n_images: int) -> int:
+    """Return the whole batches in one pass over `n_images`; raise `RecipeError` when a shard does not hold one."""
+    smallest = n_images // recipe.n_shards
+    if smallest < recipe.local_batch_size:
+        raise RecipeError(
+            f"a batch of {recipe.local_batch_size} images cannot be drawn from a shard of {smallest}: "
+            f"{n_images} training images in n_shards={recipe.n_shards}; lower "
+            f"global_batch_size={recipe.global_batch_size} or n_shards"
+        )
+    return smallest // recipe.local_batch_size
+
+
 @dataclass(frozen=True)
 class Choices:
     """The random choices for `n` images of one epoch: which image, and what is done to it; all tensors are (n,)."""
@@ -111,14 +123,7 @@ class TrainBatches:
             raise RecipeError(
                 f"crop_padding={recipe.crop_padding} reflects more than an image has: at most {images.shape[-1] - 1}"
             )
-        smallest = len(images) // recipe.n_shards
-        if smallest < recipe.local_batch_size:
-            raise RecipeError(
-                f"a batch of {recipe.local_batch_size} images cannot be drawn from a shard of {smallest}: "
-                f"{len(images)} training images in n_shards={recipe.n_shards}; lower "
-                f"global_batch_size={recipe.global_batch_size} or n_shards"
-            )
-        self.steps_per_epoch = smallest // recipe.local_batch_size
+        self.steps_per_epoch = steps_per_epoch(recipe, len(images))
         self.side = images.shape[-1]
         # Where the set is not preloaded it stays on the CPU, which cuts and augments each batch and then sends it.
         self.home = device if recipe.preload else torch.device("cpu")

@@ -80,6 +80,8 @@ class Dataset:
     """Where the images came from, in words, without a path of this machine."""
     fingerprint: str
     """16 hexadecimal digits that change with any pixel or label."""
+    decoded: Path | None = field(default=None, repr=False)
+    """The file that the images are mapped from, which other processes can map too; None: they are in memory alone."""
 
     @property
     def n_classes(self) -> int:
@@ -284,11 +286,11 @@ def _load(layout: _Layout) -> Dataset:
     """Return the decoded copy of a layout, which is made when it is missing or older than the files."""
     decoded = _decoded_file(layout)
     with suppress(OSError, SafetensorError):  # not there yet, or cut short by a crash of the system
-        return _read_decoded(decoded)
+        return read_decoded(decoded)
     data = _decode(layout)
     try:
-        _write_decoded(data, decoded)
-        return _read_decoded(decoded)  # mapped, so that processes share it and the system may drop its pages
+        write_decoded(data, decoded)
+        return read_decoded(decoded)  # mapped, so that processes share it and the system may drop its pages
     except (OSError, SafetensorError) as error:
         warnings.warn(
             f"The decoded data set could not be kept in {decoded.parent} ({error}), so it is decoded anew at every "
@@ -451,7 +453,7 @@ def _decoded_file(layout: _Layout) -> Path:
     return cache_folder() / "decoded" / f"{where}-{what}.safetensors"
 
 
-def _write_decoded(data: Dataset, path: Path) -> None:
+def write_decoded(data: Dataset, path: Path) -> None:
     """Write beside and rename, so that no other process ever sees half a file; drop copies of earlier states."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: getattr(data, name) for name in ("train_images", "train_labels", "test_images", "test_labels")}
@@ -470,12 +472,12 @@ def _write_decoded(data: Dataset, path: Path) -> None:
                 other.unlink()
 
 
-def _read_decoded(path: Path) -> Dataset:
+def read_decoded(path: Path) -> Dataset:
     """Map a decoded file into memory: pages are read when they are first touched."""
     with safe_open(path, framework="pt") as file:
         text = {name: json.loads(value) for name, value in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    return Dataset(**{**text, "classes": tuple(text["classes"])}, **tensors)
+    return Dataset(**{**text, "classes": tuple(text["classes"])}, **tensors, decoded=path)
 
 
 # --- downloading ---

@@ -19,7 +19,10 @@ from cifar_fast import winograd
 from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+HALF = (torch.float16, torch.bfloat16)
 
 
 def select_device(name: str | None = None) -> torch.device:
@@ -68,6 +71,8 @@ def choose_numerics(recipe: Recipe, device: torch.device) -> Numerics:
 
     A precision or a convolution that the device lacks falls back to one that it has, and the reason says so.
     """
+    if recipe.precision == "float64":
+        return Numerics(torch.float64, False, "asked for by the recipe: everything, not the convolutions alone")
     if device.type == "cuda":
         return _cuda_numerics(recipe, device)
     if recipe.precision == "float16":

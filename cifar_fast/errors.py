@@ -19,3 +19,7 @@ class RunError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on, for instance because the loss is no longer a number."""
+
+
+class WorkerError(RuntimeError):
+    """A process of a parallel training raised, died or hung; the message names its rank and holds its traceback."""

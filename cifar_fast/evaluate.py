@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_fast.augment import reflect_pad
+from cifar_fast.device import HALF
 from cifar_fast.model import Network
 
 
@@ -57,21 +58,37 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
+def at_least_float32(logits: Tensor) -> Tensor:
+    """Return half-precision `logits` in float32, in which a softmax keeps its digits; others as they are."""
+    return logits.float() if logits.dtype in HALF else logits
+
+
 @torch.inference_mode()
 def predict_logits(
-    model: Network, images: Tensor, *, tta: str = "none", dtype: torch.dtype = torch.float32, batch_size: int = 500
+    model: Network,
+    images: Tensor,
+    *,
+    tta: str = "none",
+    dtype: torch.dtype = torch.float32,
+    batch_size: int = 500,
+    on_batch: Callable[[], None] | None = None,
 ) -> Tensor:
-    """Return the logits, float32 (N, classes), of uint8 `images` (N, 3, H, W), computed in `dtype`."""
+    """Return the logits, float32 (N, classes), of uint8 `images` (N, 3, H, W), computed in `dtype`.
+
+    `on_batch` is called after each batch. A network in float64 gives float64.
+    """
     device = model.normalise.mean.device
     logits = []
-    with _evaluating(model), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with _evaluating(model), torch.autocast(device.type, dtype, enabled=dtype in HALF):
         for some in images.split(batch_size):
             normalised = model.normalise(some.to(device)).contiguous(memory_format=torch.channels_last)
             seen = [
-                weight * model(view.contiguous(memory_format=torch.channels_last)).float()
+                weight * at_least_float32(model(view.contiguous(memory_format=torch.channels_last)))
                 for weight, view in views(normalised, tta)
             ]
             logits.append(torch.stack(seen).sum(0))
+            if on_batch:
+                on_batch()
     return torch.cat(logits)
 
 
@@ -88,9 +105,10 @@ def evaluate(
     tta: str = "none",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 500,
+    on_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
     """Compare the predictions for uint8 `images` (N, 3, H, W) with int64 `labels` (N,)."""
-    logits = predict_logits(model, images, tta=tta, dtype=dtype, batch_size=batch_size)
+    logits = predict_logits(model, images, tta=tta, dtype=dtype, batch_size=batch_size, on_batch=on_batch)
     labels = labels.to(logits.device)
     n_classes = logits.shape[1]
     predicted = logits.argmax(1)

@@ -39,13 +39,13 @@ class GhostBatchNorm(nn.BatchNorm2d):
             return super().forward(x)
         groups = x.split(self.group_size)
         # With momentum 1 batch_norm leaves a group's own mean and variance in the buffers that it is given.
-        means = torch.zeros(len(groups), self.num_features, device=x.device)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        means = self.running_mean.new_zeros(len(groups), self.num_features)
         variances = torch.zeros_like(means)
         normalised = [
             F.batch_norm(group, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
             for group, mean, variance in zip(groups, means, variances, strict=True)
         ]
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
         self.running_mean.lerp_(means.mean(0), self.momentum)
         self.running_var.lerp_(variances.mean(0), self.momentum)
         return torch.cat(normalised)

@@ -18,7 +18,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "flip": ("none", "random", "alternating"),
     "optimizer": ("sgd", "muon"),
     "tta": ("none", "flip", "flip_shift"),
-    "precision": ("auto", "float32", "bfloat16", "float16"),
+    "precision": ("auto", "float64", "float32", "bfloat16", "float16"),
     "convolution": ("auto", "direct", "winograd"),
 }
 POSITIVE = ("epochs", "global_batch_size", "n_shards", "peak_lr", "bn_momentum", "bn_eps", "celu_alpha", "logit_scale")
@@ -137,8 +137,9 @@ class Recipe:
     """Test-time augmentation: logits averaged over the image and its mirror, and over shifts by a pixel too."""
 
     # Numerics: what they change is the time and the rounding, not the mathematics
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the convolutions; `auto` takes what the device computes fastest."""
+    precision: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the convolutions; `auto` takes what the device computes fastest, `float64` (slow) is for
+    proofs."""
     micro_batch_size: int = 0
     """Images whose activations are held at once, in whole norm groups; their gradients add up. 0: the whole batch."""
     channels_last: bool = True

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cifar_fast.errors import RunError
 from cifar_fast.model import Network, build_model
@@ -56,7 +57,8 @@ class RunResult:
     first_step_seconds: float
     """From the start of the command (or of the call) to the first training step."""
     peak_memory_gb: float
-    """Largest resident memory of the process, in 1e9 bytes; in a notebook that of the whole kernel."""
+    """Largest resident memory of the process, in 1e9 bytes; in a notebook that of the whole kernel, and of several
+    processes the sum, pages that they share counted in each."""
     model: Network = field(repr=False)
     """The network that was evaluated: the averaged one where the recipe averages."""
 
@@ -174,27 +176,38 @@ def load_run(path: Path | str) -> RunResult:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise RunError(f"the run in {folder} cannot be read: {error}; train it again") from error
     try:
-        recipe = Recipe.from_dict(values["recipe"])
-        epochs = [EpochResult(**epoch) for epoch in values["epochs"]]
-        model = build_model(recipe, len(values["dataset"]["classes"]), torch.zeros(3), torch.ones(3))
-        model.load_state_dict(weights)
-        model.eval()
-        clocks = {
-            key: values[key]
-            for key in ("train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds", "peak_memory_gb")
-        }
-        return RunResult(
-            recipe=recipe,
-            dataset=values["dataset"],
-            environment=values["environment"],
-            seed=values["seed"],
-            epochs=epochs,
-            model=model,
-            **clocks,
-        )
+        return run_from_dict(values, weights)
     except (KeyError, TypeError) as error:
         raise RunError(
             f"result.json in {folder} lacks or has too much of {error}; it was not written by this version"
         ) from error
     except RuntimeError as error:
-        raise RunError(f"the weights in {folder} do not fit its recipe {recipe.name!r}: {error}") from error
+        raise RunError(
+            f"the weights in {folder} do not fit its recipe {values['recipe']['name']!r}: {error}"
+        ) from error
+
+
+def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor]) -> RunResult:
+    """Put a run together again from what `RunResult.to_dict` gave and the network's state dict; network on the CPU.
+
+    Raises `KeyError` or `TypeError` for values of another shape, `RuntimeError` for weights that do not fit.
+    """
+    recipe = Recipe.from_dict(values["recipe"])
+    model = build_model(recipe, len(values["dataset"]["classes"]), torch.zeros(3), torch.ones(3))
+    if any(value.dtype == torch.float64 for value in weights.values()):
+        model.double()
+    model.load_state_dict(weights)
+    model.eval()
+    clocks = {
+        key: values[key]
+        for key in ("train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds", "peak_memory_gb")
+    }
+    return RunResult(
+        recipe=recipe,
+        dataset=values["dataset"],
+        environment=values["environment"],
+        seed=values["seed"],
+        epochs=[EpochResult(**epoch) for epoch in values["epochs"]],
+        model=model,
+        **clocks,
+    )

@@ -16,13 +16,14 @@ from tqdm.auto import tqdm
 
 from cifar_fast.batches import TrainBatches, pixel_statistics
 from cifar_fast.data import Dataset
-from cifar_fast.device import choose_numerics, environment, keep_freed_memory, select_device
+from cifar_fast.device import HALF, choose_numerics, environment, keep_freed_memory, select_device
 from cifar_fast.ema import EMA
 from cifar_fast.errors import TrainingError, UserError
-from cifar_fast.evaluate import evaluate
+from cifar_fast.evaluate import at_least_float32, evaluate
 from cifar_fast.layers import GhostBatchNorm
 from cifar_fast.model import Network, build_model, whiten_first_layer
 from cifar_fast.optim import Lookahead, build_optimizers, lr_schedule, set_learning_rates
+from cifar_fast.peers import ALONE, Peers
 from cifar_fast.recipe import Recipe
 from cifar_fast.result import EpochResult, RunFolder, RunResult
 from cifar_fast.timing import Clock, peak_memory
@@ -40,12 +41,16 @@ def train(
     progress: bool = True,
     started: float | None = None,
     on_epoch: Callable[[EpochResult], None] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    peers: Peers = ALONE,
 ) -> RunResult:
     """Train the recipe's network on `data` in this process, and evaluate it after every epoch.
 
     `device`: `cpu`, `cuda`, ... or None for the best there is. `out`: a new folder for logs and weights. `started`:
     when the command began (`time.time`), for `total_seconds`; else this call. Each epoch but the last is evaluated on
-    single views, the last with the recipe's `tta`. `on_epoch` is called with each epoch's result.
+    single views, the last with the recipe's `tta`. `on_epoch` is called with each epoch's result, `on_step` with the
+    steps done and their total. `peers`: the other processes of the same training (`parallel.launch` starts them); each
+    calls this function, rank 0 alone with `out`, and all get the same result with the clocks of rank 0.
 
     The same seed on the same CPU with the same threads gives the same weights, bit for bit; `precision` and
     `convolution`, which `auto` measures, are in the result's `environment` and can be fixed in the recipe. Raises
@@ -57,18 +62,34 @@ def train(
         raise UserError(f"seed={seed} must be at least 0")
     on = select_device(device)
     keep_freed_memory()
-    numerics = choose_numerics(recipe, on)
+    numerics = peers.agree(choose_numerics(recipe, on) if peers.is_main else None)
+    assert numerics is not None
     if recipe.precision not in ("auto", numerics.describe()["precision"]):
         warnings.warn(f"precision={recipe.precision} is not used: {numerics.reason}", stacklevel=2)
-    machine = environment(on) | numerics.describe()
+    machine = environment(on) | numerics.describe() | {"world_size": peers.world_size, "backend": peers.backend}
     train_clock, evaluate_clock = Clock(on), Clock(on)
+    network_dtype = torch.float64 if numerics.dtype == torch.float64 else torch.float32
+    peers.barrier()  # so that no rank's clock counts how much later another one started
 
     with train_clock.running():  # from the first byte sent to the device
         mean, std = pixel_statistics(data.train_images)
-        model = build_model(recipe, data.n_classes, mean, std, winograd=numerics.winograd, seed=seed).to(on)
+        model = build_model(recipe, data.n_classes, mean, std, winograd=numerics.winograd, seed=seed)
+        model = model.to(on, network_dtype)
         model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
-        batches = TrainBatches(data.train_images, data.train_labels, recipe, device=on, mean=mean, std=std, seed=seed)
+        batches = TrainBatches(
+            data.train_images,
+            data.train_labels,
+            recipe,
+            device=on,
+            dtype=network_dtype,
+            mean=mean,
+            std=std,
+            seed=seed,
+            rank=peers.rank,
+            world_size=peers.world_size,
+        )
         whiten_first_layer(model, recipe, data.train_images[:WHITENING_IMAGES].to(on))
+        peers.start_together(model)
         optimizers, schedule = build_optimizers(model, recipe), lr_schedule(recipe)
         ema = EMA(model, recipe.ema_decay**recipe.ema_every) if recipe.ema_decay else None
         lookahead = Lookahead(model, recipe.lookahead_alpha) if recipe.lookahead_alpha else None
@@ -85,6 +106,7 @@ def train(
                 freeze_whitening_bias(model, epoch >= recipe.whitening_bias_epochs)
                 for images, labels in islice(batches.epoch(epoch), total_steps - step):
                     loss, hits = forward_backward(model, images, labels, recipe, numerics.dtype)
+                    peers.average_gradients(model, half_precision=numerics.dtype in HALF, scale=len(images))
                     set_learning_rates(optimizers, schedule, step / batches.steps_per_epoch)
                     for optimizer in optimizers:
                         optimizer.step()
@@ -100,21 +122,28 @@ def train(
                         # Not at every step: reading the loss makes a GPU wait.
                         require_finite(loss, step, optimizers)
                     bar.update()
+                    if on_step:
+                        on_step(step, total_steps)
             tta = recipe.tta if step == total_steps else "none"
             with evaluate_clock.running():
-                test = evaluate(evaluated, data.test_images, data.test_labels, tta=tta, dtype=numerics.dtype)
+                peers.average_statistics(evaluated)
+                test_loss, test_accuracy = evaluate_together(evaluated, data, tta, numerics.dtype, peers)
+            # Each rank's share of the batches, and the mean over all of them.
+            train_loss, train_hits = peers.sum(
+                torch.stack([torch.stack(losses).mean(), torch.stack(correct).sum()])
+            ).tolist()
             epochs.append(
                 EpochResult(
                     epoch=epoch + 1,
-                    train_loss=torch.stack(losses).mean().item(),
-                    train_accuracy=torch.stack(correct).sum().item() / (len(correct) * recipe.global_batch_size),
-                    test_loss=test.loss,
-                    test_accuracy=test.accuracy,
+                    train_loss=train_loss / peers.world_size,
+                    train_accuracy=train_hits / (len(correct) * recipe.global_batch_size),
+                    test_loss=test_loss,
+                    test_accuracy=test_accuracy,
                     tta=tta,
                     train_seconds=train_clock.seconds,
                 )
             )
-            bar.set_postfix_str(f"epoch {epoch + 1}: test accuracy {test.accuracy:.2%}")
+            bar.set_postfix_str(f"epoch {epoch + 1}: test accuracy {test_accuracy:.2%}")
             if folder:
                 folder.log(epochs[-1])
             if on_epoch:
@@ -130,7 +159,7 @@ def train(
         evaluate_seconds=evaluate_clock.seconds,
         total_seconds=time.time() - started,
         first_step_seconds=first_step_seconds,
-        peak_memory_gb=peak_memory() / 1e9,
+        peak_memory_gb=peers.sum(torch.tensor(peak_memory() / 1e9)).item(),
         model=evaluated,
     )
     if folder:
@@ -149,20 +178,32 @@ def forward_backward(
     size = recipe.micro_batch_size or len(images)
     # A mean loss has gradients too small for float16; those of the sum, which the original recipes took, are not.
     loss_scale = len(images) if dtype == torch.float16 else 1
-    loss, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
+    loss, hits = images.new_zeros(()), images.new_zeros(())
     parts = list(zip(images.split(size), labels.split(size), strict=True))
     for number, (part, target) in enumerate(parts, start=1):
         expect_part(model, number, len(parts))
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(part)
+        with torch.autocast(images.device.type, dtype, enabled=dtype in HALF):
+            logits = at_least_float32(model(part))
         smoothing = recipe.label_smoothing
-        part_loss = F.cross_entropy(logits.float(), target, reduction="sum", label_smoothing=smoothing) / len(images)
+        part_loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing) / len(images)
         (part_loss * loss_scale).backward()
         loss += part_loss.detach()
         hits += (logits.detach().argmax(1) == target).sum()
     if loss_scale != 1:
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], loss_scale)
     return loss, hits
+
+
+def evaluate_together(model: Network, data: Dataset, tta: str, dtype: torch.dtype, peers: Peers) -> tuple[float, float]:
+    """Return the test loss and accuracy, to which each rank contributes an equal share of the test images."""
+    own = slice(peers.rank, None, peers.world_size)
+    images, labels = data.test_images[own], data.test_labels[own]
+    found = evaluate(model, images, labels, tta=tta, dtype=dtype, on_batch=peers.tick)
+    if peers.world_size == 1:
+        return found.loss, found.accuracy
+    sums = torch.tensor([found.loss, found.accuracy], dtype=torch.float64) * len(labels)
+    loss, accuracy = (peers.sum(sums) / len(data.test_labels)).tolist()
+    return loss, accuracy
 
 
 def expect_part(model: Network, part: int, n_parts: int) -> None:

@@ -1,0 +1,421 @@
+"""Processes on this machine that do what they are told, are watched while they do it, and never stay behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import queue
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing import active_children
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from filelock import FileLock, Timeout
+
+from cifar_fast.errors import UserError, WorkerError
+from cifar_fast.peers import PATIENCE, Peers, rank_device, set_threads
+
+HEARTBEAT_SECONDS = 0.5
+START_SECONDS = 300.0
+"""How long a rank may take to start, and to do the first piece of a task, which may hold a compilation."""
+MEETING_PREFIX = "cifar_fast-meeting-"
+_starting = threading.Lock()
+
+
+class Workers:
+    """`world_size` processes that meet through a file in a private folder and talk over the loopback interface."""
+
+    def __init__(self, world_size: int, *, device: str, backend: str, timeout: float = 10.0) -> None:
+        """Start them and wait until all have met.
+
+        Arguments:
+            world_size: number of processes.
+            device: `cuda`, one GPU for each, or `cpu`, whose cores they divide.
+            backend: `nccl` or `gloo`.
+            timeout: seconds within which a rank that died or no longer answers has ended them all.
+
+        Raises:
+            WorkerError: a rank failed.
+        """
+        if timeout <= 0:
+            raise UserError(f"timeout={timeout} must be a number of seconds above 0")
+        self.world_size, self.timeout = world_size, timeout
+        _remove_left_over()
+        self.folder = Path(tempfile.mkdtemp(prefix=MEETING_PREFIX))  # for this user alone
+        self._held = FileLock(self.folder / "held")
+        self._held.acquire()
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+        before = set(active_children())
+        try:
+            with _interrupts_held():
+                ends = [Pipe() for _ in range(world_size)]
+                self._connections = [ours for ours, _ in ends]
+                theirs = [end for _, end in ends]
+                with _nothing_inherited():
+                    arguments = (theirs, device, backend, str(self.folder))
+                    context = mp.spawn(_work, arguments, nprocs=world_size, join=False, daemon=True)
+                self._processes = context.processes
+                for end in theirs:
+                    end.close()  # so that ours ends when the worker does
+            self._watch("starting", None)
+        except BaseException:
+            # Where `spawn` itself failed, some may have been started.
+            self._processes = self._processes or [process for process in active_children() if process not in before]
+            self._kill()
+            raise
+
+    @property
+    def pids(self) -> list[int]:
+        """The processes' numbers, by rank."""
+        return [process.pid for process in self._processes]
+
+    def call(
+        self, function: Callable[..., Any], *args: Any, on_message: Callable[[int, Any], None] | None = None
+    ) -> list:
+        """Call `function(peers, *args)` on every rank and return what each returned, by rank.
+
+        `function` is a top-level one of an importable module. `on_message(rank, message)` is called in this process
+        with what the ranks `tell` meanwhile. Raises `WorkerError`, or the rank's own `UserError`, when one fails; then,
+        and when this call is interrupted, no process is left.
+        """
+        if not self._processes:
+            raise WorkerError("these processes have ended; start new ones")
+        if function.__module__ == "__main__":
+            raise UserError(
+                f"{function.__qualname__} is defined in a notebook cell or a script, which other processes cannot "
+                "import; put it into a module"
+            )
+        task = pickle.dumps((function, args))
+        try:
+            for connection in self._connections:
+                with suppress(OSError):  # it is gone; `_watch` says who and why
+                    connection.send_bytes(task)
+            return self._watch("working", on_message)
+        except BaseException:
+            self._kill()
+            raise
+
+    def close(self) -> None:
+        """End the processes and remove what they met through."""
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.send_bytes(b"")
+        deadline = time.monotonic() + 5
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        self._kill()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _watch(self, doing: str, on_message: Callable[[int, Any], None] | None) -> list:
+        """Hear from every rank until each has said that it is done, or one fails."""
+        ranks = [_Rank(number) for number in range(self.world_size)]
+        if doing == "working":
+            for rank in ranks:
+                rank.heard_at = 0.0  # from now on each says something twice a second
+        clock = 0.0
+        last = time.monotonic()
+        while not all(rank.done for rank in ranks):
+            waiting_for: list[Any] = [self._connections[rank.number] for rank in ranks if not rank.gone]
+            wait(
+                [*waiting_for, *(self._processes[rank.number].sentinel for rank in ranks if not rank.gone)],
+                timeout=0.25,
+            )
+            now = time.monotonic()
+            # A machine that was asleep, or a callback that took long, is nobody's silence.
+            clock, last = clock + min(now - last, 1.0), now
+            for rank in ranks:
+                for kind, content in self._received(rank):
+                    rank.hear(kind, content, clock)
+                    if kind == "told" and on_message:
+                        on_message(rank.number, content)
+                    elif kind == "warned" and rank.number == 0:
+                        warnings.warn(content, stacklevel=5)
+            self._raise_failure(ranks, clock, doing)
+        return [rank.value for rank in ranks]
+
+    def _received(self, rank: _Rank) -> Iterator[tuple[str, Any]]:
+        connection = self._connections[rank.number]
+        try:
+            while not rank.gone and connection.poll():
+                yield connection.recv()
+        except (EOFError, OSError):
+            rank.gone = True
+
+    def _raise_failure(self, ranks: list[_Rank], clock: float, doing: str) -> None:
+        """Raise what is wrong, if anything is, with the rank that it began with."""
+        for rank in ranks:
+            if not rank.done and rank.failure is None:
+                process = self._processes[rank.number]
+                if rank.gone:
+                    process.join(1.0)
+                if process.exitcode is not None:
+                    # What it said last may still be in the pipe.
+                    for kind, content in self._received(rank):
+                        rank.hear(kind, content, clock)
+                    if not rank.done and rank.failure is None:
+                        raise WorkerError(f"rank {rank.number} {_how_it_ended(process.exitcode)} while {doing}")
+        failed = [rank for rank in ranks if rank.failure is not None]
+        first = [rank for rank in failed if not rank.failure.waiting]  # type: ignore[union-attr]
+        # A rank that failed while it waited for others most likely lost one of them: who that is will show in a second.
+        if first or any(clock - rank.failed_at > 1.0 for rank in failed):
+            rank = (first or failed)[0]
+            assert rank.failure is not None
+            raise rank.failure.exception(rank.number)
+        if failed:
+            return
+        silent = 0.8 * self.timeout  # the rest is for ending the others
+        slowest = max(rank.longest_pause for rank in ranks)
+        for rank in ranks:
+            if rank.done or rank.heard_at is None:
+                continue
+            if clock - rank.heard_at > silent:
+                raise WorkerError(
+                    f"rank {rank.number} has stopped answering: nothing was heard of it for "
+                    f"{clock - rank.heard_at:.0f} s (timeout={self.timeout:g})"
+                )
+        # A step that was this long before may be so again, with some delay.
+        patience = max(silent, 4 * slowest)
+        stuck = [r for r in ranks if not r.done and clock - r.moved_at > (patience if r.pauses else START_SECONDS)]
+        if stuck and (
+            at_work := [rank for rank in stuck if not rank.waiting] or (stuck if len(stuck) == len(ranks) else [])
+        ):
+            rank = min(at_work, key=lambda rank: rank.ticks)
+            raise WorkerError(
+                f"rank {rank.number} has hung: it has done nothing for {clock - rank.moved_at:.0f} s, and the others "
+                f"wait for it; if a step may take this long, raise timeout={self.timeout:g}"
+            )
+
+    def _kill(self) -> None:
+        """End every process at once, with whatever it has started, and remove the private folder."""
+        with _interrupts_held():
+            for process in self._processes:
+                with suppress(psutil.Error):
+                    for child in psutil.Process(process.pid).children(recursive=True):
+                        with suppress(psutil.Error):
+                            child.kill()
+                process.kill()
+            for process in self._processes:
+                process.join()
+            for connection in self._connections:
+                connection.close()
+            self._processes, self._connections = [], []
+            self._held.release()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass
+class _Failure:
+    """What a rank says when its task raised."""
+
+    error: UserError | None
+    """The exception itself where it is one for people."""
+    text: str
+    waiting: bool
+    """Whether it was waiting for other ranks at that moment."""
+
+    def exception(self, rank: int) -> Exception:
+        if self.error is not None:
+            return self.error
+        return WorkerError(f"rank {rank} failed:\n{self.text}")
+
+
+class _Rank:
+    """What is known of one rank during one task; times are those of the watcher's clock, in seconds."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.done = False
+        self.gone = False
+        self.value: Any = None
+        self.failure: _Failure | None = None
+        self.failed_at = 0.0
+        self.heard_at: float | None = None
+        self.ticks, self.waiting = 0, False
+        self.moved_at, self.pauses, self.longest_pause = 0.0, 0, 0.0
+
+    def hear(self, kind: str, content: Any, clock: float) -> None:
+        self.heard_at = clock
+        if kind == "done":
+            self.done, self.value = True, content
+        elif kind == "failed":
+            self.failure, self.failed_at = content, clock
+        elif kind == "alive":
+            ticks, waiting = content
+            if ticks != self.ticks:
+                if self.pauses:  # the first piece of a task takes longer than any other
+                    self.longest_pause = max(self.longest_pause, clock - self.moved_at)
+                self.pauses += 1
+                self.moved_at = clock
+            if waiting != self.waiting:
+                self.moved_at = clock
+            self.ticks, self.waiting = ticks, waiting
+
+
+def _how_it_ended(exitcode: int) -> str:
+    if exitcode == 0:
+        return "exited with status 0 without a result"
+    if exitcode > 0:
+        return f"exited with status {exitcode} and no word"
+    name = signal.Signals(-exitcode).name
+    hint = "; the system does that when memory runs out" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Keep Ctrl-C until the block is left, and from the processes that are started in it for good."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    # The mask is inherited: Ctrl-C in a terminal reaches all processes, and only this one should act on it.
+    old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if old is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _nothing_inherited() -> Iterator[None]:
+    """Let spawned processes start without importing the caller's `__main__`, which needs no guard then."""
+    with _starting:  # two threads that swap it at once would lose it
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
+def _remove_left_over() -> None:
+    """Remove the folders of callers that were killed before they could do so."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{MEETING_PREFIX}*"):
+        with suppress(OSError, Timeout):  # another user's, or held by a caller that lives
+            if time.time() - folder.stat().st_mtime < 60:
+                continue  # its owner may be about to take hold of it
+            with FileLock(folder / "held", timeout=0):
+                shutil.rmtree(folder)
+
+
+def loopback_interface() -> str:
+    """Return the name of the interface that has the address 127.0.0.1."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.family == socket.AF_INET and address.address == "127.0.0.1" for address in addresses):
+            return name
+    raise WorkerError("no interface of this machine has the address 127.0.0.1, over which the processes talk")
+
+
+# --- in the started process ---
+
+
+def _work(rank: int, ends: list[Connection], device: str, backend: str, folder: str) -> None:
+    """Meet the other ranks, then do one task after the other; a top-level function, so that it can be imported."""
+    for number, end in enumerate(ends):
+        if number != rank:
+            end.close()
+    connection, world_size = ends[rank], len(ends)
+    _end_with_parent()
+    speaking = threading.Lock()
+
+    def say(kind: str, content: Any = None) -> None:
+        with speaking:
+            connection.send((kind, content))
+
+    tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, tasks), daemon=True).start()
+    warnings.showwarning = lambda message, *_: say("warned", str(message))
+    peers = Peers(rank, world_size, backend)
+    try:
+        peers.device = rank_device(device, rank)
+        peers.tell = lambda message: say("told", message)
+        set_threads(world_size)
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback_interface()
+        store = dist.FileStore(os.path.join(folder, "store"), world_size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+        peers.barrier()
+        say("done")
+        while coded := tasks.get():
+            with _heartbeat(peers, say):
+                function, args = pickle.loads(coded)
+                value = function(peers, *args)
+            say("done", value)
+        dist.destroy_process_group()
+    except BaseException as error:
+        say("failed", _Failure(_portable(error), traceback.format_exc(), peers.waiting))
+        # Its sockets stay open until the caller has heard of it, so that it is not blamed on those that wait for it.
+        threading.Event().wait()
+
+
+def _portable(error: BaseException) -> UserError | None:
+    """Return an error for people if it survives the way to another process."""
+    if not isinstance(error, UserError):
+        return None
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return UserError(str(error))
+
+
+def _listen(connection: Connection, tasks: queue.SimpleQueue[bytes]) -> None:
+    """Take tasks from the caller; when it is gone, end this process, whatever it is doing."""
+    try:
+        while True:
+            tasks.put(connection.recv_bytes())
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+@contextmanager
+def _heartbeat(peers: Peers, say: Callable[[str, Any], None]) -> Iterator[None]:
+    """Say twice a second, while the task runs, how far this rank is and whether it waits for others."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError):  # the caller is gone, and `_listen` ends this process
+                say("alive", (peers.ticks, peers.waiting))
+
+    peers.ticks = 0
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it dies, even if it is stopped by then."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1  # sys/prctl.h
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)

@@ -1,0 +1,108 @@
+"""What other processes do in test_workers.py and test_parallel.py: an importable module, as tasks have to be in one."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from cifar_fast.errors import RecipeError
+from cifar_fast.layers import GhostBatchNorm
+from cifar_fast.peers import Peers
+
+
+def add_ranks(peers: Peers) -> tuple[int, int, float, int]:
+    total = peers.sum(torch.tensor(float(peers.rank))).item()
+    return peers.rank, peers.agree(peers.rank + 7), total, torch.get_num_threads()
+
+
+def tell_twice(peers: Peers, word: str) -> str:
+    peers.tell(f"{word} {peers.rank}")
+    peers.tell(f"{word} again {peers.rank}")
+    return word
+
+
+def warn(peers: Peers) -> None:
+    warnings.warn(f"a warning of rank {peers.rank}", stacklevel=1)
+
+
+def fail(peers: Peers, how: str, culprit: int) -> None:
+    """Work together for a while, then let the rank `culprit` fail while the others wait for it."""
+    for _ in range(20):
+        peers.barrier()
+        time.sleep(0.01)
+    if peers.rank == culprit:
+        _fail(how)
+    while True:
+        peers.barrier()
+
+
+def _fail(how: str) -> None:
+    if how == "raise":
+        raise ZeroDivisionError("thrown on purpose")
+    if how == "raise for people":
+        raise RecipeError("a mistake to mend")
+    if how == "raise what cannot travel":
+        raise Stubborn(lambda: None)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if how == "sleep":
+        time.sleep(1000)
+    if how == "spin":
+        while True:
+            pass
+    if how == "exit 0":
+        os._exit(0)
+    if how == "sys.exit":
+        sys.exit(0)
+    if how == "memory":
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+        torch.ones(8 << 30)
+
+
+class Stubborn(Exception):
+    """An exception that pickle cannot carry."""
+
+
+def report_own_pids(peers: Peers) -> int:
+    return os.getpid()
+
+
+def average(peers: Peers, half_precision: bool, scale: float) -> list[Any]:
+    """Average gradients of this rank's own, in two memory layouts and one parameter without; return them."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 2), nn.Linear(1, 1)).to(memory_format=torch.channels_last)
+    for p in list(model.parameters())[:-1]:
+        p.grad = torch.empty_like(p).copy_(gradient(p.shape, peers.rank))
+    peers.average_gradients(model, half_precision=half_precision, scale=scale)
+    return [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
+
+
+def gradient(shape: torch.Size, rank: int) -> torch.Tensor:
+    """Small numbers, below what float16 can hold unscaled."""
+    random = torch.Generator().manual_seed(100 * len(shape) + rank)
+    return 1e-8 * torch.randn(shape, generator=random)
+
+
+def average_statistics(peers: Peers) -> tuple[list[float], list[float]]:
+    norm = GhostBatchNorm(2, 4, eps=1e-5, momentum=0.1, freeze_scale=False)
+    assert norm.running_mean is not None and norm.running_var is not None
+    norm.running_mean.fill_(peers.rank)
+    norm.running_var.fill_(10.0 * peers.rank)
+    peers.average_statistics(norm)
+    return norm.running_mean.tolist(), norm.running_var.tolist()
+
+
+def start_together(peers: Peers) -> list[float]:
+    layer = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+    nn.init.constant_(layer.weight, float(peers.rank + 1))
+    peers.start_together(layer)
+    return layer.weight.flatten().tolist()

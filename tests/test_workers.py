@@ -1,0 +1,247 @@
+"""Processes do what they are told; when one fails, it is named, within the timeout, and none stays behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import tasks
+import torch
+
+from cifar_fast import workers
+from cifar_fast.errors import RecipeError, UserError, WorkerError
+from cifar_fast.workers import Workers
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals as Linux and macOS have them")
+
+
+@pytest.fixture(scope="module")
+def four() -> Iterator[Workers]:
+    with Workers(4, device="cpu", backend="gloo") as started:
+        yield started
+
+
+def wait_until(condition, seconds: float = 60.0) -> bool:
+    """Wait generously for what must come; a test fails by the condition, never by being slow."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return bool(condition())
+
+
+def gone(pids: list[int]) -> bool:
+    def ended(pid: int) -> bool:
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    return all(map(ended, pids))
+
+
+def test_every_rank_answers_and_all_agree(four):
+    answers = four.call(tasks.add_ranks)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert answers == [(rank, 7, 6.0, max(1, cores // 4)) for rank in range(4)]
+
+
+def test_messages_arrive_while_the_task_runs(four):
+    heard: list[tuple[int, str]] = []
+    assert four.call(tasks.tell_twice, "hello", on_message=lambda *message: heard.append(message)) == ["hello"] * 4
+    for rank in range(4):
+        assert [text for number, text in heard if number == rank] == [f"hello {rank}", f"hello again {rank}"]
+
+
+def test_a_warning_is_given_once_in_the_caller(four):
+    with pytest.warns(UserWarning) as caught:
+        four.call(tasks.warn)
+    assert [str(warning.message) for warning in caught] == ["a warning of rank 0"]
+
+
+@pytest.mark.parametrize(("half_precision", "scale"), [(False, 1.0), (False, 512.0), (True, 512.0)])
+def test_gradients_become_their_mean(four, half_precision, scale):
+    results = four.call(tasks.average, half_precision, scale)
+    assert all(result == results[0] for result in results)  # bit for bit
+    shapes = [(4, 3, 3, 3), (4,), (2, 5), (2,), (1, 1)]
+    *means, none = results[0]
+    assert none is None
+    for shape, mean in zip(shapes, means, strict=True):
+        expected = torch.stack([tasks.gradient(torch.Size(shape), rank) for rank in range(4)]).mean(0)
+        tolerance = 2e-10 if half_precision else 1e-15  # a float16 has 11 bits, and 512 * 1e-8 is among its subnormals
+        torch.testing.assert_close(torch.tensor(mean), expected, rtol=1e-6, atol=tolerance)
+
+
+def test_statistics_become_their_mean(four):
+    assert four.call(tasks.average_statistics) == [([1.5, 1.5], [15.0, 15.0])] * 4
+
+
+def test_all_start_from_the_weights_of_rank_0(four):
+    assert four.call(tasks.start_together) == [[1.0] * 54] * 4
+
+
+def test_nothing_listens_but_on_the_loopback_interface(four):
+    listening = [
+        connection.laddr.ip
+        for pid in four.pids
+        for connection in psutil.Process(pid).net_connections(kind="inet")
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening, "four processes that talk have to listen somewhere"
+    assert set(listening) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+def test_the_meeting_place_is_private(four):
+    assert four.folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_close_leaves_nothing():
+    with Workers(2, device="cpu", backend="gloo") as pair:
+        pids, folder = pair.pids, pair.folder
+        assert not gone(pids) and folder.exists()
+    assert gone(pids) and not folder.exists()
+    with pytest.raises(WorkerError, match="have ended; start new ones"):
+        pair.call(tasks.add_ranks)
+
+
+FAULTS = {
+    "raise": r"rank 1 failed:.*Traceback.*tasks\.py.*ZeroDivisionError: thrown on purpose",
+    "raise what cannot travel": r"rank 1 failed:.*Stubborn",
+    "kill": "rank 1 was ended by SIGKILL; the system does that when memory runs out",
+    "exit 0": "rank 1 exited with status 0 without a result",
+    "sys.exit": r"rank 1 failed:.*SystemExit: 0",
+    "stop": "rank 1 has stopped answering",
+    "sleep": "rank 1 has hung",
+    "spin": "rank 1 has hung",
+    "memory": "rank 1 failed:.*(memory|alloc)",
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_a_rank_that_fails_is_named_and_ends_all(how):
+    started = Workers(3, device="cpu", backend="gloo", timeout=3.0)
+    pids, folder = started.pids, started.folder
+    with pytest.raises(WorkerError) as caught:
+        started.call(tasks.fail, how, 1)
+    assert re.search(FAULTS[how], str(caught.value), re.DOTALL), str(caught.value)
+    assert gone(pids) and not folder.exists()
+
+
+def test_a_mistake_for_people_stays_one():
+    started = Workers(2, device="cpu", backend="gloo")
+    pids = started.pids
+    with pytest.raises(RecipeError, match="a mistake to mend"):
+        started.call(tasks.fail, "raise for people", 1)
+    assert gone(pids)
+
+
+def test_an_exception_in_the_callback_ends_all():
+    started = Workers(2, device="cpu", backend="gloo")
+    pids = started.pids
+
+    def on_message(rank: int, message: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        started.call(tasks.tell_twice, "hello", on_message=on_message)
+    assert gone(pids)
+
+
+def test_a_function_of_a_notebook_is_refused(four, monkeypatch):
+    def cell() -> None: ...
+
+    monkeypatch.setattr(cell, "__module__", "__main__")
+    with pytest.raises(UserError, match="put it into a module"):
+        four.call(cell)
+
+
+# A caller without a guard, as a script or a notebook has it: it may not be run again in the processes it starts.
+CALLER = """
+import sys, time
+sys.path[:0] = {path!r}
+from cifar_fast.workers import Workers
+import tasks
+started = Workers(2, device="cpu", backend="gloo")
+print("pids", *started.pids, started.folder, flush=True)
+started.call(tasks.fail, "sleep", -1)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_its_caller(how, tmp_path):
+    script = tmp_path / "caller.py"
+    script.write_text(CALLER.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    with subprocess.Popen(
+        [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as caller:
+        assert caller.stdout is not None and caller.stderr is not None
+        word, *numbers, folder = caller.stdout.readline().split()
+        pids = [int(number) for number in numbers]
+        assert word == "pids" and len(pids) == 2 and not gone(pids)
+        if how == signal.SIGINT:  # Ctrl-C in a terminal reaches every process of the group
+            os.killpg(caller.pid, how)
+        else:
+            caller.send_signal(how)
+        errors = caller.stderr.read()
+        caller.wait()
+    assert wait_until(lambda: gone(pids))
+    if how == signal.SIGINT:
+        assert errors.count("KeyboardInterrupt") == 1 and not Path(folder).exists(), errors
+    else:
+        assert errors == ""
+
+
+def test_a_stopped_process_does_not_outlive_its_caller_either(tmp_path):
+    if sys.platform != "linux":
+        pytest.skip("only Linux kills with the parent")
+    script = tmp_path / "caller.py"
+    script.write_text(CALLER.format(path=[str(Path(__file__).parent), str(Path(__file__).parents[1])]))
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as caller:
+        assert caller.stdout is not None
+        pids = [int(number) for number in caller.stdout.readline().split()[1:-1]]
+        os.kill(pids[0], signal.SIGSTOP)
+        caller.kill()
+    assert wait_until(lambda: gone(pids))
+
+
+def test_what_killed_callers_left_is_removed(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, recent = tmp_path / f"{workers.MEETING_PREFIX}old", tmp_path / f"{workers.MEETING_PREFIX}new"
+    held = tmp_path / f"{workers.MEETING_PREFIX}held"
+    for folder in (left, recent, held):
+        folder.mkdir()
+    for folder in (left, held):
+        os.utime(folder, (0, 0))
+    with workers.FileLock(held / "held"):
+        os.utime(held, (0, 0))
+        workers._remove_left_over()
+        assert not left.exists() and recent.exists() and held.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_twenty_launches_at_the_same_moment_do_not_collide():
+    answers: list[list] = []
+
+    def launch() -> None:
+        with Workers(2, device="cpu", backend="gloo", timeout=100.0) as pair:
+            answers.append([rank for rank, *_ in pair.call(tasks.add_ranks)])
+
+    threads = [threading.Thread(target=launch) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [[0, 1]] * 20
+    assert sys.modules["__main__"].__dict__, "the caller's __main__ is its own again"
