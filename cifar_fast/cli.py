@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -19,8 +19,9 @@ import tyro
 from tyro import conf
 
 from cifar_fast import recipe as recipes
-from cifar_fast.errors import TrainingError, UserError
+from cifar_fast.errors import TrainingError, UserError, WorkerError
 from cifar_fast.recipe import Recipe, changed_fields
+from cifar_fast.report import percent, table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +35,8 @@ NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 DataOption = Annotated[str | None, conf.arg(metavar="PATH|synthetic")]
 MirrorOption = Annotated[tuple[str, ...], conf.arg(metavar="URL"), conf.UseAppendAction]
 DeviceOption = Annotated[str | None, conf.arg(metavar="cpu|cuda|cuda:N")]
+WorldSizeOption = Annotated[int | None, conf.arg(metavar="N")]
+BackendOption = Annotated[Literal["nccl", "gloo"] | None, conf.arg(metavar="nccl|gloo")]
 Switch = Annotated[bool, conf.FlagCreatePairsOff]
 
 
@@ -41,7 +44,7 @@ Switch = Annotated[bool, conf.FlagCreatePairsOff]
 class Train:
     """Train a network and say how well and how fast; every field of the recipe is an option.
 
-    Without --recipe the hardware decides: `speedrun` with a GPU, `laptop` without.
+    Without --recipe the hardware decides: `apple_8gpu` with 2, 4 or 8 GPUs, `speedrun` with one, `laptop` without.
     """
 
     recipe: Annotated[str | None, conf.arg(metavar="NAME")] = None
@@ -55,7 +58,13 @@ class Train:
     out: Annotated[Path | None, conf.arg(metavar="FOLDER")] = None
     """New folder for logs, result and weights. Default: runs/NAME-seedN-DATE-TIME."""
     device: DeviceOption = None
-    """Where to train. Default: the first GPU, else the CPU."""
+    """Where to train. Default: all GPUs, else the CPU."""
+    world_size: WorldSizeOption = None
+    """Number of processes that share the recipe's shards. Default: one for each GPU, or one on a CPU."""
+    backend: BackendOption = None
+    """What the processes talk over. Default: nccl on GPUs, gloo on a CPU."""
+    timeout: float = 10.0
+    """Seconds within which a process that died or no longer answers has ended all of them."""
     quiet: Switch = False
     """Print the result alone."""
     fields: Annotated[Recipe, conf.arg(name=""), conf.FlagConversionOff]
@@ -64,9 +73,10 @@ class Train:
         """Train, save, print a table."""
         from tqdm.auto import tqdm
 
+        from cifar_fast.parallel import choose_world_size, launch
         from cifar_fast.timing import process_start
-        from cifar_fast.train import train
 
+        silence_other_ranks()
         base, why = base_recipe(self.recipe, self.device)
         recipe = self.fields
         changes = changed_fields(base, recipe)
@@ -76,8 +86,11 @@ class Train:
             )  # so that its results are not filed among the original's
         stamp = time.strftime("%Y%m%d-%H%M%S")
         out = self.out or Path("runs") / f"{recipe.name}-seed{self.seed}-{stamp}"
+        world_size = choose_world_size(self.world_size, self.device, recipe)
         if not self.quiet:
             print(f"recipe: {base.name} ({why})")
+            if world_size > 1:
+                print(f"processes: {world_size}")
             for field, (before, after) in changes.items():
                 print(f"  {field}: {before} -> {after}")
         data = open_data(self.data, self.mirror)
@@ -94,10 +107,13 @@ class Train:
                 )
 
         try:
-            result = train(
+            result = launch(
                 recipe,
                 data,
+                world_size=world_size,
                 device=self.device,
+                backend=self.backend,
+                timeout=self.timeout,
                 seed=self.seed,
                 out=out,
                 progress=not self.quiet and sys.stderr.isatty(),  # in a log file each epoch's line is enough
@@ -111,7 +127,8 @@ class Train:
         except TrainingError as error:
             raise TrainingError(f"{error}; {len(logged)} finished epochs are logged in {out}") from error
         print(result_table(result, out))
-        save_learning_curve(result, out)
+        if is_main_rank():
+            save_learning_curve(result, out)
         return 0
 
 
@@ -279,6 +296,57 @@ class Doctor:
 
 
 @dataclass(kw_only=True)
+class Plan:
+    """Predict how long a recipe would train on 1 to 64 workers, from steps measured on this machine.
+
+    A prediction, not a measurement: time to compute and to launch is measured here, that of the all-reduce is taken
+    from others' published measurements.
+    """
+
+    recipe: Annotated[str, conf.arg(metavar="NAME")] = "apple_8gpu"
+    """Recipe to plan."""
+    world_size: Annotated[int | None, conf.arg(metavar="N")] = None
+    """A number of workers to predict, beside those of 1, 2, 4, ... 64 that the recipe allows."""
+    n_shards: Annotated[int | None, conf.arg(metavar="N")] = None
+    """Cut the training set in so many shards, so that so many workers can share it. Default: the recipe's."""
+    link: Literal["nvlink_nccl", "nvlink_multicast"] = "nvlink_nccl"
+    """What joins the workers; the published figures are those of 8 H100."""
+    n_train: int = 50_000
+    """Training images."""
+    n_test: int = 10_000
+    """Test images."""
+    device: DeviceOption = None
+    """Where to measure. Default: the first GPU, else the CPU."""
+    out: Annotated[Path | None, conf.arg(metavar="PNG")] = None
+    """File for a picture of the prediction."""
+
+    def run(self) -> int:
+        """Measure, then print the table."""
+        from cifar_fast import plan
+        from cifar_fast.plots import predicted_scaling
+
+        recipe = recipes.named(self.recipe)
+        if self.n_shards not in (None, recipe.n_shards):
+            recipe = replace(recipe, name=f"{recipe.name}-{self.n_shards}-shards", n_shards=self.n_shards)
+        world_sizes = plan.planned_world_sizes(recipe, self.world_size)
+        if self.out and not self.out.parent.is_dir():
+            raise UserError(f"--out {self.out}: there is no folder {self.out.parent}")
+        print(f"measuring steps of {recipe.name} on random images", flush=True)
+        measured = plan.measure_step(
+            recipe, device=self.device, n_train=self.n_train, n_test=self.n_test, world_sizes=world_sizes
+        )
+        link = plan.published_link(self.link)
+        predictions = plan.predict_all(measured, recipe, self.n_train, self.n_test, link, world_size=self.world_size)
+        print(plan.plan_table(predictions, measured, recipe))
+        if self.out:
+            try:
+                predicted_scaling(predictions).savefig(self.out, dpi=150)
+            except (OSError, ValueError) as error:
+                raise UserError(f"--out {self.out} cannot be written: {error}") from error
+        return 0
+
+
+@dataclass(kw_only=True)
 class Lab:
     """Open the notebooks in JupyterLab."""
 
@@ -300,7 +368,7 @@ class Lab:
         return 0
 
 
-Command = Train | Evaluate | Predict | Data | Doctor | Lab
+Command = Plan | Train | Evaluate | Predict | Data | Doctor | Lab
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -312,6 +380,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except WorkerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -332,7 +403,7 @@ def parse(argv: Sequence[str]) -> Command:
         train = Annotated[Train, conf.subcommand("train", default=Train(fields=base))]
     commands = train | Annotated[Evaluate, conf.subcommand("evaluate")] | Annotated[Predict, conf.subcommand("predict")]
     commands = commands | Annotated[Data, conf.subcommand("data")] | Annotated[Doctor, conf.subcommand("doctor")]
-    commands = commands | Annotated[Lab, conf.subcommand("lab")]
+    commands = commands | Annotated[Plan, conf.subcommand("plan")] | Annotated[Lab, conf.subcommand("lab")]
     return tyro.cli(commands, args=argv, prog="cifar-fast", description="Train a CIFAR-10 network to 94 % in seconds.")
 
 
@@ -346,9 +417,21 @@ def base_recipe(name: str | None, device: str | None) -> tuple[Recipe, str]:
 
     if select_device(device).type == "cpu":
         return recipes.laptop(), "the recipe for a CPU" + ("" if device else ": torch can use no GPU here")
-    n_gpus = torch.cuda.device_count()
-    # A recipe for all GPUs needs a process for each of them; this command is one process.
+    n_gpus = torch.cuda.device_count() if device in (None, "cuda") else 1
+    if n_gpus > 1 and recipes.apple_8gpu().n_shards % n_gpus == 0:
+        return recipes.apple_8gpu(), f"the recipe for several GPUs, and there are {n_gpus}"
     return recipes.speedrun(), "the recipe for one GPU" + (f", of the {n_gpus} here" if n_gpus > 1 else "")
+
+
+def is_main_rank() -> bool:
+    """Say whether this process is the one that prints and writes: any, but the ranks above 0 under torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def silence_other_ranks() -> None:
+    """Leave printing to rank 0 under torchrun, where every rank runs this command; errors stay audible."""
+    if not is_main_rank():
+        sys.stdout = open(os.devnull, "w")
 
 
 def open_data(path: str | None, mirrors: Sequence[str]) -> Dataset:
@@ -436,20 +519,6 @@ def class_table(found: Evaluation, classes: Sequence[str]) -> str:
         share = percent(counts[label] / sum(counts)) if sum(counts) else "-"
         rows.append((classes[label], f"{sum(counts):,}", share, mistakes))
     return table(rows)
-
-
-def table(rows: Iterable[Sequence[str]]) -> str:
-    """Return the rows with their columns aligned."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def percent(share: float) -> str:
-    """Return a share of 0 ... 1 in per cent."""
-    return f"{100 * share:.2f} %"
 
 
 def version(package: str) -> str:
