@@ -13,7 +13,7 @@ from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe, changed_fields, ladder
 
 if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
-    from cifar_fast import plots
+    from cifar_fast import plan, plots
     from cifar_fast.data import Dataset, load_cifar10, load_or_synthetic, synthetic
     from cifar_fast.evaluate import evaluate
     from cifar_fast.parallel import Trainer, launch
@@ -36,6 +36,7 @@ __all__ = [
     "load_cifar10",
     "load_or_synthetic",
     "load_run",
+    "plan",
     "plots",
     "recipes",
     "replace",
@@ -60,8 +61,8 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "plots":
-        return import_module("cifar_fast.plots")
+    if name in ("plan", "plots"):
+        return import_module(f"cifar_fast.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'cifar_fast' has no attribute {name!r}")
     return getattr(import_module(f"cifar_fast.{_MODULE_OF[name]}"), name)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from cifar_fast.report import APPLE_2019, Published, comparable, percent, summarise, wilson_interval
 
 if TYPE_CHECKING:
+    from cifar_fast.benchmark import Benchmark
+    from cifar_fast.plan import Prediction
     from cifar_fast.result import EpochResult, RunResult
 
 # Blue and vermilion of Okabe and Ito (2008) differ for every kind of colour vision; in grey, marker and dash do.
@@ -60,3 +66,177 @@ def _title(run: RunResult) -> str:
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     reached = f"{100 * run.accuracy:.2f} % (TTA: {run.recipe.tta})"
     return f"{run.recipe.name}, data set: {run.dataset['name']}, {reached}\n{where}"
+
+
+DOT: dict[str, Any] = {"color": "#0072B2", "edgecolor": "white", "linewidth": 0.4, "zorder": 3}
+MEAN: dict[str, Any] = {"color": "#0072B2", "marker": "D", "markersize": 5, "linewidth": 1.6, "capsize": 3, "zorder": 3}
+TARGET: dict[str, Any] = {"color": "#D55E00", "linestyle": "-", "linewidth": 1.8, "zorder": 2}
+PUBLISHED: dict[str, Any] = {"color": "#333333", "linewidth": 1.4, "zorder": 2}
+
+
+def accuracy_and_time(benchmark: Benchmark, published: Published = APPLE_2019) -> Figure:
+    """Draw how accuracy and train_seconds are distributed over the runs, each run a dot, stacked where they meet.
+
+    The target, the mean with its 95 % interval (Student's t), and published figures are marked. Where the runs are not
+    of CIFAR-10 the published figures are left out, and the figure says so.
+    """
+    found = summarise(benchmark.runs, benchmark.target)
+    figure = Figure(figsize=(10, 4.6))
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.03, right=0.97, top=0.84, bottom=0.37, wspace=0.08)
+    low, high = wilson_interval(found["at_target"], found["n"])
+    share = f"{found['at_target']} of {found['n']} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+    lines = [(100 * found["target"], TARGET, f"target {percent(found['target'])}, reached by {share}")]
+    seconds: list[tuple[float, dict[str, Any], str]] = []
+    title = f"{found['recipe']}, data set: {found['dataset']['name']}, n = {found['n']}\n{found['hardware']}"
+    if comparable(found["dataset"]):
+        name = f"published ({published.name}, n = {published.runs})"
+        dashed, dotted = PUBLISHED | {"linestyle": "--"}, PUBLISHED | {"linestyle": ":"}
+        lines.append((100 * published.median_accuracy, dashed, f"{name} median {percent(published.median_accuracy)}"))
+        lines.append((100 * published.min_accuracy, dotted, f"{name} minimum {percent(published.min_accuracy)}"))
+        seconds.append((published.mean_seconds, dashed, f"{name} mean {published.mean_seconds:.2f} s"))
+        seconds.append((published.max_seconds, dotted, f"{name} maximum {published.max_seconds:.2f} s"))
+    else:
+        title += "\nnot CIFAR-10: the published figures cannot be compared with these and are not drawn"
+    accuracies = [100 * run["accuracy"] for run in benchmark.runs]
+    _dots(left, accuracies, found["accuracy"]["mean_95"], lines, "%", scale=100, least_span=0.4)
+    times = [run["train_seconds"] for run in benchmark.runs]
+    _dots(right, times, found["train_seconds"]["mean_95"], seconds, "s", scale=1, least_span=0.02 * max(times))
+    left.set_xlabel("test accuracy in %")
+    right.set_xlabel("train_seconds" + (", logarithmic" if right.get_xscale() == "log" else ""))
+    figure.suptitle(title, fontsize="medium", y=0.97, va="top")
+    return figure
+
+
+def _dots(
+    axis: Axes,
+    values: Sequence[float],
+    interval: Sequence[float] | None,
+    lines: Sequence[tuple[float, dict[str, Any], str]],
+    unit: str,
+    *,
+    scale: float,
+    least_span: float,
+) -> None:
+    """Draw values as stacked dots over a baseline, their mean with its interval (times `scale`) below, and lines."""
+    shown = [*values, *(place for place, _, _ in lines)]
+    low, high = min(shown), max(shown)
+    if low > 0 and high > 4 * low:  # on a linear axis the dots of the faster of the two would be one blot
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
+        low, high = low / (high / low) ** 0.07, high * (high / low) ** 0.07
+    else:
+        margin = max(0.07 * (high - low), (least_span - (high - low)) / 2)
+        low, high = low - margin, high + margin
+    axis.set_xlim(low, high)
+    figure, box = axis.get_figure(root=True), axis.get_position()
+    assert isinstance(figure, Figure)
+    width, height = (72 * size for size in figure.get_size_inches() * box.size)
+    below = 22.0
+    axis.set_ylim(-below, height - below)  # the y axis counts points, 1/72 inch, which places do too
+    to_axes = axis.transData + axis.transAxes.inverted()
+    places = [width * to_axes.transform((value, 0))[0] for value in values]
+    for diameter in (9.0, 8.0, 7.0, 6.0, 5.0):
+        levels = stack(places, diameter)
+        if (max(levels) + 1) * diameter <= height - below:
+            break
+    step = min(diameter, (height - below) / (max(levels) + 1.4))  # less: the dots of a stack overlap
+    heights = [diameter / 2 + 2 + step * level for level in levels]
+    axis.scatter(values, heights, s=diameter**2, label="one run", **DOT)
+    if interval is not None:
+        mean, (start, end) = statistics.fmean(values), (scale * interval[0], scale * interval[1])
+        label = f"mean {mean:.2f} {unit}, 95 % interval {start:.2f} to {end:.2f} {unit}"
+        axis.errorbar([mean], [-below / 2], xerr=[[mean - start], [end - mean]], label=label, **MEAN)
+    for place, style, text in lines:
+        axis.axvline(place, label=text, **style)
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_yticks([])
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["left", "top", "right"]].set_visible(False)
+    handles, labels = axis.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: (labels[i] != "one run", not labels[i].startswith("mean")))
+    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
+    axis.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, -0.26), fontsize="small", frameon=False)
+
+
+def stack(places: Sequence[float], diameter: float) -> list[int]:
+    """Return for each dot at `places` the lowest level, from 0, on which it touches none of the others."""
+    levels = [0] * len(places)
+    last: list[float] = []  # on each level the place of the dot furthest to the right
+    for i in sorted(range(len(places)), key=lambda i: places[i]):
+        free = (level for level, place in enumerate(last) if places[i] - place >= diameter)
+        levels[i] = next(free, len(last))
+        last[levels[i] :] = [places[i], *last[levels[i] + 1 :]]
+    return levels
+
+
+# Hatches tell the terms apart where colours cannot.
+TERMS = {
+    "compute": {"color": "#0072B2", "hatch": ""},
+    "all-reduce": {"color": "#D55E00", "hatch": "///"},
+    "launch overhead": {"color": "#F0E442", "hatch": "..."},
+    "set-up": {"color": "#BBBBBB", "hatch": "xxx"},
+}
+BOUND = "\u2265"
+"""Before a figure: it is a lower bound."""
+
+
+def predicted_scaling(predictions: Sequence[Prediction]) -> Figure:
+    """Draw what `plan.predict` expects over the number of workers: the terms in seconds, and as shares of the whole.
+
+    Args:
+        predictions: of one recipe, one link and one measurement, at least one.
+
+    Returns:
+        The figure, which says that it is a prediction.
+    """
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    first, places = predictions[0], range(len(predictions))
+    for axis, wholes in ((left, [1.0] * len(predictions)), (right, [now.train_seconds / 100 for now in predictions])):
+        bottoms = [0.0] * len(predictions)
+        for name, style in TERMS.items():
+            heights = [now.terms[name] / whole for now, whole in zip(predictions, wholes, strict=True)]
+            axis.bar(places, heights, bottom=bottoms, label=name, edgecolor="white", linewidth=0, width=0.7, **style)
+            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+        axis.set_xticks(places, [str(now.world_size) for now in predictions])
+        axis.set_xlabel("workers")
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    for place, now in zip(places, predictions, strict=True):
+        digits = sum(now.train_seconds < limit for limit in (10, 100))
+        left.annotate(
+            f"{BOUND * now.lower_bound}{now.train_seconds:.{digits}f}",
+            (place, now.train_seconds),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize="small",
+        )
+    left.plot(
+        places,
+        [now.evaluate_seconds for now in predictions],
+        color="black",
+        marker="D",
+        markerfacecolor="white",
+        linestyle=":",
+        label="evaluation (not in train_seconds)",
+    )
+    left.set_ylabel("predicted train_seconds")
+    right.set_ylabel("predicted share of train_seconds in %")
+    left.margins(y=0.08)
+    right.set_ylim(0, 100)
+    handles, labels = left.get_legend_handles_labels()
+    left.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], fontsize="small")  # the bars first
+    link = f"all-reduce: {first.link.name}, up to {first.link.most_workers} workers"
+    if any(now.lower_bound for now in predictions):
+        link += f"; {BOUND}: lower bound, no figure for several machines is known"
+    figure.suptitle(
+        f"PREDICTION, not a measurement: {first.recipe}, {first.n_train:,} training and {first.n_test:,} test images\n"
+        f"steps measured on one {first.hardware}\n{link}",
+        fontsize="medium",
+    )
+    return figure
