@@ -31,7 +31,7 @@ class Published:
 
 
 APPLE_2019 = Published(
-    name="Apple 2019",
+    name="Apple 2019 on 8 V100",
     source="Apple, ml-cifar-10-faster (github.com/apple/ml-cifar-10-faster), 2019",
     hardware="8 V100-SXM2 32 GB, one 20-core Xeon Gold 6148",
     runs=50,
