@@ -14,6 +14,7 @@ from cifar_fast.recipe import Recipe, changed_fields, ladder
 
 if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast import plan, plots
+    from cifar_fast.benchmark import Benchmark, benchmark, load_benchmark
     from cifar_fast.data import Dataset, load_cifar10, load_or_synthetic, synthetic
     from cifar_fast.evaluate import evaluate
     from cifar_fast.parallel import Trainer, launch
@@ -23,16 +24,19 @@ if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
 __version__ = "0.1.0"
 
 __all__ = [
+    "Benchmark",
     "Dataset",
     "Recipe",
     "RunResult",
     "Trainer",
     "UserError",
     "__version__",
+    "benchmark",
     "changed_fields",
     "evaluate",
     "ladder",
     "launch",
+    "load_benchmark",
     "load_cifar10",
     "load_or_synthetic",
     "load_run",
@@ -46,6 +50,9 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Benchmark": "benchmark",
+    "benchmark": "benchmark",
+    "load_benchmark": "benchmark",
     "Dataset": "data",
     "load_cifar10": "data",
     "load_or_synthetic": "data",
@@ -73,10 +80,10 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Whoever imports the module `train` or `evaluate`, these names go on meaning the function that it is there for."""
+    """Whoever imports a module that is named as its function is, the name goes on meaning the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("train", "evaluate") and isinstance(value, ModuleType):
+        if name in ("train", "evaluate", "benchmark") and isinstance(value, ModuleType):
             value = getattr(value, name)
         super().__setattr__(name, value)
 

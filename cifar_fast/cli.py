@@ -9,7 +9,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +24,7 @@ from cifar_fast.recipe import Recipe, changed_fields
 from cifar_fast.report import percent, table
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch import Tensor
 
     from cifar_fast.data import Dataset
@@ -78,21 +79,12 @@ class Train:
 
         silence_other_ranks()
         base, why = base_recipe(self.recipe, self.device)
-        recipe = self.fields
-        changes = changed_fields(base, recipe)
-        if changes and recipe.name == base.name:
-            recipe = replace(
-                recipe, name=f"{base.name}-changed"
-            )  # so that its results are not filed among the original's
+        recipe, changes = filed_apart(self.fields, base), changed_fields(base, self.fields)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         out = self.out or Path("runs") / f"{recipe.name}-seed{self.seed}-{stamp}"
         world_size = choose_world_size(self.world_size, self.device, recipe)
         if not self.quiet:
-            print(f"recipe: {base.name} ({why})")
-            if world_size > 1:
-                print(f"processes: {world_size}")
-            for field, (before, after) in changes.items():
-                print(f"  {field}: {before} -> {after}")
+            print_recipe(base, why, changes, world_size)
         data = open_data(self.data, self.mirror)
         if not self.quiet:
             print(f"data set: {data.name} ({data.source})\nrun folder: {out}", flush=True)
@@ -129,6 +121,101 @@ class Train:
         print(result_table(result, out))
         if is_main_rank():
             save_learning_curve(result, out)
+        return 0
+
+
+@dataclass(kw_only=True)
+class Benchmark:
+    """Train a recipe many times, each time with another seed, and set the runs beside the published 50.
+
+    Runs are kept as they finish: interrupted or killed, the same command goes on after the last of them. Every field
+    of the recipe is an option, as for `train`.
+    """
+
+    recipe: Annotated[str | None, conf.arg(metavar="NAME")] = None
+    """Recipe to start from: apple_8gpu is the published one. Default: by the hardware, as for `train`."""
+    runs: int = 50
+    """Number of runs; those that are in the folder already count."""
+    target: Annotated[float, conf.arg(metavar="PERCENT")] = 94.0
+    """Test accuracy, in per cent, that counts as reached."""
+    until_confident: Switch = False
+    """Stop when the 95 % interval of the mean accuracy (of 3 runs at least) leaves out the target."""
+    first_seed: int = 0
+    """Seed of the first run; each run takes the next one."""
+    data: DataOption = None
+    """Folder of the data set, or `synthetic` (embedded). Default: as for `train`."""
+    mirror: MirrorOption = ()
+    """Another place to download CIFAR-10 from; may be given more than once."""
+    out: Annotated[Path | None, conf.arg(metavar="FOLDER")] = None
+    """Folder of the runs, new or to go on with. Default: runs/benchmark-NAME-RUNS."""
+    device: DeviceOption = None
+    """Where to train. Default: all GPUs, else the CPU."""
+    world_size: WorldSizeOption = None
+    """Number of processes that share the recipe's shards. Default: one for each GPU, or one on a CPU."""
+    backend: BackendOption = None
+    """What the processes talk over. Default: nccl on GPUs, gloo on a CPU."""
+    timeout: float = 10.0
+    """Seconds within which a process that died or no longer answers has ended all of them."""
+    quiet: Switch = False
+    """Print the result alone."""
+    fields: Annotated[Recipe, conf.arg(name=""), conf.FlagConversionOff]
+
+    def run(self) -> int:
+        """Train the runs that are missing, print all of them beside the published ones, draw them."""
+        from tqdm.auto import tqdm
+
+        from cifar_fast.benchmark import benchmark, run_line
+        from cifar_fast.parallel import choose_world_size
+        from cifar_fast.report import comparison_table
+
+        silence_other_ranks()
+        if 0 < self.target <= 1:
+            raise UserError(
+                f"--target {self.target:g} is a share; it is given in per cent: --target {100 * self.target:g}"
+            )
+        if not 0 < self.target <= 100:
+            raise UserError(f"--target {self.target:g} must be an accuracy in per cent, above 1 and at most 100")
+        base, why = base_recipe(self.recipe, self.device)
+        recipe = filed_apart(self.fields, base)
+        out = self.out or Path("runs") / f"benchmark-{recipe.name}-{self.runs}"
+        world_size = choose_world_size(self.world_size, self.device, recipe)
+        if not self.quiet:
+            print_recipe(base, why, changed_fields(base, recipe), world_size)
+        data = open_data(self.data, self.mirror)
+        if not self.quiet:
+            print(f"data set: {data.name} ({data.source})\nfolder: {out}", flush=True)
+
+        def on_run(line: dict[str, Any]) -> None:
+            if not self.quiet:
+                tqdm.write(run_line(line, self.runs))
+
+        try:
+            found = benchmark(
+                recipe,
+                data,
+                runs=self.runs,
+                world_size=world_size,
+                device=self.device,
+                backend=self.backend,
+                out=out,
+                target=self.target / 100,
+                until_confident=self.until_confident,
+                first_seed=self.first_seed,
+                progress=not self.quiet and sys.stderr.isatty(),
+                timeout=self.timeout,
+                on_run=on_run,
+            )
+        except KeyboardInterrupt:
+            print(f"\ninterrupted: {finished_runs(out)}; the same command goes on", file=sys.stderr)
+            return 130
+        except (TrainingError, WorkerError):
+            print(f"note: {finished_runs(out)}", file=sys.stderr)
+            raise
+        print(f"\n{comparison_table(found.summary())}\nfolder: {out}")
+        if is_main_rank():
+            from cifar_fast.plots import accuracy_and_time
+
+            save_figure(lambda: accuracy_and_time(found), out / "accuracy_and_time.png")
         return 0
 
 
@@ -368,7 +455,7 @@ class Lab:
         return 0
 
 
-Command = Plan | Train | Evaluate | Predict | Data | Doctor | Lab
+Command = Plan | Train | Benchmark | Evaluate | Predict | Data | Doctor | Lab
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -392,16 +479,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Return the command in `argv`; the recipe of `train` sets its options' defaults, so it is looked for first."""
-    train: Any = Annotated[Train, conf.subcommand("train")]
-    if argv[:1] == ["train"]:
-        first = argparse.ArgumentParser(prog="cifar-fast train", add_help=False, allow_abbrev=False)
+    """Return the command in `argv`; where its options are a recipe's fields, the recipe is looked for first."""
+
+    def with_recipe(command: type[Train | Benchmark], name: str) -> Any:
+        if argv[:1] != [name]:
+            return Annotated[command, conf.subcommand(name)]
+        first = argparse.ArgumentParser(prog=f"cifar-fast {name}", add_help=False, allow_abbrev=False)
         first.add_argument("--recipe")
         first.add_argument("--device")
         named, _ = first.parse_known_args(argv[1:])
         base, _ = base_recipe(named.recipe, named.device)
-        train = Annotated[Train, conf.subcommand("train", default=Train(fields=base))]
-    commands = train | Annotated[Evaluate, conf.subcommand("evaluate")] | Annotated[Predict, conf.subcommand("predict")]
+        return Annotated[command, conf.subcommand(name, default=command(fields=base))]
+
+    commands = with_recipe(Train, "train") | with_recipe(Benchmark, "benchmark")
+    commands = commands | Annotated[Evaluate, conf.subcommand("evaluate")]
+    commands = commands | Annotated[Predict, conf.subcommand("predict")]
     commands = commands | Annotated[Data, conf.subcommand("data")] | Annotated[Doctor, conf.subcommand("doctor")]
     commands = commands | Annotated[Plan, conf.subcommand("plan")] | Annotated[Lab, conf.subcommand("lab")]
     return tyro.cli(commands, args=argv, prog="cifar-fast", description="Train a CIFAR-10 network to 94 % in seconds.")
@@ -421,6 +513,32 @@ def base_recipe(name: str | None, device: str | None) -> tuple[Recipe, str]:
     if n_gpus > 1 and recipes.apple_8gpu().n_shards % n_gpus == 0:
         return recipes.apple_8gpu(), f"the recipe for several GPUs, and there are {n_gpus}"
     return recipes.speedrun(), "the recipe for one GPU" + (f", of the {n_gpus} here" if n_gpus > 1 else "")
+
+
+def filed_apart(recipe: Recipe, base: Recipe) -> Recipe:
+    """Return `recipe` under a name of its own where it differs from `base`: its results are not the original's."""
+    changed = recipe.name == base.name and changed_fields(base, recipe)
+    return replace(recipe, name=f"{base.name}-changed") if changed else recipe
+
+
+def print_recipe(base: Recipe, why: str, changes: dict[str, tuple[Any, Any]], world_size: int) -> None:
+    """Say what is trained, and on how many processes if on more than this one."""
+    print(f"recipe: {base.name} ({why})")
+    if world_size > 1:
+        print(f"processes: {world_size}")
+    for field, (before, after) in changes.items():
+        print(f"  {field}: {before} -> {after}")
+
+
+def finished_runs(folder: Path) -> str:
+    """Say how many runs of a benchmark are in its folder."""
+    from cifar_fast.benchmark import load_benchmark
+
+    try:
+        n = len(load_benchmark(folder).runs)
+    except UserError:
+        return "no run was finished"
+    return f"{n} finished run{'s are' if n != 1 else ' is'} kept in {folder}"
 
 
 def is_main_rank() -> bool:
@@ -475,13 +593,18 @@ def read_picture(path: Path) -> Tensor:
 
 
 def save_learning_curve(result: RunResult, folder: Path) -> None:
-    """Draw the run into its folder; a figure that cannot be written costs the run nothing but the figure."""
+    """Draw the run into its folder."""
     from cifar_fast.plots import learning_curve
 
+    save_figure(lambda: learning_curve(result), folder / "learning_curve.png")
+
+
+def save_figure(draw: Callable[[], Figure], path: Path) -> None:
+    """Draw a figure into a file; one that cannot be written costs the runs nothing but the figure."""
     try:
-        learning_curve(result).savefig(folder / "learning_curve.png", dpi=150)
+        draw().savefig(path, dpi=150)
     except OSError as error:
-        print(f"note: no learning_curve.png: {error}", file=sys.stderr)
+        print(f"note: no {path.name}: {error}", file=sys.stderr)
 
 
 def result_table(result: RunResult, folder: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -140,15 +139,17 @@ def _dots(
     places = [width * to_axes.transform((value, 0))[0] for value in values]
     for diameter in (9.0, 8.0, 7.0, 6.0, 5.0):
         levels = stack(places, diameter)
-        if (max(levels) + 1) * diameter <= height - below:
+        room = height - below - diameter - 2
+        if max(levels) * diameter <= room:
             break
-    step = min(diameter, (height - below) / (max(levels) + 1.4))  # less: the dots of a stack overlap
+    step = min(diameter, room / max(1, *levels))  # less than a diameter: the dots of a stack overlap
     heights = [diameter / 2 + 2 + step * level for level in levels]
     axis.scatter(values, heights, s=diameter**2, label="one run", **DOT)
     if interval is not None:
-        mean, (start, end) = statistics.fmean(values), (scale * interval[0], scale * interval[1])
+        start, end = (scale * place for place in interval)
+        mean = (start + end) / 2
         label = f"mean {mean:.2f} {unit}, 95 % interval {start:.2f} to {end:.2f} {unit}"
-        axis.errorbar([mean], [-below / 2], xerr=[[mean - start], [end - mean]], label=label, **MEAN)
+        axis.errorbar([mean], [-below / 2], xerr=[(end - start) / 2], label=label, **MEAN)
     for place, style, text in lines:
         axis.axvline(place, label=text, **style)
     axis.axhline(0, color="black", linewidth=0.8)

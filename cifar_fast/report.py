@@ -130,7 +130,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any
         "dataset": first["dataset"],
         "hardware": hardware(first["environment"]),
         "numerics": _different(
-            f"{run['environment']['precision']}, {run['environment']['convolution']}" for run in runs
+            f"{run['environment']['precision']}, {run['environment']['convolution']} convolution" for run in runs
         ),
         "versions": {
             "cifar_fast": _different(run["version"] for run in runs),
@@ -245,7 +245,8 @@ def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_20
         text = f"{values['median']:.2f} s ({values['min']:.2f} to {values['max']:.2f})"
         rows.append((f"{clock} median", text, "not published"))
     notes = [
-        "train_seconds here: first byte to the device to the last step, whitening included, validation left out.",
+        "train_seconds here: first byte to the device to the last step, whitening included, validation left out;",
+        "total_seconds: a whole run, with processes, imports and a warm-up paid for before the first.",
         f"Published clock: {published.clock}.",
         f"Source: {published.source}. Wilson intervals of both columns are ours.",
     ]

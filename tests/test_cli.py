@@ -76,7 +76,7 @@ def test_help_names_every_command_without_loading_torch():
     process = start("--help")
     out, err = process.communicate()
     assert process.returncode == 0 and not err
-    for command in ("train", "evaluate", "predict", "data", "doctor", "lab"):
+    for command in ("train", "benchmark", "evaluate", "predict", "data", "doctor", "lab"):
         assert re.search(rf"\b{command}\b", out)
     code = "import sys, cifar_fast.cli; sys.exit(bool({'torch', 'matplotlib', 'numpy', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
@@ -178,19 +178,21 @@ def nothing_found(*_: object) -> data.Dataset:
     raise data.DataNotFoundError("no host answers")
 
 
-def test_every_recipe_field_is_an_option_with_the_recipes_default():
+@pytest.mark.parametrize("word", ["train", "benchmark"])
+def test_every_recipe_field_is_an_option_with_the_recipes_default(word):
+    kind = {"train": cli.Train, "benchmark": cli.Benchmark}[word]
     for name in ("page_2019", "apple_8gpu", "laptop"):
-        command = cli.parse(["train", "--recipe", name])
-        assert isinstance(command, cli.Train) and command.fields == recipe.named(name)
+        command = cli.parse([word, "--recipe", name])
+        assert isinstance(command, kind) and command.fields == recipe.named(name)
     changed = replace(recipe.page_2019(), preload=False, resolutions=(16, 24))
     for dash in ("-", "_"):
-        arguments = ["train", "--recipe=smoke"]
+        arguments = [word, "--recipe=smoke"]
         for field in fields(Recipe):
             value = getattr(changed, field.name)
             arguments.append("--" + field.name.replace("_", dash))
             arguments += [str(one) for one in (value if isinstance(value, tuple) else [value])]
         command = cli.parse(arguments)
-        assert isinstance(command, cli.Train) and command.fields == changed
+        assert isinstance(command, kind) and command.fields == changed
 
 
 def test_help_of_train_is_the_fields_docstrings(capsys):
@@ -248,6 +250,81 @@ def test_the_hardware_picks_the_recipe(monkeypatch, n_gpus, device, expected):
     assert picked.name == expected and why
     if n_gpus > 1:
         assert f"of the {n_gpus} here" in why
+
+
+# --- benchmark ---
+
+
+@pytest.fixture(scope="module")
+def benchmark_command(pictures: Path) -> list[str]:
+    """A benchmark of runs that take a moment each."""
+    quick = [*QUICK, "--epochs", "1"]
+    return ["benchmark", "--recipe", "smoke", "--data", str(pictures), "--device", "cpu", *quick]
+
+
+def test_benchmark_goes_on_prints_the_comparison_and_draws_it(benchmark_command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert status_of(*benchmark_command, "--runs", "2", "--target", "30") == 0
+    out = capsys.readouterr().out
+    folder = Path("runs/benchmark-smoke-changed-2")
+    assert f"folder: {folder}" in out and "epochs: 2.0 -> 1.0" in out
+    assert "run   0 (1 of 2)  seed   0" in out and "run   1 (2 of 2)  seed   1" in out
+    assert re.search(r"^n +2 runs +50 runs$", out, re.MULTILINE) and re.search(r"^at 30\.00 %", out, re.MULTILINE)
+    assert "NOT COMPARABLE: these runs are of the data set colours" in out
+    assert {path.name for path in folder.iterdir()} - {".lock"} == {
+        "results.jsonl", "run_log.txt", "summary.json", "timing_log.tsv", "weights.safetensors", "result.json",
+        "accuracy_and_time.png",
+    }  # fmt: skip
+    assert status_of(*benchmark_command, "--runs", "3", "--quiet", "--out", folder) == 0
+    printed = capsys.readouterr()
+    assert "going on with run 2" in printed.err and "run   2" not in printed.out
+    assert len(cifar_fast.load_benchmark(folder).runs) == 3
+    with Image.open(folder / "accuracy_and_time.png") as picture:
+        assert picture.width > 1000
+    assert status_of("evaluate", folder, "--data", benchmark_command[4]) == 0  # the first run, as `train` leaves one
+    first = cifar_fast.load_benchmark(folder).runs[0]
+    assert f"accuracy      {100 * first['accuracy']:.2f} %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "0.94"], "0.94 is a share; it is given in per cent: --target 94"),
+        (["--target", "101"], "--target 101 must be an accuracy in per cent"),
+        (["--runs", "0"], "runs=0 must be at least 1"),
+        (["--first-seed", "-1"], "first_seed=-1 must be at least 0"),
+        (["--recipe", "fastest"], "no recipe 'fastest'"),
+        (["--warp", "9"], "Unrecognized.*--warp"),
+        (["--world-size", "2"], "n_shards=1 cannot be divided among world_size=2"),
+    ],
+)
+def test_mistakes_of_benchmark(benchmark_command, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    kept = benchmark_command[:1] + benchmark_command[3:] if arguments[0] == "--recipe" else benchmark_command
+    assert status_of(*kept, *arguments) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, re.sub(r"[\s│]+", " ", err)), err
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_in_a_benchmark_keeps_the_finished_runs(benchmark_command, tmp_path, monkeypatch, capsys):
+    from cifar_fast.parallel import Trainer
+
+    train, arguments = Trainer.train, [*benchmark_command, "--runs", "3", "--out", tmp_path / "runs"]
+    for at, said in enumerate(("no run was finished", "1 finished run is kept in", "2 finished runs are kept in")):
+
+        def interrupted(trainer, *args, seed, at=at, **options):
+            if seed == at:
+                raise KeyboardInterrupt
+            return train(trainer, *args, seed=seed, **options)
+
+        monkeypatch.setattr(Trainer, "train", interrupted)
+        assert status_of(*arguments) == 130
+        err = capsys.readouterr().err
+        assert f"interrupted: {said}" in err and "the same command goes on" in err
+    monkeypatch.setattr(Trainer, "train", train)
+    assert status_of(*arguments) == 0
+    assert [run["seed"] for run in cifar_fast.load_benchmark(tmp_path / "runs").runs] == [0, 1, 2]
 
 
 # --- evaluate ---
@@ -447,6 +524,8 @@ for first in (
     "from cifar_fast.train import train",
     "import cifar_fast; cifar_fast.train, cifar_fast.evaluate, cifar_fast.synthetic",
     "from cifar_fast import evaluate, train",
+    "import cifar_fast.benchmark",
+    "from cifar_fast.benchmark import load_benchmark; from cifar_fast import benchmark",
     "from cifar_fast import *",
 ):
     for name in [name for name in sys.modules if name.startswith("cifar_fast")]:
@@ -456,12 +535,13 @@ for first in (
     for _ in range(2):
         assert (cf.train.__module__, cf.train.__qualname__) == ("cifar_fast.train", "train"), first
         assert (cf.evaluate.__module__, cf.evaluate.__qualname__) == ("cifar_fast.evaluate", "evaluate"), first
-        import cifar_fast.evaluate, cifar_fast.train
+        assert (cf.benchmark.__module__, cf.benchmark.__qualname__) == ("cifar_fast.benchmark", "benchmark"), first
+        import cifar_fast.benchmark, cifar_fast.evaluate, cifar_fast.train
     assert cf.recipes.page_2019() == cf.recipes.named("page_2019")
 """
 
 
-def test_train_and_evaluate_are_functions_whatever_was_imported_first():
+def test_train_evaluate_and_benchmark_are_functions_whatever_was_imported_first():
     subprocess.run([sys.executable, "-c", IMPORT_ORDERS], cwd=ROOT, check=True)
 
 

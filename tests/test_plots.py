@@ -8,10 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
-from cifar_fast.plots import learning_curve
+from cifar_fast.plots import accuracy_and_time, learning_curve, stack
 from cifar_fast.recipe import smoke
+from cifar_fast.report import CIFAR10_FINGERPRINT, mean_interval
 from cifar_fast.result import EpochResult
 
 EPOCH = EpochResult(
@@ -60,3 +63,112 @@ def test_it_draws_into_axes_that_are_given_and_leaves_pyplot_alone(tmp_path):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     if "matplotlib.pyplot" in sys.modules:
         assert not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+# --- accuracy_and_time ---
+
+
+def made_up(accuracies: list[float], seconds: list[float], *, fingerprint: str = CIFAR10_FINGERPRINT) -> Any:
+    """A benchmark that nobody ran."""
+    machine = {
+        "gpu": None,
+        "cpu": "Some Processor",
+        "cpu_capability": "AVX512",
+        "threads": 2,
+        "torch": "2",
+        "python": "3",
+    }
+    common = {
+        "version": "0.1.0",
+        "recipe": {"name": "apple_8gpu"},
+        "dataset": {"name": "CIFAR-10", "fingerprint": fingerprint},
+        "environment": machine | {"precision": "float32", "convolution": "direct"},
+    }
+    runs = [
+        common
+        | {"seed": i, "accuracy": accuracy, "train_seconds": time, "evaluate_seconds": 1.0, "total_seconds": time + 2}
+        for i, (accuracy, time) in enumerate(zip(accuracies, seconds, strict=True))
+    ]
+    return SimpleNamespace(runs=runs, target=0.94)
+
+
+FIVE = made_up([0.9401, 0.94, 0.9374, 0.9419, 0.9425], [8.0, 7.5, 7.75, 7.5, 7.5])
+
+
+def legend_of(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_every_run_is_a_dot_at_its_accuracy_and_at_its_time():
+    left, right = accuracy_and_time(FIVE).axes
+    for axes, figure, scale in ((left, "accuracy", 100), (right, "train_seconds", 1)):
+        (dots,) = [one for one in axes.collections if one.get_label() == "one run"]
+        assert dots.get_offsets()[:, 0].tolist() == [scale * run[figure] for run in FIVE.runs]
+        assert (dots.get_offsets()[:, 1] > 0).all()
+    assert left.get_xlabel() == "test accuracy in %" and right.get_xlabel() == "train_seconds"
+
+
+def test_target_mean_and_published_figures_are_lines_with_labels():
+    left, right = accuracy_and_time(FIVE).axes
+    low, high = mean_interval([100 * run["accuracy"] for run in FIVE.runs])
+    published = "published (Apple 2019 on 8 V100, n = 50)"
+    assert legend_of(left) == [
+        "one run",
+        f"mean 94.04 %, 95 % interval {low:.2f} to {high:.2f} %",
+        "target 94.00 %, reached by 4 of 5 (95 % interval 38 to 96 %)",
+        f"{published} median 94.19 %",
+        f"{published} minimum 93.74 %",
+    ]
+    assert legend_of(right)[2:] == [f"{published} mean 7.81 s", f"{published} maximum 10.31 s"]
+    lines = {line.get_label(): line for line in (*left.get_lines(), *right.get_lines())}
+    for label, place in (
+        ("target", 94),
+        ("median", 94.19),
+        ("minimum", 93.74),
+        ("mean 7.81", 7.81),
+        ("maximum", 10.31),
+    ):
+        (line,) = [lines[name] for name in lines if label in name]
+        assert list(line.get_xdata()) == pytest.approx([place, place])
+    styles = [lines[name].get_linestyle() for name in legend_of(left)[2:]]
+    assert len(set(styles)) == 3  # they differ without colour
+
+
+def test_the_subtitle_names_data_set_hardware_and_n():
+    title = accuracy_and_time(FIVE).get_suptitle()
+    for words in ("apple_8gpu", "data set: CIFAR-10", "n = 5", "Some Processor, AVX512, 2 threads"):
+        assert words in title
+
+
+def test_nothing_published_stands_beside_another_data_set():
+    figure = accuracy_and_time(made_up([0.5, 0.6, 0.7], [1.0, 1.1, 1.2], fingerprint="0" * 16))
+    assert "not CIFAR-10" in figure.get_suptitle()
+    assert not [label for axes in figure.axes for label in legend_of(axes) if "published" in label]
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 50])
+@pytest.mark.parametrize("seconds", [7.8, 520.0])
+def test_any_number_of_runs_is_drawn_within_the_axes(tmp_path, n, seconds):
+    same = made_up([0.94] * n, [seconds] * n)
+    apart = made_up([0.93 + i / 5000 for i in range(n)], [seconds + i / 100 for i in range(n)])
+    for runs in (same, apart):
+        figure = accuracy_and_time(runs)
+        figure.savefig(tmp_path / "runs.png", dpi=50)
+        for axes in figure.axes:
+            (dots,) = [one for one in axes.collections if one.get_label() == "one run"]
+            radius = dots.get_sizes()[0] ** 0.5 / 2
+            assert dots.get_offsets()[:, 1].max() + radius <= axes.get_ylim()[1]
+            assert axes.get_xlim()[0] < dots.get_offsets()[:, 0].min()
+            assert dots.get_offsets()[:, 0].max() < axes.get_xlim()[1]
+            assert legend_of(axes)[1].startswith("mean ") == (n > 1)
+        assert ("logarithmic" in figure.axes[1].get_xlabel()) == (seconds > 100)
+
+
+@given(st.lists(st.floats(0, 300), min_size=1, max_size=60), st.floats(1, 20))
+def test_stacked_dots_do_not_overlap_and_stand_on_others(places, diameter):
+    levels = stack(places, diameter)
+    dots = list(zip(places, levels, strict=True))
+    for i, (place, level) in enumerate(dots):
+        touching = {other for j, (x, other) in enumerate(dots) if i != j and abs(x - place) < diameter}
+        assert level not in touching
+        assert set(range(level)) <= touching

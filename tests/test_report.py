@@ -162,7 +162,7 @@ def test_summary_names_every_version_and_way_to_compute_that_the_runs_had():
     other = a_run(5, 0.94, 7.0, version="0.2.0", environment=MACHINE | {"convolution": "direct"})
     found = summarise([*RUNS, other], 0.94)
     assert found["versions"] == {"cifar_fast": "0.1.0 / 0.2.0", "torch": "2.14.1", "python": "3.11.7"}
-    assert found["numerics"] == "float32, winograd / float32, direct"
+    assert found["numerics"] == "float32, winograd convolution / float32, direct convolution"
 
 
 @pytest.mark.parametrize(
