@@ -8,13 +8,13 @@ summary.json (drawn from all lines there), timing_log.tsv and learning_curve.png
 
 import argparse
 import json
-import math
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from cifar_fast.report import spread
 
 FIGURES = ("accuracy", "train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds", "peak_memory_gb")
 
@@ -28,21 +28,13 @@ def commit() -> str:
 
 def summarise(runs: list[dict]) -> dict:
     """Return n, mean with its 95 % interval (Student's t), min, median and max of each figure over `runs`."""
-    # Two-sided 97.5 % quantiles of Student's t by degrees of freedom; past ten, ten's, which is a little wide.
-    t = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228}
     summary: dict = {"n": len(runs), "recipe": runs[0]["recipe"]["name"], "data set": runs[0]["dataset"]["name"]}
     for figure in FIGURES:
         values = [run[figure] for run in runs]
-        spread = (
-            t[min(len(values) - 1, 10)] * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        )
-        summary[figure] = {
-            "mean": statistics.mean(values),
-            "mean_95_percent_half_width": spread,
-            "min": min(values),
-            "median": statistics.median(values),
-            "max": max(values),
-        }
+        found = spread(values)
+        interval = found.pop("mean_95")
+        half_width = (interval[1] - interval[0]) / 2 if interval else None
+        summary[figure] = found | {"mean_95_percent_half_width": half_width}
     summary["commits"] = sorted({run["commit"] for run in runs})
     summary["environment"] = runs[0]["environment"]
     return summary
