@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,22 +39,39 @@ class Peers:
     """Counts what this rank has done, so that others see it is getting on."""
     waiting: bool = field(default=False, init=False)
     """Whether this rank waits for the others at this moment."""
+    settled: bool = field(default=False, init=False)
+    """Whether its work has become regular: set-up and the first step, which may hold a compilation, are over."""
+    longest_work: float = field(default=0.0, init=False)
+    """Longest piece of work since then, in seconds, without what was spent waiting."""
+    _since: float = field(default=0.0, init=False)
 
     @property
     def is_main(self) -> bool:
         """Whether this is the rank that writes and prints."""
         return self.rank == 0
 
+    def begin(self) -> None:
+        """Forget what an earlier task has done."""
+        self.ticks, self.waiting, self.settled, self.longest_work = 0, False, False, 0.0
+
     def tick(self) -> None:
-        """Note that a piece of work is done."""
-        self.ticks += 1
+        """Note that a regular piece of work is done: a step, a batch of an evaluation."""
+        self._note_work()
+        self.settled = True
+
+    def _note_work(self) -> None:
+        now = time.monotonic()
+        if self.settled:
+            self.longest_work = max(self.longest_work, now - self._since)
+        self.ticks, self._since = self.ticks + 1, now
 
     @contextmanager
     def _together(self) -> Iterator[None]:
+        self._note_work()
         self.waiting = True
         yield  # after an exception the rank goes on counting as waiting: what failed is another one's failure
         self.waiting = False
-        self.tick()
+        self.ticks, self._since = self.ticks + 1, time.monotonic()
 
     def barrier(self) -> None:
         """Wait for all ranks."""

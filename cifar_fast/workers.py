@@ -16,6 +16,7 @@ import time
 import traceback
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from cifar_fast.peers import PATIENCE, Peers, rank_device, set_threads
 
 HEARTBEAT_SECONDS = 0.5
 START_SECONDS = 300.0
-"""How long a rank may take to start, and to do the first piece of a task, which may hold a compilation."""
+"""How long a rank may take to start, and to set a task up and do its first step, which may hold a compilation."""
 MEETING_PREFIX = "cifar_fast-meeting-"
 _starting = threading.Lock()
 
@@ -56,9 +57,10 @@ class Workers:
         """
         if timeout <= 0:
             raise UserError(f"timeout={timeout} must be a number of seconds above 0")
-        self.world_size, self.timeout = world_size, timeout
+        self.world_size, self.device, self.timeout = world_size, device, timeout
         _remove_left_over()
         self.folder = Path(tempfile.mkdtemp(prefix=MEETING_PREFIX))  # for this user alone
+        weakref.finalize(self, shutil.rmtree, self.folder, True)  # should nobody call `close`
         self._held = FileLock(self.folder / "held")
         self._held.acquire()
         self._processes: list[Any] = []
@@ -187,22 +189,22 @@ class Workers:
         if failed:
             return
         silent = 0.8 * self.timeout  # the rest is for ending the others
-        slowest = max(rank.longest_pause for rank in ranks)
         for rank in ranks:
-            if rank.done or rank.heard_at is None:
-                continue
-            if clock - rank.heard_at > silent:
+            if rank.heard_at is not None and not rank.done and clock - rank.heard_at > silent:
                 raise WorkerError(
                     f"rank {rank.number} has stopped answering: nothing was heard of it for "
                     f"{clock - rank.heard_at:.0f} s (timeout={self.timeout:g})"
                 )
-        # A step that was this long before may be so again, with some delay.
-        patience = max(silent, 4 * slowest)
-        stuck = [r for r in ranks if not r.done and clock - r.moved_at > (patience if r.pauses else START_SECONDS)]
-        if stuck and (
-            at_work := [rank for rank in stuck if not rank.waiting] or (stuck if len(stuck) == len(ranks) else [])
-        ):
-            rank = min(at_work, key=lambda rank: rank.ticks)
+        pending = [rank for rank in ranks if not rank.done]
+        settled = all(rank.progress.settled for rank in pending)
+        # Ranks work side by side, so the others' piece of work should not take much longer than one did before.
+        patience = max(silent, 3 * max(rank.progress.longest_work for rank in ranks)) if settled else START_SECONDS
+        stuck = [rank for rank in pending if clock - rank.moved_at > patience]
+        others_wait = len(pending) < len(ranks) or any(rank.progress.waiting for rank in stuck)
+        # A GPU's host runs ahead of it and may stand still without saying that it waits.
+        if stuck and (others_wait or self.device == "cuda" or not settled):
+            late = [rank for rank in pending if not rank.progress.waiting] or pending
+            rank = min(late, key=lambda rank: rank.progress.ticks)
             raise WorkerError(
                 f"rank {rank.number} has hung: it has done nothing for {clock - rank.moved_at:.0f} s, and the others "
                 f"wait for it; if a step may take this long, raise timeout={self.timeout:g}"
@@ -242,6 +244,16 @@ class _Failure:
         return WorkerError(f"rank {rank} failed:\n{self.text}")
 
 
+@dataclass
+class _Progress:
+    """What a rank says of itself twice a second; fields as in `Peers`."""
+
+    ticks: int = 0
+    waiting: bool = False
+    settled: bool = False
+    longest_work: float = 0.0
+
+
 class _Rank:
     """What is known of one rank during one task; times are those of the watcher's clock, in seconds."""
 
@@ -253,8 +265,8 @@ class _Rank:
         self.failure: _Failure | None = None
         self.failed_at = 0.0
         self.heard_at: float | None = None
-        self.ticks, self.waiting = 0, False
-        self.moved_at, self.pauses, self.longest_pause = 0.0, 0, 0.0
+        self.progress = _Progress()
+        self.moved_at = 0.0
 
     def hear(self, kind: str, content: Any, clock: float) -> None:
         self.heard_at = clock
@@ -263,15 +275,9 @@ class _Rank:
         elif kind == "failed":
             self.failure, self.failed_at = content, clock
         elif kind == "alive":
-            ticks, waiting = content
-            if ticks != self.ticks:
-                if self.pauses:  # the first piece of a task takes longer than any other
-                    self.longest_pause = max(self.longest_pause, clock - self.moved_at)
-                self.pauses += 1
+            if content.ticks != self.progress.ticks or content.waiting != self.progress.waiting:
                 self.moved_at = clock
-            if waiting != self.waiting:
-                self.moved_at = clock
-            self.ticks, self.waiting = ticks, waiting
+            self.progress = content
 
 
 def _how_it_ended(exitcode: int) -> str:
@@ -402,9 +408,9 @@ def _heartbeat(peers: Peers, say: Callable[[str, Any], None]) -> Iterator[None]:
     def beat() -> None:
         while not over.wait(HEARTBEAT_SECONDS):
             with suppress(OSError):  # the caller is gone, and `_listen` ends this process
-                say("alive", (peers.ticks, peers.waiting))
+                say("alive", _Progress(peers.ticks, peers.waiting, peers.settled, peers.longest_work))
 
-    peers.ticks = 0
+    peers.begin()
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:

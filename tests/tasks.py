@@ -38,10 +38,22 @@ def fail(peers: Peers, how: str, culprit: int) -> None:
     for _ in range(20):
         peers.barrier()
         time.sleep(0.01)
+        peers.tick()
+    if how == "sleep at the end" and peers.rank != culprit:
+        return
     if peers.rank == culprit:
         _fail(how)
     while True:
         peers.barrier()
+
+
+def take_turns_being_slow(peers: Peers, fast: float, slow: float) -> str:
+    """Let one rank be slower than the other by more than the timeout, after steps that took as long."""
+    for seconds in (fast, fast, slow):
+        time.sleep(seconds if peers.rank == 0 else fast)
+        peers.barrier()
+        peers.tick()
+    return "done"
 
 
 def _fail(how: str) -> None:
@@ -55,7 +67,7 @@ def _fail(how: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
-    if how == "sleep":
+    if how.startswith("sleep"):
         time.sleep(1000)
     if how == "spin":
         while True:

@@ -124,6 +124,7 @@ FAULTS = {
     "stop": "rank 1 has stopped answering",
     "sleep": "rank 1 has hung",
     "spin": "rank 1 has hung",
+    "sleep at the end": "rank 1 has hung",
     "memory": "rank 1 failed:.*(memory|alloc)",
 }
 
@@ -136,6 +137,12 @@ def test_a_rank_that_fails_is_named_and_ends_all(how):
         started.call(tasks.fail, how, 1)
     assert re.search(FAULTS[how], str(caught.value), re.DOTALL), str(caught.value)
     assert gone(pids) and not folder.exists()
+
+
+def test_a_slow_rank_has_not_hung():
+    with Workers(2, device="cpu", backend="gloo", timeout=1.0) as pair:
+        # Set-up may take long; after it a step of 2 s is no sign of a hang where one has taken 1 s before.
+        assert pair.call(tasks.take_turns_being_slow, 1.0, 2.5) == ["done", "done"]
 
 
 def test_a_mistake_for_people_stays_one():
