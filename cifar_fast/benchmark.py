@@ -298,10 +298,12 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int, bytes]:
 
 def _append_line(path: Path, text: str) -> None:
     """Append a line in a single write and bring it to disk; on failure leave the file as it was."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    binary = getattr(os, "O_BINARY", 0)  # Windows has it, and would else write two bytes for the newline
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | binary, 0o644)
     try:
         size = os.fstat(descriptor).st_size
-        ends_a_line = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+        os.lseek(descriptor, max(0, size - 1), os.SEEK_SET)
+        ends_a_line = os.read(descriptor, 1) in (b"", b"\n")
         line = (("" if ends_a_line else "\n") + text + "\n").encode()
         try:
             if os.write(descriptor, line) < len(line):

@@ -211,6 +211,8 @@ class Benchmark:
         except (TrainingError, WorkerError):
             print(f"note: {finished_runs(out)}", file=sys.stderr)
             raise
+        if len(found.runs) < self.runs:
+            print(f"stopped: the 95 % interval of the mean accuracy leaves out {percent(found.target)}")
         print(f"\n{comparison_table(found.summary())}\nfolder: {out}")
         if is_main_rank():
             from cifar_fast.plots import accuracy_and_time

@@ -9,6 +9,7 @@ import pickle
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -17,12 +18,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cifar_fast
+from cifar_fast import parallel
 from cifar_fast.benchmark import load_benchmark
 from cifar_fast.data import Dataset
 from cifar_fast.device import environment
@@ -39,6 +42,8 @@ MACHINE = environment(torch.device("cpu"))
 FILES = {
     ".lock", "results.jsonl", "run_log.txt", "summary.json", "timing_log.tsv", "weights.safetensors", "result.json",
 }  # fmt: skip
+PICTURE = "accuracy_and_time.png"
+ROOT = Path(__file__).resolve().parents[1]
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which this system lacks")
 
 
@@ -199,7 +204,8 @@ def test_until_confident_takes_at_most_runs(data, tmp_path, monkeypatch):
 # --- going on ---
 
 
-@given(st.lists(st.integers(1, 6), min_size=1, max_size=4))
+@settings(max_examples=15)
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=4))
 def test_in_how_many_goes_makes_no_difference(tmp_path_factory, data, goes):
     goes = sorted(goes)
     whole, parts = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("parts")
@@ -533,3 +539,116 @@ def test_killed_at_random_moments_ten_times_it_ends_with_whole_runs(data, tmp_pa
     runs = max(5, results.read_bytes().count(b"\n") if results.exists() else 0)
     benchmark(RECIPE, data, runs=runs, out=tmp_path / "runs", progress=False)
     check_whole(tmp_path / "runs", runs)
+
+
+# --- with the real trainer ---
+
+
+@pytest.fixture
+def real_trainer(monkeypatch: pytest.MonkeyPatch, trainer: type[FakeTrainer]) -> None:
+    """Takes the fake out again."""
+    monkeypatch.setattr(benchmarking, "Trainer", parallel.Trainer)
+
+
+def test_runs_are_what_train_gives_for_their_seeds(data, tmp_path, real_trainer):
+    found = benchmark(RECIPE, data, runs=2, out=tmp_path, first_seed=3, device="cpu", progress=False)
+    alone = [cifar_fast.train(RECIPE, data, seed=seed, device="cpu", progress=False) for seed in (3, 4)]
+    assert [line["loss"] for line in found.runs] == [result.loss for result in alone]
+    assert [line["epochs"][0]["train_loss"] for line in found.runs] == [result.epochs[0].train_loss for result in alone]
+    first = cifar_fast.load_run(tmp_path)
+    assert first.seed == 3 and first.to_dict().items() <= found.runs[0].items()
+    for name, value in alone[0].model.state_dict().items():
+        assert torch.equal(first.model.state_dict()[name], value), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_processes_are_kept_over_the_runs_and_gone_on_with_in_new_ones(data, tmp_path, real_trainer, monkeypatch):
+    started = []
+
+    class Workers(parallel.Workers):
+        def __init__(self, *args, **options):
+            started.append(self)
+            super().__init__(*args, **options)
+
+    monkeypatch.setattr(parallel, "Workers", Workers)
+    two_shards = {"recipe": replace(RECIPE, n_shards=2), "data": data, "world_size": 2, "device": "cpu"}
+    benchmark(**two_shards, runs=2, out=tmp_path, progress=False, timeout=60)
+    assert len(started) == 1
+    found = benchmark(**two_shards, runs=3, out=tmp_path, progress=False, timeout=60)
+    assert len(started) == 2 and [line["seed"] for line in found.runs] == [0, 1, 2]
+    for line in found.runs:
+        assert (line["environment"]["world_size"], line["environment"]["backend"]) == (2, "gloo")
+    assert "2 processes (gloo)" in (tmp_path / "run_log.txt").read_text()
+    assert cifar_fast.load_run(tmp_path).accuracy == found.runs[0]["accuracy"]
+    with pytest.raises(RunError, match="world_size is 2 there and 1 now"):
+        benchmark(**two_shards | {"world_size": 1}, runs=4, out=tmp_path)
+
+
+COMMAND = ["benchmark", "--recipe", "smoke", "--n-shards", "2", "--device", "cpu", "--data", "synthetic"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_torchrun_has_every_rank_run_it_and_one_write(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "cifar_fast",
+    ]
+    for runs in ("1", "2"):
+        arguments = [*command, *COMMAND, "--epochs", "0.1", "--runs", runs, "--out", str(tmp_path / "runs")]
+        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("run   0 (1 of 1)") == (runs == "1") and done.stdout.count("data set: ") == 1
+    assert done.stdout.count("run   1 (2 of 2)") == 1 and done.stderr.count("going on with run 1") == 1
+    found = load_benchmark(tmp_path / "runs")
+    assert [line["environment"]["world_size"] for line in found.runs] == [2, 2]
+    assert {path.name for path in (tmp_path / "runs").iterdir()} - {".lock"} == FILES - {".lock"} | {PICTURE}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_command_killed_ten_times_at_random_moments_ends_with_five_whole_runs(tmp_path):
+    """SIGKILL, also while the workers start, while the first run is written, and right after a run has ended."""
+    out, moments, orphans = tmp_path / "runs", random.Random(0), []
+    command = [sys.executable, "-m", "cifar_fast", *COMMAND, "--world-size", "2", "--runs", "5", "--out", str(out)]
+
+    def lines() -> int:
+        return (out / "results.jsonl").read_bytes().count(b"\n") if (out / "results.jsonl").exists() else 0
+
+    waits: list[Callable[[int], bool]] = [lambda before: True] * 3
+    waits += [lambda before: lines() > 0 or any(out.glob(".first-run-*"))] * 4
+    waits += [lambda before: lines() > before] * 3
+    moments.shuffle(waits)
+    for wait in waits:
+        before = lines()
+        with open(tmp_path / "log", "a") as log:
+            process = psutil.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        while process.poll() is None and not wait(before):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 3))
+        if process.is_running():
+            orphans += process.children(recursive=True)
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+    gone, alive = psutil.wait_procs(orphans, timeout=30)
+    assert not alive
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = load_benchmark(out)
+    assert [(line["run"], line["seed"]) for line in found.runs] == [(i, i) for i in range(5)]
+    assert json.loads((out / "summary.json").read_text()) == found.summary()
+    assert (out / "run_log.txt").read_text() == run_log(found.runs, found.target)
+    assert {path.name for path in out.iterdir()} - {".lock"} == FILES - {".lock"} | {PICTURE}
+    assert cifar_fast.load_run(out).to_dict().items() <= found.runs[0].items()
+    # As if nobody had killed anything: each run is what its seed gives, up to the rounding of another order of sums.
+    whole = subprocess.run([*command[:-1], str(tmp_path / "whole")], cwd=ROOT, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    expected = [line["loss"] for line in load_benchmark(tmp_path / "whole").runs]
+    assert [line["loss"] for line in found.runs] == pytest.approx(expected, rel=1e-3)
