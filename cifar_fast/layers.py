@@ -106,11 +106,11 @@ class Normalise(nn.Module):
 
 
 def patch_covariance(images: Tensor, size: int) -> Tensor:
-    """Return E[p p^T] over all patches p of normalised `images` (N, C, H, W): float32, C * size**2 square."""
+    """Return E[p p^T] over all patches p of normalised `images` (N, C, H, W): their dtype, C * size**2 square."""
     channels = images.shape[1]
-    covariance = torch.zeros(channels * size**2, channels * size**2, device=images.device)
+    covariance = images.new_zeros(channels * size**2, channels * size**2)
     count = 0
-    for some in images.float().split(1000):  # all patches of a thousand images fit in a few hundred MB
+    for some in images.split(1000):  # all patches of a thousand images fit in a few hundred MB
         patches = F.unfold(some, size).transpose(0, 1).flatten(1)  # (C * size**2, patches)
         covariance += patches @ patches.T
         count += patches.shape[1]
@@ -121,9 +121,13 @@ def whitening_filters(images: Tensor, size: int, eps: float) -> Tensor:
     """Return the filters (C * size**2, C, size, size) whose outputs over the patches of `images` are uncorrelated with
     unit variance.
 
-    `images`: normalised (N, C, H, W). `eps` is added to each eigenvalue. Largest eigenvalue first. Sources: David
-    Page, "How to train your ResNet 8", 2019; tysam-code, hlb-CIFAR10, 2023.
+    `images`: normalised (N, C, H, W), floating point. `eps` is added to each eigenvalue. Largest eigenvalue first; the
+    largest weight of each filter is positive. Sources: David Page, "How to train your ResNet 8", 2019; tysam-code,
+    hlb-CIFAR10, 2023.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh(patch_covariance(images, size).double())
+    # An eigenvector's sign is free, and the solver's depends on rounding, so on the number of threads.
+    largest = eigenvectors.gather(0, eigenvectors.abs().argmax(0, keepdim=True))
+    eigenvectors = eigenvectors * largest.sign()
     filters = (eigenvectors / torch.sqrt(eigenvalues.clamp(min=0) + eps)).T.flip(0)  # (C * size**2, C * size**2)
-    return filters.float().reshape(-1, images.shape[1], size, size)
+    return filters.to(images.dtype).reshape(-1, images.shape[1], size, size)
