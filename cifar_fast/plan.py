@@ -136,22 +136,18 @@ def fit_line(points: Sequence[tuple[int, float]]) -> Line:
     One point makes the time proportional to the images.
     """
     # Relative errors, since a tenth too much is as wrong for a small batch as for a large one.
-    weights = [1 / seconds**2 if seconds else 1.0 for _, seconds in points]
-    total = sum(weights)
-    mean_images = sum(w * images for w, (images, _) in zip(weights, points, strict=True)) / total
-    mean_seconds = sum(w * seconds for w, (_, seconds) in zip(weights, points, strict=True)) / total
-    spread = sum(w * (images - mean_images) ** 2 for w, (images, _) in zip(weights, points, strict=True))
-    together = sum(
-        w * (images - mean_images) * (seconds - mean_seconds)
-        for w, (images, seconds) in zip(weights, points, strict=True)
-    )
+    weighted = [(1 / seconds**2 if seconds else 1.0, images, seconds) for images, seconds in points]
+    total = sum(w for w, _, _ in weighted)
+    mean_images = sum(w * images for w, images, _ in weighted) / total
+    mean_seconds = sum(w * seconds for w, _, seconds in weighted) / total
+    spread = sum(w * (images - mean_images) ** 2 for w, images, _ in weighted)
+    together = sum(w * (images - mean_images) * (seconds - mean_seconds) for w, images, seconds in weighted)
     slope = together / spread if spread else math.inf
     if slope < 0:
         return Line(mean_seconds, 0.0)
     if slope * mean_images > mean_seconds:  # it would start below zero: through the origin instead
-        squares = sum(w * images**2 for w, (images, _) in zip(weights, points, strict=True))
-        products = sum(w * images * seconds for w, (images, seconds) in zip(weights, points, strict=True))
-        return Line(0.0, products / squares)
+        products = sum(w * images * seconds for w, images, seconds in weighted)
+        return Line(0.0, products / sum(w * images**2 for w, images, _ in weighted))
     return Line(mean_seconds - slope * mean_images, slope)
 
 
@@ -241,7 +237,7 @@ def measure_step(
 
     Raises:
         RecipeError: the recipe does not allow a world size, or trains at several resolutions.
-        UserError: the device is not there.
+        UserError: the device is not there, or there are no test images.
     """
     if recipe.resolutions:
         raise RecipeError(
@@ -250,6 +246,8 @@ def measure_step(
     world_sizes = planned_world_sizes(recipe) if world_sizes is None else world_sizes
     for world_size in world_sizes:
         require_allowed(recipe, world_size)
+    if n_test < 1:
+        raise UserError(f"n_test={n_test} must be at least 1")
     total_steps(recipe, n_train)  # a set that is too small is found here, before minutes are spent
     on = select_device(device)
     keep_freed_memory()
@@ -578,7 +576,8 @@ def _notes(predictions: Sequence[Prediction], measured: StepCosts, recipe: Recip
         f"{link.name}: {1e3 * link.latency_seconds:.3f} ms + 2 (N - 1) / N x bytes / "
         f"({link.bytes_per_second / 1e9:.0f} GB/s); source: {link.source}",
         "taken for granted: every worker has a device like the measured one to itself, none waits for another, and "
-        "set-up does not shrink; evaluation is split over the workers and is not part of train_seconds",
+        "set-up does not shrink; EMA, Lookahead and each epoch's random draws are left out; evaluation is split over "
+        "the workers and is not part of train_seconds",
         f"workers: {describe_world_sizes(recipe)}",
     ]
     if outside:

@@ -258,19 +258,28 @@ def test_without_time_left_the_smallest_batch_alone_is_measured():
 
 
 def test_a_real_step_is_measured(monkeypatch):
-    """Forward and backward of the recipe at each local batch, and the optimisers, on images like the real ones."""
-    seen = []
+    """Forward and backward of the recipe at each local batch, and both optimisers, without moving the weights."""
+    seen, stepped = [], []
 
     def watched(model, images, labels, one: Recipe, dtype):
         assert one is TINY and images.shape[1:] == (3, 32, 32) and labels.dtype == torch.int64
         seen.append((len(images), [p.detach().clone() for p in model.parameters()]))
         return real(model, images, labels, one, dtype)
 
-    real = plan.forward_backward
+    def with_hooks(model, one):
+        optimizers = build(model, one)
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(lambda now, *_: stepped.append(type(now).__name__))
+        return optimizers
+
+    real, build = plan.forward_backward, plan.build_optimizers
     monkeypatch.setattr(plan, "forward_backward", watched)
+    monkeypatch.setattr(plan, "build_optimizers", with_hooks)
     plan.measure_step(TINY, device="cpu", n_train=640, n_test=100, world_sizes=[4, 1])
     assert [size for size, _ in seen] == [16] * (1 + plan.REPEATS) + [64] * (1 + plan.REPEATS)
-    assert all(p.isfinite().all() for p in seen[-1][1])
+    assert stepped == ["SGD", "Muon"] * len(seen)
+    for after_first, last in zip(seen[1][1], seen[-1][1], strict=True):  # at first Muon gives the filters its norm
+        torch.testing.assert_close(last, after_first)
 
 
 def test_several_resolutions_are_refused():
@@ -363,6 +372,7 @@ def test_the_command_measures_and_prints_a_prediction(capsys, tmp_path):
         (["--n-shards", "7"], "n_shards=7"),
         (["--out", "nowhere/plan.png"], "there is no folder nowhere"),
         (["--n-train", "100"], "global_batch_size=320"),
+        (["--n-test", "0"], "n_test=0"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_measured(arguments, words, capsys, monkeypatch, tmp_path):
