@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from cifar_fast.report import APPLE_2019, Published, comparable, percent, summarise, wilson_interval
+from cifar_fast.report import APPLE_2019, Published, comparable, mean_interval, percent, summarise, wilson_interval
 
 if TYPE_CHECKING:
     from cifar_fast.benchmark import Benchmark
@@ -97,10 +97,14 @@ def accuracy_and_time(benchmark: Benchmark, published: Published = APPLE_2019) -
         seconds.append((published.max_seconds, dotted, f"{name} maximum {published.max_seconds:.2f} s"))
     else:
         title += "\nnot CIFAR-10: the published figures cannot be compared with these and are not drawn"
-    accuracies = [100 * run["accuracy"] for run in benchmark.runs]
-    _dots(left, accuracies, found["accuracy"]["mean_95"], lines, "%", scale=100, least_span=0.4)
     times = [run["train_seconds"] for run in benchmark.runs]
-    _dots(right, times, found["train_seconds"]["mean_95"], seconds, "s", scale=1, least_span=0.02 * max(times))
+    if max(times) > 4 * published.mean_seconds and seconds:
+        right.set_xscale("log")  # on a linear axis the faster of the two would be one blot
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.xaxis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_locator(NullLocator())
+    _dots(left, [100 * run["accuracy"] for run in benchmark.runs], lines, "%", least_span=0.4)
+    _dots(right, times, seconds, "s", least_span=0.02 * max(times))
     left.set_xlabel("test accuracy in %")
     right.set_xlabel("train_seconds" + (", logarithmic" if right.get_xscale() == "log" else ""))
     figure.suptitle(title, fontsize="medium", y=0.97, va="top")
@@ -110,21 +114,15 @@ def accuracy_and_time(benchmark: Benchmark, published: Published = APPLE_2019) -
 def _dots(
     axis: Axes,
     values: Sequence[float],
-    interval: Sequence[float] | None,
     lines: Sequence[tuple[float, dict[str, Any], str]],
     unit: str,
     *,
-    scale: float,
     least_span: float,
 ) -> None:
-    """Draw values as stacked dots over a baseline, their mean with its interval (times `scale`) below, and lines."""
+    """Draw values as stacked dots over a baseline, their mean with its interval below, and vertical lines."""
     shown = [*values, *(place for place, _, _ in lines)]
     low, high = min(shown), max(shown)
-    if low > 0 and high > 4 * low:  # on a linear axis the dots of the faster of the two would be one blot
-        axis.set_xscale("log")
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_locator(NullLocator())
+    if axis.get_xscale() == "log":
         low, high = low / (high / low) ** 0.07, high * (high / low) ** 0.07
     else:
         margin = max(0.07 * (high - low), (least_span - (high - low)) / 2)
@@ -144,22 +142,18 @@ def _dots(
             break
     step = min(diameter, room / max(1, *levels))  # less than a diameter: the dots of a stack overlap
     heights = [diameter / 2 + 2 + step * level for level in levels]
-    axis.scatter(values, heights, s=diameter**2, label="one run", **DOT)
-    if interval is not None:
-        start, end = (scale * place for place in interval)
+    handles: list[Any] = [axis.scatter(values, heights, s=diameter**2, label="one run", **DOT)]
+    if (interval := mean_interval(values)) is not None:
+        start, end = interval
         mean = (start + end) / 2
         label = f"mean {mean:.2f} {unit}, 95 % interval {start:.2f} to {end:.2f} {unit}"
-        axis.errorbar([mean], [-below / 2], xerr=[(end - start) / 2], label=label, **MEAN)
-    for place, style, text in lines:
-        axis.axvline(place, label=text, **style)
+        handles.append(axis.errorbar([mean], [-below / 2], xerr=[(end - start) / 2], label=label, **MEAN))
+    handles += [axis.axvline(place, label=text, **style) for place, style, text in lines]
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_yticks([])
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["left", "top", "right"]].set_visible(False)
-    handles, labels = axis.get_legend_handles_labels()
-    order = sorted(range(len(labels)), key=lambda i: (labels[i] != "one run", not labels[i].startswith("mean")))
-    handles, labels = [handles[i] for i in order], [labels[i] for i in order]
-    axis.legend(handles, labels, loc="upper left", bbox_to_anchor=(0, -0.26), fontsize="small", frameon=False)
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.26), fontsize="small", frameon=False)
 
 
 def stack(places: Sequence[float], diameter: float) -> list[int]:

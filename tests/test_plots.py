@@ -164,6 +164,10 @@ def test_any_number_of_runs_is_drawn_within_the_axes(tmp_path, n, seconds):
         assert ("logarithmic" in figure.axes[1].get_xlabel()) == (seconds > 100)
 
 
+def test_accuracies_far_from_the_target_stay_on_a_linear_axis():
+    assert accuracy_and_time(made_up([0.0, 0.2, 0.1], [7.0, 8.0, 9.0])).axes[0].get_xscale() == "linear"
+
+
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=60), st.floats(1, 20))
 def test_stacked_dots_do_not_overlap_and_stand_on_others(places, diameter):
     levels = stack(places, diameter)
