@@ -162,6 +162,8 @@ class StepPoint:
     """Time in which the device computes. On a CPU the whole step: nothing runs beside it."""
     launch_seconds: float
     """Time that Python needs to hand the step's work to a GPU, without waiting for it. On a CPU 0: part of the step."""
+    spread: float = 0.0
+    """Largest relative difference of a repetition from `step_seconds`: large where other work shared the machine."""
 
 
 @dataclass(frozen=True)
@@ -341,8 +343,10 @@ def _measure_point(step: Callable[[], None], images: int, device: torch.device) 
             step()
         synchronize(device)
         step_seconds.append((time.perf_counter() - start) / at_once)
+    typical = median(step_seconds)
+    spread = max(abs(seconds / typical - 1) for seconds in step_seconds)
     if device.type == "cpu":
-        return StepPoint(images, median(step_seconds), median(step_seconds), 0.0)
+        return StepPoint(images, typical, typical, 0.0, spread)
     for _ in range(REPEATS):
         synchronize(device)
         start = time.perf_counter()
@@ -354,7 +358,7 @@ def _measure_point(step: Callable[[], None], images: int, device: torch.device) 
     kernels = [event for event in profiled.key_averages() if event.device_type == DeviceType.CUDA]
     busy = sum(event.self_device_time_total for event in kernels if not event.is_user_annotation) / 1e6  # from us
     # Where the profiler may not look, the clock's time is the best that is known.
-    return StepPoint(images, median(step_seconds), busy or median(step_seconds), median(launch_seconds))
+    return StepPoint(images, typical, busy or typical, median(launch_seconds), spread)
 
 
 # --- the model ---
@@ -566,11 +570,13 @@ def plan_table(predictions: Sequence[Prediction], measured: StepCosts, recipe: R
 def _notes(predictions: Sequence[Prediction], measured: StepCosts, recipe: Recipe) -> list[str]:
     link, line = predictions[0].link, measured.compute_line
     points = ", ".join(f"{point.images:,} images {1000 * point.step_seconds:.2f} ms" for point in measured.points)
+    spread = max(point.spread for point in measured.points)
     sizes = [point.images for point in measured.points]
     outside = [str(now.world_size) for now in predictions if not min(sizes) <= now.local_batch_size <= max(sizes)]
     notes = [
         f"measured on one {measured.hardware}",
-        f"measured steps: {points}; the model is off by {100 * measured.largest_deviation:.1f} % at most there",
+        f"measured steps: {points}; repetitions differ by up to {100 * spread:.0f} %, and the model from them by up "
+        f"to {100 * measured.largest_deviation:.1f} %",
         f"compute of a step: {1000 * line.fixed_seconds:.2f} ms + {1e6 * line.seconds_per_image:.2f} us an image",
         f"all-reduce of a step: {measured.n_parameters:,} gradients, {measured.gradient_bytes / 1e6:.2f} MB, over "
         f"{link.name}: {1e3 * link.latency_seconds:.3f} ms + 2 (N - 1) / N x bytes / "
@@ -581,7 +587,8 @@ def _notes(predictions: Sequence[Prediction], measured: StepCosts, recipe: Recip
         f"workers: {describe_world_sizes(recipe)}",
     ]
     if outside:
-        notes.append(f"no step was measured at the local batch of {', '.join(outside)} workers: the line is drawn on")
+        how = "in proportion to the one that was" if len(sizes) == 1 else "on the line through those that were"
+        notes.append(f"no step was measured at the local batch of {', '.join(outside)} workers: predicted {how}")
     if not measured.on_gpu and len(predictions) > 1:
         notes.append("measured on a CPU: workers with such a CPU each; this says nothing about GPUs")
     if any(now.lower_bound for now in predictions):

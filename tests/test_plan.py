@@ -47,7 +47,7 @@ def on_gpu(images: int, device: float, launch: float) -> StepPoint:
 
 
 # 2 ms + 10 us an image to compute, 4 ms + 1 us an image to launch
-GPU = costs(on_gpu(256, 0.00456, 0.004256), on_gpu(2048, 0.02248, 0.006048))
+GPU = costs(on_gpu(256, 0.00456, 0.004256), replace(on_gpu(2048, 0.02248, 0.006048), spread=0.25))
 
 
 # --- the all-reduce ---
@@ -236,6 +236,7 @@ def test_a_cpu_is_measured_at_every_local_batch(measured):
     assert [point.images for point in measured.points] == [16, 32, 64]
     for point in measured.points:
         assert point.step_seconds == point.device_seconds > 0 == point.launch_seconds
+        assert point.spread > 0
     assert measured.setup_seconds > 0 and measured.evaluate_seconds_per_image > 0
     assert not measured.on_gpu and "float32, direct convolution" in measured.hardware
     assert 0 <= measured.largest_deviation
@@ -313,7 +314,15 @@ def test_the_table_says_prediction_over_every_predicted_figure():
         assert found[:3] == [now.world_size, now.local_batch_size, now.steps]
         assert found[3:7] == pytest.approx(terms, abs=5e-4)
         assert found[7] == pytest.approx(now.train_seconds, abs=5e-3) == pytest.approx(sum(found[3:7]), abs=1e-2)
-    for words in ("Some GPU", "256 images 4.56 ms", "wire", "made up for a test", "2.00 MB", "1, 2, 4, 8 workers"):
+    for words in (
+        "Some GPU",
+        "256 images 4.56 ms",
+        "differ by up to 25 %",
+        "wire",
+        "made up for a test",
+        "2.00 MB",
+        "1, 2, 4, 8 workers",
+    ):
         assert words in text
     assert ">=" not in text and "CPU" not in text
 
@@ -326,7 +335,9 @@ def test_several_machines_are_a_lower_bound_and_say_so():
     assert {number for number, row in rows.items() if ">=" in row} == {"16", "32", "64"}
     flat = " ".join(text.split())
     assert "a lower bound; no published all-reduce among more than 8 workers" in flat
-    assert "no step was measured at the local batch of 16, 32, 64 workers" in flat
+    assert "at the local batch of 16, 32, 64 workers: predicted on the line through those that were" in flat
+    text = plan.plan_table(predictions, costs(*GPU.points[:1]), many)
+    assert "local batch of 1, 2, 4, 16, 32, 64 workers: predicted in proportion" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("n_shards", [8, 64])
