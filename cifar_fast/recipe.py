@@ -420,8 +420,11 @@ def laptop() -> Recipe:
 
 
 def smoke() -> Recipe:
-    """Return a recipe of seconds, for tests: it shows that everything runs, not what can be reached."""
-    return replace(speedrun(), name="smoke", widths=(16, 32, 32), global_batch_size=320, epochs=2.0, tta="flip")
+    """Return a recipe of seconds, for tests: it shows that everything runs, on 1 to 8 processes, not what can be
+    reached."""
+    return replace(
+        speedrun(), name="smoke", widths=(16, 32, 32), n_shards=8, global_batch_size=320, epochs=2.0, tta="flip"
+    )
 
 
 def _recipes() -> dict[str, Callable[[], Recipe]]:

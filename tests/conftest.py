@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """A shell that runs the tests in the background has them ignore Ctrl-C, which what they start would inherit."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,3 +68,21 @@ def real_data(user_data_root: Path | None, monkeypatch: pytest.MonkeyPatch) -> D
 
     monkeypatch.setenv("CIFAR_FAST_DATA", str(user_data_root))
     return load_cifar10(download=False)
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder: three classes of one colour and noise, 40 training and 10 test pictures each."""
+    import numpy as np
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("data") / "colours"
+    random = np.random.default_rng(0)
+    for part, count in (("train", 40), ("test", 10)):
+        for channel, name in enumerate(("red", "green", "blue")):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(0, 120, (32, 32, 3), np.uint8)
+                pixels[..., channel] += 120
+                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
+    return folder

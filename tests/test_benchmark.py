@@ -37,7 +37,9 @@ from cifar_fast.result import EpochResult, RunResult, save_run
 benchmarking = import_module("cifar_fast.benchmark")  # the module: `cifar_fast.benchmark` is the function
 benchmark = benchmarking.benchmark
 
-RECIPE = replace(smoke(), widths=(8, 8, 8), global_batch_size=40, epochs=1.0, precision="float32", convolution="direct")
+RECIPE = replace(
+    smoke(), widths=(8, 8, 8), n_shards=1, global_batch_size=40, epochs=1.0, precision="float32", convolution="direct"
+)
 MACHINE = environment(torch.device("cpu"))
 FILES = {
     ".lock", "results.jsonl", "run_log.txt", "summary.json", "timing_log.tsv", "weights.safetensors", "result.json",

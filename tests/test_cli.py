@@ -25,22 +25,7 @@ from cifar_fast.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("blue", "green", "red")
-QUICK = ["--widths", "8", "8", "8", "--global-batch-size", "30", "--precision", "float32", "--convolution", "direct"]
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An image folder: three classes of one colour and noise, 40 training and 10 test pictures each."""
-    folder = tmp_path_factory.mktemp("data") / "colours"
-    random = np.random.default_rng(0)
-    for part, count in (("train", 40), ("test", 10)):
-        for channel, name in enumerate(reversed(CLASSES)):
-            (folder / part / name).mkdir(parents=True)
-            for number in range(count):
-                pixels = random.integers(0, 120, (32, 32, 3), np.uint8)
-                pixels[..., channel] += 120
-                Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
-    return folder
+QUICK = "--widths 8 8 8 --n-shards 1 --global-batch-size 30 --precision float32 --convolution direct".split()
 
 
 @pytest.fixture(scope="module")

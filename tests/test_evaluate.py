@@ -19,7 +19,7 @@ TTA = ["none", "flip", "flip_shift"]
 
 @pytest.fixture(scope="module")
 def model() -> Network:
-    recipe = replace(recipes.smoke(), widths=(8, 8, 8), global_batch_size=16)
+    recipe = replace(recipes.smoke(), widths=(8, 8, 8), n_shards=1, global_batch_size=16)
     model = build_model(recipe, 5, torch.tensor([100.0, 120.0, 140.0]), torch.tensor([50.0, 60.0, 70.0]))
     model(
         torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))

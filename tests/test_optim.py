@@ -27,7 +27,7 @@ from cifar_fast.optim import (
 from cifar_fast.recipe import Recipe
 
 TINY = Recipe(widths=(4, 4, 8, 8), global_batch_size=16)
-TINY_MUON = replace(recipes.smoke(), widths=(4, 8, 8), global_batch_size=16)
+TINY_MUON = replace(recipes.smoke(), widths=(4, 8, 8), n_shards=1, global_batch_size=16)
 
 
 def build(recipe: Recipe) -> Network:

@@ -379,7 +379,7 @@ def test_the_command_measures_and_prints_a_prediction(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--world-size", "8"], "smoke has n_shards=1, which 1 worker can share"),
+        (["--n-shards", "1", "--world-size", "8"], "n_shards=1, which 1 worker can share"),
         (["--n-shards", "7"], "n_shards=7"),
         (["--out", "nowhere/plan.png"], "there is no folder nowhere"),
         (["--n-train", "100"], "global_batch_size=320"),

@@ -19,7 +19,7 @@ from cifar_fast.recipe import smoke
 from cifar_fast.result import RunFolder, RunResult, load_run, save_run
 from cifar_fast.train import train
 
-RECIPE = replace(smoke(), epochs=2.0, widths=(8, 8, 8), precision="float32", convolution="direct")
+RECIPE = replace(smoke(), n_shards=1, epochs=2.0, widths=(8, 8, 8), precision="float32", convolution="direct")
 
 
 @pytest.fixture(scope="module")

@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 BATCH = 40
 SMOKE = replace(
     recipes.smoke(),
+    n_shards=1,
     widths=(8, 8, 8),
     global_batch_size=BATCH,
     peak_lr=recipes.smoke().peak_lr * BATCH / 2000,  # as much as there for an image
@@ -463,7 +464,7 @@ def test_a_learning_rate_far_too_high_is_found_out(data: Dataset) -> None:
 
 
 def test_a_batch_larger_than_the_set_is_refused_before_anything_is_written(data: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="320 images cannot be drawn from a shard of 160"):
+    with pytest.raises(RecipeError, match="40 images cannot be drawn from a shard of 20"):
         run(recipes.smoke(), data, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
