@@ -405,7 +405,7 @@ def laptop() -> Recipe:
         speedrun(),
         name="laptop",
         activation="silu",
-        whitening_bias_epochs=0.19,  # from the second epoch on nothing is computed back through the first block
+        whitening_bias_epochs=0.19,  # then nothing more is computed back through the first block
         bn_momentum=0.4434,
         color_jitter=0.135,
         label_smoothing=0.09,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from cifar_fast.batches import TrainBatches, pixel_statistics
@@ -103,8 +103,8 @@ def train(
         for epoch in range(math.ceil(recipe.epochs)):
             losses, correct = [], []
             with train_clock.running():
-                freeze_whitening_bias(model, epoch >= recipe.whitening_bias_epochs)
                 for images, labels in islice(batches.epoch(epoch), total_steps - step):
+                    freeze_whitening_bias(model, step / batches.steps_per_epoch >= recipe.whitening_bias_epochs)
                     loss, hits = forward_backward(model, images, labels, recipe, numerics.dtype)
                     peers.average_gradients(model, half_precision=numerics.dtype in HALF, scale=len(images))
                     set_learning_rates(optimizers, schedule, step / batches.steps_per_epoch)
@@ -215,9 +215,9 @@ def expect_part(model: Network, part: int, n_parts: int) -> None:
 
 def freeze_whitening_bias(model: Network, frozen: bool) -> None:
     """Stop or go on learning the whitening bias; frozen, nothing need be computed back through the first block."""
-    for name, p in model.named_parameters():
-        if name.endswith("whiten.bias"):
-            p.requires_grad = not frozen
+    whiten = getattr(model.layers, "whiten", None)
+    if isinstance(whiten, nn.Conv2d) and whiten.bias is not None:
+        whiten.bias.requires_grad = not frozen
 
 
 def require_finite(loss: Tensor, step: int, optimizers: list[torch.optim.Optimizer]) -> None:

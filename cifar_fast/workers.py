@@ -137,7 +137,6 @@ class Workers:
         if doing == "working":
             for rank in ranks:
                 rank.heard_at = 0.0  # from now on each says something twice a second
-        clock = 0.0
         last = time.monotonic()
         while not all(rank.done for rank in ranks):
             waiting_for: list[Any] = [self._connections[rank.number] for rank in ranks if not rank.gone]
@@ -146,16 +145,17 @@ class Workers:
                 timeout=0.25,
             )
             now = time.monotonic()
-            # A machine that was asleep, or a callback that took long, is nobody's silence.
-            clock, last = clock + min(now - last, 1.0), now
             for rank in ranks:
+                # A machine that was asleep, or a callback that took long, is nobody's silence.
+                rank.live(min(now - last, 1.0), self._processes[rank.number].pid)
                 for kind, content in self._received(rank):
-                    rank.hear(kind, content, clock)
+                    rank.hear(kind, content)
                     if kind == "told" and on_message:
                         on_message(rank.number, content)
                     elif kind == "warned" and rank.number == 0:
                         warnings.warn(content, stacklevel=5)
-            self._raise_failure(ranks, clock, doing)
+            last = now
+            self._raise_failure(ranks, doing)
         return [rank.value for rank in ranks]
 
     def _received(self, rank: _Rank) -> Iterator[tuple[str, Any]]:
@@ -166,7 +166,7 @@ class Workers:
         except (EOFError, OSError):
             rank.gone = True
 
-    def _raise_failure(self, ranks: list[_Rank], clock: float, doing: str) -> None:
+    def _raise_failure(self, ranks: list[_Rank], doing: str) -> None:
         """Raise what is wrong, if anything is, with the rank that it began with."""
         for rank in ranks:
             if not rank.done and rank.failure is None:
@@ -176,13 +176,13 @@ class Workers:
                 if process.exitcode is not None:
                     # What it said last may still be in the pipe.
                     for kind, content in self._received(rank):
-                        rank.hear(kind, content, clock)
+                        rank.hear(kind, content)
                     if not rank.done and rank.failure is None:
                         raise WorkerError(f"rank {rank.number} {_how_it_ended(process.exitcode)} while {doing}")
         failed = [rank for rank in ranks if rank.failure is not None]
         first = [rank for rank in failed if not rank.failure.waiting]  # type: ignore[union-attr]
         # A rank that failed while it waited for others most likely lost one of them: who that is will show in a second.
-        if first or any(clock - rank.failed_at > 1.0 for rank in failed):
+        if first or any(rank.clock - rank.failed_at > 1.0 for rank in failed):
             rank = (first or failed)[0]
             assert rank.failure is not None
             raise rank.failure.exception(rank.number)
@@ -190,24 +190,24 @@ class Workers:
             return
         silent = 0.8 * self.timeout  # the rest is for ending the others
         for rank in ranks:
-            if rank.heard_at is not None and not rank.done and clock - rank.heard_at > silent:
+            if rank.heard_at is not None and not rank.done and rank.clock - rank.heard_at > silent:
                 raise WorkerError(
                     f"rank {rank.number} has stopped answering: nothing was heard of it for "
-                    f"{clock - rank.heard_at:.0f} s (timeout={self.timeout:g})"
+                    f"{rank.clock - rank.heard_at:.0f} s (timeout={self.timeout:g})"
                 )
         pending = [rank for rank in ranks if not rank.done]
         settled = all(rank.progress.settled for rank in pending)
         # Ranks work side by side, so the others' piece of work should not take much longer than one did before.
         patience = max(silent, 3 * max(rank.progress.longest_work for rank in ranks)) if settled else START_SECONDS
-        stuck = [rank for rank in pending if clock - rank.moved_at > patience]
+        stuck = [rank for rank in pending if rank.clock - rank.moved_at > patience]
         others_wait = len(pending) < len(ranks) or any(rank.progress.waiting for rank in stuck)
         # A GPU's host runs ahead of it and may stand still without saying that it waits.
         if stuck and (others_wait or self.device == "cuda" or not settled):
             late = [rank for rank in pending if not rank.progress.waiting] or pending
             rank = min(late, key=lambda rank: rank.progress.ticks)
             raise WorkerError(
-                f"rank {rank.number} has hung: it has done nothing for {clock - rank.moved_at:.0f} s, and the others "
-                f"wait for it; if a step may take this long, raise timeout={self.timeout:g}"
+                f"rank {rank.number} has hung: it has done nothing for {rank.clock - rank.moved_at:.0f} s, and the "
+                f"others wait for it; if a step may take this long, raise timeout={self.timeout:g}"
             )
 
     def _kill(self) -> None:
@@ -255,10 +255,12 @@ class _Progress:
 
 
 class _Rank:
-    """What is known of one rank during one task; times are those of the watcher's clock, in seconds."""
+    """What is known of one rank during one task; its times are those of a clock of its own, in seconds."""
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.clock = 0.0
+        self._queued: dict[str, float] = {}
         self.done = False
         self.gone = False
         self.value: Any = None
@@ -268,16 +270,32 @@ class _Rank:
         self.progress = _Progress()
         self.moved_at = 0.0
 
-    def hear(self, kind: str, content: Any, clock: float) -> None:
-        self.heard_at = clock
+    def live(self, seconds: float, pid: int) -> None:
+        """Let its clock run, but not while it had work and no core to do it on: it is slow then, not silent."""
+        queued = seconds_in_run_queue(pid)
+        held = max((total - self._queued.get(thread, total) for thread, total in queued.items()), default=0.0)
+        self.clock += max(0.0, seconds - held)
+        self._queued = queued
+
+    def hear(self, kind: str, content: Any) -> None:
+        self.heard_at = self.clock
         if kind == "done":
             self.done, self.value = True, content
         elif kind == "failed":
-            self.failure, self.failed_at = content, clock
+            self.failure, self.failed_at = content, self.clock
         elif kind == "alive":
             if content.ticks != self.progress.ticks or content.waiting != self.progress.waiting:
-                self.moved_at = clock
+                self.moved_at = self.clock
             self.progress = content
+
+
+def seconds_in_run_queue(pid: int) -> dict[str, float]:
+    """Return for each thread of a process how long it has waited for a core so far; empty where Linux does not tell."""
+    waited = {}
+    for file in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError, IndexError):  # the thread has just ended
+            waited[file.parent.name] = int(file.read_text().split()[1]) / 1e9
+    return waited
 
 
 def _how_it_ended(exitcode: int) -> str:

@@ -270,6 +270,19 @@ def test_the_whitening_layer_stays_and_its_bias_stops_when_the_recipe_says(data:
     assert torch.equal(biases[2], start)
 
 
+def test_the_whitening_bias_is_learned_for_its_part_of_an_epoch(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned = []
+
+    def look(model: Network, *args: Any) -> tuple[Tensor, Tensor]:
+        learned.append(model.layers.whiten.bias.requires_grad)
+        return forward_backward(model, *args)
+
+    monkeypatch.setattr(training, "forward_backward", look)
+    run(replace(SMOKE, epochs=2.0, whitening_bias_epochs=0.6), data)
+    n = len(learned) // 2
+    assert learned == [step < 0.6 * n for step in range(2 * n)]
+
+
 # --- Micro-batches ---
 
 

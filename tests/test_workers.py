@@ -145,6 +145,27 @@ def test_a_slow_rank_has_not_hung():
         assert pair.call(tasks.take_turns_being_slow, 1.0, 2.5) == ["done", "done"]
 
 
+def test_a_rank_that_gets_no_core_is_slow_not_silent(monkeypatch):
+    rank = workers._Rank(0)
+    queued = {"1": 5.0, "2": 7.0}
+    monkeypatch.setattr(workers, "seconds_in_run_queue", lambda pid: dict(queued))
+    rank.live(0.25, pid=1)  # what it waited before the task does not count
+    assert rank.clock == pytest.approx(0.25)
+    queued["2"] += 0.2
+    rank.live(0.25, pid=1)
+    assert rank.clock == pytest.approx(0.30)
+    queued.update({"1": 9.0, "3": 100.0})  # a thread that is new, and one that waited longer than we looked away
+    rank.live(0.25, pid=1)
+    assert rank.clock == pytest.approx(0.30)
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this system does not tell who waits for a core")
+def test_the_wait_for_a_core_is_read():
+    before = workers.seconds_in_run_queue(os.getpid())
+    assert str(threading.get_native_id()) in before and all(seconds >= 0 for seconds in before.values())
+    assert workers.seconds_in_run_queue(2**30) == {}
+
+
 def test_a_mistake_for_people_stays_one():
     started = Workers(2, device="cpu", backend="gloo")
     pids = started.pids
