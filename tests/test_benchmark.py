@@ -588,7 +588,7 @@ def test_processes_are_kept_over_the_runs_and_gone_on_with_in_new_ones(data, tmp
 
 
 # A tenth of an epoch: what is killed here is the filing of runs, and its moments are not in the middle of a training.
-COMMAND = ["benchmark", "--recipe", "smoke", "--n-shards", "2", "--device", "cpu", "--data", "synthetic"]
+COMMAND = ["benchmark", "--recipe", "smoke", "--device", "cpu", "--data", "synthetic"]
 COMMAND += ["--epochs", "0.1", "--timeout", "120"]  # on a busy machine a process may not have its turn for long
 
 
