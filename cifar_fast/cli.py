@@ -114,7 +114,8 @@ class Train:
             )
         except KeyboardInterrupt:
             kept = f"{len(logged)} finished epochs are logged in {out}" if logged else "no epoch was finished"
-            print(f"\ninterrupted: {kept}", file=sys.stderr)
+            if is_main_rank():
+                print(f"\ninterrupted: {kept}", file=sys.stderr)
             return 130
         except TrainingError as error:
             raise TrainingError(f"{error}; {len(logged)} finished epochs are logged in {out}") from error

@@ -80,7 +80,7 @@ class Dataset:
     """Where the images came from, in words, without a path of this machine."""
     fingerprint: str
     """16 hexadecimal digits that change with any pixel or label."""
-    decoded: Path | None = field(default=None, repr=False)
+    decoded: Path | None = field(default=None, init=False, repr=False)
     """The file that the images are mapped from, which other processes can map too; None: they are in memory alone."""
 
     @property
@@ -477,7 +477,9 @@ def read_decoded(path: Path) -> Dataset:
     with safe_open(path, framework="pt") as file:
         text = {name: json.loads(value) for name, value in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
-    return Dataset(**{**text, "classes": tuple(text["classes"])}, **tensors, decoded=path)
+    data = Dataset(**{**text, "classes": tuple(text["classes"])}, **tensors)
+    object.__setattr__(data, "decoded", path)  # not an argument, so that `replace` does not carry it to other images
+    return data
 
 
 # --- downloading ---

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -65,8 +66,8 @@ class Trainer:
         self._peers = ALONE
         self._device = device
         if under_torchrun():
-            self._peers = join_torchrun(device, backend)
             torchrun_world_size(world_size)
+            self._peers = join_torchrun(device, backend)
             self.world_size, self._device = self._peers.world_size, str(self._peers.device)
             return
         self.world_size = choose_world_size(world_size, device)
@@ -74,7 +75,11 @@ class Trainer:
         chosen = choose_backend(on, backend)
         if self.world_size > 1:
             self._workers = Workers(self.world_size, device=on.type, backend=chosen, timeout=timeout)
-            self._share(data)
+            try:
+                self._share(data)
+            except BaseException:  # Ctrl-C too: nobody has this object yet who could close it
+                self.close()
+                raise
 
     def _share(self, data: Dataset) -> None:
         """Put the data where every process can map it, and have them do so."""
@@ -86,11 +91,10 @@ class Trainer:
         self._file = self._workers.folder / "data.safetensors"
         try:
             write_decoded(data, self._file)
-        except OSError as error:
-            self.close()
+        except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the data set cannot be handed to the processes through {self._file.parent}: {error.strerror}; set "
-                "TMPDIR to a folder with 200 MB of space"
+                f"the data set cannot be handed to the processes through {self._file.parent}: {error}; set TMPDIR to a "
+                "folder with 200 MB of space"
             ) from error
         self._workers.call(open_data, str(self._file))
 
@@ -140,6 +144,8 @@ class Trainer:
         """
         self.check(recipe)
         started = time.time() if started is None else started
+        if self.agree(out is not None and Path(out).exists()):
+            raise RunError(f"{out} exists already; choose another --out, or remove it: a run never overwrites another")
         if not self._workers:
             main = self._peers.is_main
             return train(
@@ -153,8 +159,6 @@ class Trainer:
                 on_epoch=on_epoch if main else None,
                 peers=self._peers,
             )
-        if out is not None and Path(out).exists():
-            raise RunError(f"{out} exists already; choose another --out, or remove it: a run never overwrites another")
         weights = self._workers.folder / "weights.safetensors"
         where = str(Path(out).absolute()) if out is not None else None
         description = f"{recipe.name} on {self.data.name}, {self.world_size} processes"
@@ -308,7 +312,8 @@ def train_task(
     )
     if not peers.is_main:
         return None
-    save_file({name: value.contiguous().cpu() for name, value in result.model.state_dict().items()}, weights)
+    with peers.unhurried():
+        save_file({name: value.contiguous().cpu() for name, value in result.model.state_dict().items()}, weights)
     return result.to_dict()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import pickle
 import time
@@ -21,7 +22,9 @@ from cifar_fast.layers import GhostBatchNorm
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
-"""How long a collective waits for a missing rank before it fails; whoever started the ranks notices much earlier."""
+"""How long a collective waits for a missing rank before it fails; the caller that started the ranks notices earlier."""
+TORCHRUN_PATIENCE = timedelta(minutes=5)
+"""The same under torchrun, which sees a rank that died, but not one that hangs."""
 
 
 @dataclass
@@ -59,6 +62,14 @@ class Peers:
         self._note_work()
         self.settled = True
 
+    @contextmanager
+    def unhurried(self) -> Iterator[None]:
+        """Mark work that may take longer than any step, such as writing to a slow disk."""
+        self._note_work()
+        self.settled = False
+        yield
+        self.tick()
+
     def _note_work(self) -> None:
         now = time.monotonic()
         if self.settled:
@@ -94,6 +105,10 @@ class Peers:
         with self._together():
             dist.broadcast(there, src=0)
             return there.cpu()
+
+    def all(self, condition: bool) -> bool:
+        """Say on every rank whether `condition` holds on each."""
+        return self.sum(torch.tensor(float(condition))).item() == self.world_size
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of `values`, of any shape, over the ranks, in float64 on the CPU."""
@@ -221,11 +236,17 @@ def join_torchrun(device: str | None, backend: str | None) -> Peers:
     chosen = choose_backend(on, backend)
     if not dist.is_initialized():  # a second training in the same processes keeps their group
         try:
-            dist.init_process_group(chosen, rank=rank, world_size=world_size, timeout=PATIENCE)
+            dist.init_process_group(chosen, rank=rank, world_size=world_size, timeout=TORCHRUN_PATIENCE)
+            atexit.register(_leave)
         except (dist.DistError, RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"rank {rank} of {world_size} cannot meet the others at {where}: {error}") from error
     return Peers(rank, world_size, chosen, on)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank_device(device: str | None, local_rank: int) -> torch.device:

@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cifar_fast import winograd
 from cifar_fast.batches import TrainBatches, pixel_statistics
 from cifar_fast.data import Dataset
 from cifar_fast.device import HALF, choose_numerics, environment, keep_freed_memory, select_device
@@ -62,8 +64,11 @@ def train(
         raise UserError(f"seed={seed} must be at least 0")
     on = select_device(device)
     keep_freed_memory()
+    require_same_training(recipe, data, seed, peers)
     numerics = peers.agree(choose_numerics(recipe, on) if peers.is_main else None)
     assert numerics is not None
+    if numerics.winograd and not peers.all(winograd.available()[0]):  # loads it on every rank, before the clock
+        numerics = replace(numerics, winograd=False, reason="not every rank can compile Winograd: direct instead")
     if recipe.precision not in ("auto", numerics.describe()["precision"]):
         warnings.warn(f"precision={recipe.precision} is not used: {numerics.reason}", stacklevel=2)
     machine = environment(on) | numerics.describe() | {"world_size": peers.world_size, "backend": peers.backend}
@@ -145,7 +150,8 @@ def train(
             )
             bar.set_postfix_str(f"epoch {epoch + 1}: test accuracy {test_accuracy:.2%}")
             if folder:
-                folder.log(epochs[-1])
+                with peers.unhurried():
+                    folder.log(epochs[-1])
             if on_epoch:
                 on_epoch(epochs[-1])
 
@@ -163,7 +169,8 @@ def train(
         model=evaluated,
     )
     if folder:
-        folder.finish(result)
+        with peers.unhurried():
+            folder.finish(result)
     return result
 
 
@@ -192,6 +199,18 @@ def forward_backward(
     if loss_scale != 1:
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], loss_scale)
     return loss, hits
+
+
+def require_same_training(recipe: Recipe, data: Dataset, seed: int, peers: Peers) -> None:
+    """Raise `UserError` on a rank that was started with another recipe, data set or seed than rank 0."""
+    ours = {"recipe": recipe.to_dict(), "data set": data.describe(), "seed": seed}
+    theirs = peers.agree(ours)
+    for name, value in ours.items():
+        if value != theirs[name]:
+            raise UserError(
+                f"rank {peers.rank} was started with another {name} than rank 0: {value}, where rank 0 has "
+                f"{theirs[name]}; start all ranks with the same command and the same data"
+            )
 
 
 def evaluate_together(model: Network, data: Dataset, tta: str, dtype: torch.dtype, peers: Peers) -> tuple[float, float]:

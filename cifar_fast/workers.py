@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import active_children
+from multiprocessing import active_children, resource_tracker
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ from cifar_fast.errors import UserError, WorkerError
 from cifar_fast.peers import PATIENCE, Peers, rank_device, set_threads
 
 HEARTBEAT_SECONDS = 0.5
+LOOK_SECONDS = 0.25
+"""How often, at most, the caller looks whether a rank is silent: the look costs it about a millisecond a process."""
 START_SECONDS = 300.0
 """How long a rank may take to start, and to set a task up and do its first step, which may hold a compilation."""
 MEETING_PREFIX = "cifar_fast-meeting-"
@@ -55,8 +57,8 @@ class Workers:
         Raises:
             WorkerError: a rank failed.
         """
-        if timeout <= 0:
-            raise UserError(f"timeout={timeout} must be a number of seconds above 0")
+        if not timeout >= 2:  # nan is not, either
+            raise UserError(f"timeout={timeout} must be at least 2 seconds: each rank is heard of twice a second")
         self.world_size, self.device, self.timeout = world_size, device, timeout
         _remove_left_over()
         self.folder = Path(tempfile.mkdtemp(prefix=MEETING_PREFIX))  # for this user alone
@@ -66,21 +68,25 @@ class Workers:
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         before = set(active_children())
+        if hasattr(signal, "pthread_sigmask"):
+            resource_tracker.ensure_running()  # its start would undo what `_interrupts_held` has the workers inherit
         try:
             with _interrupts_held():
                 ends = [Pipe() for _ in range(world_size)]
                 self._connections = [ours for ours, _ in ends]
                 theirs = [end for _, end in ends]
                 with _nothing_inherited():
-                    arguments = (theirs, device, backend, str(self.folder))
+                    lasting = threading.current_thread() is threading.main_thread()
+                    arguments = (theirs, device, backend, str(self.folder), lasting)
                     context = mp.spawn(_work, arguments, nprocs=world_size, join=False, daemon=True)
                 self._processes = context.processes
                 for end in theirs:
                     end.close()  # so that ours ends when the worker does
             self._watch("starting", None)
         except BaseException:
-            # Where `spawn` itself failed, some may have been started.
-            self._processes = self._processes or [process for process in active_children() if process not in before]
+            if not self._processes and threading.active_count() == 1:  # else they may be another thread's
+                # `spawn` itself failed, and some may have been started.
+                self._processes = [process for process in active_children() if process not in before]
             self._kill()
             raise
 
@@ -121,9 +127,11 @@ class Workers:
             with suppress(OSError):
                 connection.send_bytes(b"")
         deadline = time.monotonic() + 5
-        for process in self._processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        self._kill()
+        try:
+            for process in self._processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+        finally:
+            self._kill()
 
     def __enter__(self) -> Workers:
         return self
@@ -138,6 +146,7 @@ class Workers:
             for rank in ranks:
                 rank.heard_at = 0.0  # from now on each says something twice a second
         last = time.monotonic()
+        looked = last - LOOK_SECONDS
         while not all(rank.done for rank in ranks):
             waiting_for: list[Any] = [self._connections[rank.number] for rank in ranks if not rank.gone]
             wait(
@@ -145,16 +154,18 @@ class Workers:
                 timeout=0.25,
             )
             now = time.monotonic()
+            if now - looked >= LOOK_SECONDS:
+                for rank in ranks:
+                    # A machine that was asleep, or a callback that took long, is nobody's silence.
+                    rank.live(min(now - last, 1.0), self._processes[rank.number].pid)
+                looked = last = now
             for rank in ranks:
-                # A machine that was asleep, or a callback that took long, is nobody's silence.
-                rank.live(min(now - last, 1.0), self._processes[rank.number].pid)
                 for kind, content in self._received(rank):
                     rank.hear(kind, content)
                     if kind == "told" and on_message:
                         on_message(rank.number, content)
                     elif kind == "warned" and rank.number == 0:
                         warnings.warn(content, stacklevel=5)
-            last = now
             self._raise_failure(ranks, doing)
         return [rank.value for rank in ranks]
 
@@ -182,8 +193,8 @@ class Workers:
         failed = [rank for rank in ranks if rank.failure is not None]
         first = [rank for rank in failed if not rank.failure.waiting]  # type: ignore[union-attr]
         # A rank that failed while it waited for others most likely lost one of them: who that is will show in a second.
-        if first or any(rank.clock - rank.failed_at > 1.0 for rank in failed):
-            rank = (first or failed)[0]
+        if first or any(time.monotonic() - rank.failed_at > 1.0 for rank in failed):
+            rank = min(first or failed, key=lambda rank: rank.failed_at)
             assert rank.failure is not None
             raise rank.failure.exception(rank.number)
         if failed:
@@ -205,22 +216,26 @@ class Workers:
         if stuck and (others_wait or self.device == "cuda" or not settled):
             late = [rank for rank in pending if not rank.progress.waiting] or pending
             rank = min(late, key=lambda rank: rank.progress.ticks)
+            idle = f"rank {rank.number} has hung: it has done nothing for {rank.clock - rank.moved_at:.0f} s"
+            if not settled:
+                raise WorkerError(f"{idle} while {doing}")
             raise WorkerError(
-                f"rank {rank.number} has hung: it has done nothing for {rank.clock - rank.moved_at:.0f} s, and the "
-                f"others wait for it; if a step may take this long, raise timeout={self.timeout:g}"
+                f"{idle}, and the others wait for it; if a step may take this long, raise timeout={self.timeout:g}"
             )
 
     def _kill(self) -> None:
         """End every process at once, with whatever it has started, and remove the private folder."""
         with _interrupts_held():
             for process in self._processes:
+                if process.exitcode is not None:
+                    continue  # its number may be another's by now
                 with suppress(psutil.Error):
                     for child in psutil.Process(process.pid).children(recursive=True):
                         with suppress(psutil.Error):
                             child.kill()
                 process.kill()
             for process in self._processes:
-                process.join()
+                process.join(5.0)  # one that hangs in the kernel ends when that lets it go
             for connection in self._connections:
                 connection.close()
             self._processes, self._connections = [], []
@@ -282,7 +297,7 @@ class _Rank:
         if kind == "done":
             self.done, self.value = True, content
         elif kind == "failed":
-            self.failure, self.failed_at = content, self.clock
+            self.failure, self.failed_at = content, time.monotonic()
         elif kind == "alive":
             if content.ticks != self.progress.ticks or content.waiting != self.progress.waiting:
                 self.moved_at = self.clock
@@ -323,9 +338,10 @@ def _interrupts_held() -> Iterator[None]:
     finally:
         if old is not None:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
-        signal.signal(signal.SIGINT, before)
+        # What was installed from C cannot be put back.
+        signal.signal(signal.SIGINT, before if before is not None else signal.default_int_handler)
     if held:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)  # to whoever handles it: Python's own raises KeyboardInterrupt
 
 
 @contextmanager
@@ -343,8 +359,11 @@ def _nothing_inherited() -> Iterator[None]:
 def _remove_left_over() -> None:
     """Remove the folders of callers that were killed before they could do so."""
     for folder in Path(tempfile.gettempdir()).glob(f"{MEETING_PREFIX}*"):
-        with suppress(OSError, Timeout):  # another user's, or held by a caller that lives
-            if time.time() - folder.stat().st_mtime < 60:
+        with suppress(OSError, Timeout):  # held by a caller that lives
+            state = folder.lstat()
+            if hasattr(os, "getuid") and (state.st_uid != os.getuid() or folder.is_symlink()):
+                continue  # another user's, or not what it seems
+            if time.time() - state.st_mtime < 60:
                 continue  # its owner may be about to take hold of it
             with FileLock(folder / "held", timeout=0):
                 shutil.rmtree(folder)
@@ -361,13 +380,13 @@ def loopback_interface() -> str:
 # --- in the started process ---
 
 
-def _work(rank: int, ends: list[Connection], device: str, backend: str, folder: str) -> None:
+def _work(rank: int, ends: list[Connection], device: str, backend: str, folder: str, lasting: bool) -> None:
     """Meet the other ranks, then do one task after the other; a top-level function, so that it can be imported."""
     for number, end in enumerate(ends):
         if number != rank:
             end.close()
     connection, world_size = ends[rank], len(ends)
-    _end_with_parent()
+    _end_with_parent(lasting)
     speaking = threading.Lock()
 
     def say(kind: str, content: Any = None) -> None:
@@ -382,7 +401,8 @@ def _work(rank: int, ends: list[Connection], device: str, backend: str, folder: 
         peers.device = rank_device(device, rank)
         peers.tell = lambda message: say("told", message)
         set_threads(world_size)
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = loopback_interface()
+        os.environ["GLOO_SOCKET_IFNAME"] = interface = loopback_interface()
+        os.environ["NCCL_SOCKET_IFNAME"] = f"={interface}"  # without the sign NCCL takes a prefix
         store = dist.FileStore(os.path.join(folder, "store"), world_size)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
         peers.barrier()
@@ -438,8 +458,11 @@ def _heartbeat(peers: Peers, say: Callable[[str, Any], None]) -> Iterator[None]:
         thread.join()
 
 
-def _end_with_parent() -> None:
-    """Ask Linux to kill this process when the one that started it dies, even if it is stopped by then."""
+def _end_with_parent(lasting: bool) -> None:
+    """Ask Linux to kill this process when the one that started it dies, even if it is stopped by then.
+
+    To Linux the parent is the thread; one that may end before its process, not `lasting`, is left to `_listen`.
+    """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # sys/prctl.h
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL if lasting else 0, 0, 0, 0)

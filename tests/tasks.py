@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import sys
 import time
@@ -77,6 +76,8 @@ def _fail(how: str) -> None:
     if how == "sys.exit":
         sys.exit(0)
     if how == "memory":
+        import resource  # Windows has none
+
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
         torch.ones(8 << 30)
 

@@ -21,9 +21,10 @@ from cifar_fast import recipe as recipes
 from cifar_fast.data import Dataset
 from cifar_fast.errors import RecipeError, RunError, TrainingError, UserError
 from cifar_fast.parallel import Trainer, check_fit, choose_world_size, launch
-from cifar_fast.peers import choose_backend, rank_device
+from cifar_fast.peers import Peers, choose_backend, rank_device
 from cifar_fast.result import EpochResult, RunResult, load_run
-from cifar_fast.train import train
+from cifar_fast.train import require_same_training, train
+from cifar_fast.workers import Workers
 
 # Apple's recipe with a narrow network and small batches: 10 steps an epoch on 640 images, two epochs.
 APPLE = replace(
@@ -126,6 +127,7 @@ def test_a_divergence_is_the_same_error_as_in_one_process(tiny_data, tmp_path):
     assert (tmp_path / "run" / "recipe.json").exists()
 
 
+@pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="this system does not tell what is mapped")
 def test_data_from_a_decoded_file_is_mapped_not_copied(tiny_data, tmp_path):
     from cifar_fast.data import read_decoded, write_decoded
 
@@ -134,6 +136,43 @@ def test_data_from_a_decoded_file_is_mapped_not_copied(tiny_data, tmp_path):
     with Trainer(data, world_size=2, device="cpu") as trainer:
         maps = [file.path for pid in trainer.pids for file in psutil.Process(pid).memory_maps()]
     assert maps.count(str(tmp_path / "data.safetensors")) == 2
+
+
+def test_a_part_of_the_data_is_trained_on_as_it_is(tiny_data, tmp_path):
+    from cifar_fast.data import read_decoded, write_decoded
+
+    write_decoded(tiny_data, tmp_path / "data.safetensors")
+    data = read_decoded(tmp_path / "data.safetensors")
+    part = replace(data, train_images=data.train_images[:128], train_labels=data.train_labels[:128])
+    result = launch(QUICK, part, world_size=2, device="cpu", progress=False)
+    assert result.dataset["n_train"] == 128
+
+
+def test_an_interrupt_while_the_data_are_handed_over_ends_all(tiny_data, monkeypatch):
+    started: list[Workers] = []
+
+    class Noted(Workers):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parallel, "Workers", Noted)
+    monkeypatch.setattr(parallel, "write_decoded", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        launch(QUICK, tiny_data, world_size=2, device="cpu", progress=False)
+    assert started[0].pids == [] and not started[0].folder.exists()
+
+
+def test_ranks_with_other_data_are_told_so(tiny_data):
+    class SecondRank(Peers):
+        def agree(self, value):
+            return value | {"seed": 5}
+
+    with pytest.raises(UserError, match="rank 1 was started with another seed than rank 0: 0, where rank 0 has 5"):
+        require_same_training(QUICK, tiny_data, 0, SecondRank(1, 2, "gloo"))
 
 
 # --- what is said before a process is started ---

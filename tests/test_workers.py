@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -131,6 +132,8 @@ FAULTS = {
 
 @pytest.mark.parametrize("how", FAULTS)
 def test_a_rank_that_fails_is_named_and_ends_all(how):
+    if how == "memory" and sys.platform != "linux":
+        pytest.skip("only Linux limits the memory of a process")
     started = Workers(3, device="cpu", backend="gloo", timeout=3.0)
     pids, folder = started.pids, started.folder
     with pytest.raises(WorkerError) as caught:
@@ -140,9 +143,95 @@ def test_a_rank_that_fails_is_named_and_ends_all(how):
 
 
 def test_a_slow_rank_has_not_hung():
-    with Workers(2, device="cpu", backend="gloo", timeout=1.0) as pair:
-        # Set-up may take long; after it a step of 2 s is no sign of a hang where one has taken 1 s before.
+    with Workers(2, device="cpu", backend="gloo", timeout=2.0) as pair:
+        # Set-up may take long; after it a step of 2.5 s is no sign of a hang where one has taken 1 s before.
         assert pair.call(tasks.take_turns_being_slow, 1.0, 2.5) == ["done", "done"]
+
+
+class Situation:
+    """Ranks as their caller knows them, without any process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, device: str = "cpu") -> None:
+        monkeypatch.setattr(workers, "seconds_in_run_queue", lambda pid: {})
+        self.workers = object.__new__(Workers)
+        self.workers.timeout, self.workers.device = 10.0, device
+        self.workers._processes = [SimpleNamespace(exitcode=None, pid=0)] * 2
+        self.ranks = [workers._Rank(number) for number in range(2)]
+        for rank in self.ranks:
+            rank.heard_at = 0.0
+
+    def after(self, seconds: float, **said: workers._Progress) -> str | None:
+        """Return what is found wrong when `seconds` have passed and the ranks named have said this in the end."""
+        for rank in self.ranks:
+            rank.live(seconds, pid=0)
+            if (progress := said.get(f"rank{rank.number}")) is not None:
+                rank.hear("alive", progress)
+        try:
+            self.workers._raise_failure(self.ranks, "working")
+        except WorkerError as error:
+            return str(error)
+        return None
+
+
+def at_work(ticks: int, longest_work: float = 0.1) -> workers._Progress:
+    return workers._Progress(ticks, waiting=False, settled=True, longest_work=longest_work)
+
+
+def waiting(ticks: int, longest_work: float = 0.1) -> workers._Progress:
+    return workers._Progress(ticks, waiting=True, settled=True, longest_work=longest_work)
+
+
+def test_silence_is_noticed_in_time_to_end_all_within_the_timeout(monkeypatch):
+    silent = Situation(monkeypatch)
+    assert silent.after(7.9, rank0=at_work(1)) is None
+    assert "rank 1 has stopped answering" in str(silent.after(0.2, rank0=at_work(2)))
+
+
+def test_a_hang_is_noticed_in_time_to_end_all_within_the_timeout(monkeypatch):
+    hung = Situation(monkeypatch)
+    assert hung.after(0.5, rank0=waiting(9), rank1=at_work(8)) is None
+    assert hung.after(7.9, rank0=waiting(9), rank1=at_work(8)) is None
+    assert "rank 1 has hung: it has done nothing for 8 s, and the others" in str(
+        hung.after(0.2, rank0=waiting(9), rank1=at_work(8))
+    )
+
+
+def test_a_step_as_long_as_others_were_is_no_hang(monkeypatch):
+    slow = Situation(monkeypatch)
+    slow.after(0.5, rank0=waiting(9, 20.0), rank1=at_work(8, 18.0))
+    for _ in range(59):
+        assert slow.after(1.0, rank0=waiting(9, 20.0), rank1=at_work(8, 18.0)) is None
+    assert "rank 1 has hung" in str(slow.after(1.1, rank0=waiting(9, 20.0), rank1=at_work(8, 18.0)))
+
+
+def test_both_at_work_is_no_hang_on_a_cpu_and_may_be_one_on_a_gpu(monkeypatch):
+    for device in ("cpu", "cuda"):
+        both = Situation(monkeypatch, device)
+        both.after(0.5, rank0=at_work(9), rank1=at_work(8))
+        assert ("rank 1 has hung" in str(both.after(8.1, rank0=at_work(9), rank1=at_work(8)))) == (device == "cuda")
+
+
+def test_setting_up_may_take_long(monkeypatch):
+    fresh = workers._Progress(3)
+    start = Situation(monkeypatch)
+    start.after(0.5, rank0=fresh, rank1=fresh)
+    for _ in range(int(workers.START_SECONDS)):
+        assert start.after(1.0, rank0=fresh, rank1=fresh) is None
+    assert "has hung: it has done nothing for 301 s while working" in str(start.after(1.0, rank0=fresh, rank1=fresh))
+
+
+def test_the_first_to_fail_is_named_not_the_one_that_lost_it(monkeypatch):
+    failing = Situation(monkeypatch)
+    failing.ranks[0].hear("failed", workers._Failure(None, "lost rank 1", waiting=True))
+    assert failing.after(0.1) is None  # another one's failure is about to show
+    failing.ranks[1].hear("failed", workers._Failure(None, "thrown", waiting=False))
+    assert "rank 1 failed:\nthrown" in str(failing.after(0.1))
+
+
+@pytest.mark.parametrize("timeout", [0.0, 1.9, float("nan")])
+def test_a_timeout_shorter_than_what_ranks_need_to_answer(timeout):
+    with pytest.raises(UserError, match="must be at least 2 seconds"):
+        Workers(2, device="cpu", backend="gloo", timeout=timeout)
 
 
 def test_a_rank_that_gets_no_core_is_slow_not_silent(monkeypatch):
@@ -186,6 +275,15 @@ def test_an_exception_in_the_callback_ends_all():
     assert gone(pids)
 
 
+def test_workers_outlive_the_thread_that_started_them():
+    started: list[Workers] = []
+    thread = threading.Thread(target=lambda: started.append(Workers(2, device="cpu", backend="gloo")))
+    thread.start()
+    thread.join()
+    with started[0] as pair:
+        assert [rank for rank, *_ in pair.call(tasks.add_ranks)] == [0, 1]
+
+
 def test_a_function_of_a_notebook_is_refused(four, monkeypatch):
     def cell() -> None: ...
 
@@ -217,6 +315,9 @@ def test_no_process_outlives_its_caller(how, tmp_path):
         word, *numbers, folder = caller.stdout.readline().split()
         pids = [int(number) for number in numbers]
         assert word == "pids" and len(pids) == 2 and not gone(pids)
+        if sys.platform == "linux":  # Ctrl-C is the caller's alone, in a process's first launch as in later ones
+            masks = [re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text()) for pid in pids]
+            assert all(mask and int(mask[1], 16) >> (signal.SIGINT - 1) & 1 for mask in masks)
         if how == signal.SIGINT:  # Ctrl-C in a terminal reaches every process of the group
             os.killpg(caller.pid, how)
         else:
@@ -266,10 +367,11 @@ def test_twenty_launches_at_the_same_moment_do_not_collide():
         with Workers(2, device="cpu", backend="gloo", timeout=100.0) as pair:
             answers.append([rank for rank, *_ in pair.call(tasks.add_ranks)])
 
+    main = sys.modules["__main__"]
     threads = [threading.Thread(target=launch) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert answers == [[0, 1]] * 20
-    assert sys.modules["__main__"].__dict__, "the caller's __main__ is its own again"
+    assert sys.modules["__main__"] is main
