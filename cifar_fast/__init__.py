@@ -13,7 +13,8 @@ from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe, changed_fields, ladder
 
 if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
-    from cifar_fast import plan, plots
+    from cifar_fast import figures, galleries, plan, plots
+    from cifar_fast import widgets as widgets
     from cifar_fast.benchmark import Benchmark, benchmark, load_benchmark
     from cifar_fast.data import Dataset, load_cifar10, load_or_synthetic, synthetic
     from cifar_fast.evaluate import evaluate
@@ -34,6 +35,8 @@ __all__ = [
     "benchmark",
     "changed_fields",
     "evaluate",
+    "figures",
+    "galleries",
     "ladder",
     "launch",
     "load_benchmark",
@@ -49,6 +52,8 @@ __all__ = [
     "train",
 ]
 
+# `widgets` is not in __all__: without the extra `notebooks` it cannot be imported, and says so.
+_MODULES = ("figures", "galleries", "plan", "plots", "widgets")
 _MODULE_OF = {
     "Benchmark": "benchmark",
     "benchmark": "benchmark",
@@ -68,7 +73,7 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("plan", "plots"):
+    if name in _MODULES:
         return import_module(f"cifar_fast.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'cifar_fast' has no attribute {name!r}")
@@ -76,7 +81,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "widgets"]
 
 
 class _Package(ModuleType):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
+from base64 import b64decode
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
+from PIL import Image
 
-from cifar_fast.plots import accuracy_and_time, learning_curve, stack
+from cifar_fast.plots import Picture, accuracy_and_time, learning_curve, stack
 from cifar_fast.recipe import smoke
 from cifar_fast.report import CIFAR10_FINGERPRINT, mean_interval
 from cifar_fast.result import EpochResult
@@ -176,3 +179,26 @@ def test_stacked_dots_do_not_overlap_and_stand_on_others(places, diameter):
         touching = {other for j, (x, other) in enumerate(dots) if i != j and abs(x - place) < diameter}
         assert level not in touching
         assert set(range(level)) <= touching
+
+
+# --- what a notebook shows ---
+
+
+def test_a_figure_shows_itself_as_a_small_opaque_png_with_a_sentence():
+    figure = accuracy_and_time(FIVE)
+    data, metadata = figure._repr_mimebundle_()
+    png = b64decode(data["image/png"])
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    assert image.size == (1000, 460) and image.getpixel((0, 0)) == (255, 255, 255, 255)
+    assert image.getextrema()[3] == (255, 255)  # no pixel lets a dark page through
+    assert len(png) < 60_000 and png == figure.png()
+    assert metadata["image/png"]["alt"] == figure.get_suptitle()
+    figure.alt = "five runs"
+    assert figure._repr_mimebundle_()[1]["image/png"]["alt"] == "five runs"
+
+
+def test_colours_in_a_png_are_the_figure_s_to_the_eye():
+    figure = Picture(figsize=(1, 1))
+    figure.add_axes((0, 0, 1, 1)).imshow([[[0.0, 0.45, 0.7]]], aspect="auto")
+    image = Image.open(io.BytesIO(figure.png())).convert("RGB")
+    assert image.getpixel((50, 50)) == pytest.approx((0, 115, 178), abs=4)

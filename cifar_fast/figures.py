@@ -1,0 +1,447 @@
+"""Teaching figures: each draws one idea from plain data, without training anything and without pyplot's state.
+
+All colours are Okabe and Ito's (2008), and what differs in colour differs in marker, dash or hatch too. Every figure
+has an opaque white background, whatever the theme of the page, and a sentence (`alt`) for those who cannot see it.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
+from torch import Tensor
+
+from cifar_fast.errors import UserError
+from cifar_fast.model import activation
+from cifar_fast.optim import lr_schedule
+from cifar_fast.plots import TERMS, Picture
+from cifar_fast.recipe import Recipe
+from cifar_fast.report import hardware, mean_interval
+from cifar_fast.result import RunResult
+
+if TYPE_CHECKING:
+    from cifar_fast.plan import Prediction
+
+BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
+SERIES: tuple[dict[str, Any], ...] = (
+    {"color": BLUE, "linestyle": "-", "marker": "o"},
+    {"color": VERMILION, "linestyle": "--", "marker": "s"},
+    {"color": GREEN, "linestyle": "-.", "marker": "^"},
+    {"color": PURPLE, "linestyle": (0, (1, 1)), "marker": "D"},
+    {"color": "black", "linestyle": (0, (6, 1, 1, 1, 1, 1)), "marker": "v"},
+)
+"""Styles of the first, second, ... of several curves."""
+
+
+def tidy(axis: Axes) -> None:
+    """Leave of an axis what is needed to read it: a faint grid behind the data, and two spines."""
+    axis.grid(alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+# --- the loss and the network ---
+
+
+def label_smoothing(
+    logits: Tensor, label: int, classes: Sequence[str], *, label_smoothing: float = 0.2, temperature: float = 1.0
+) -> Picture:
+    """Draw the smoothed target beside the softmax at a temperature, and the loss over the temperature with and without.
+
+    Args:
+        logits: float (K,), of one image.
+        label: its class, an index.
+        classes: names of the K classes.
+        label_smoothing: share of the target that is spread evenly, 0 ... 1.
+        temperature: the logits are divided by it.
+
+    Returns:
+        The figure. Without smoothing a loss of 0 needs logits without end (a temperature of 0); with it no prediction
+        costs less than the target's own entropy, and overconfidence costs more.
+    """
+    logits, k = logits.double(), len(classes)
+    target = torch.full((k,), label_smoothing / k, dtype=torch.float64)
+    target[label] += 1 - label_smoothing
+    predicted = (logits / temperature).softmax(0)
+
+    def loss(smoothing: float, t: float) -> float:
+        return F.cross_entropy(logits[None] / t, torch.tensor([label]), label_smoothing=smoothing).item()
+
+    figure = Picture(figsize=(9.4, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+    places = np.arange(k)
+    left.bar(
+        places - 0.2, target.numpy(), width=0.4, color=BLUE, label=f"target, label_smoothing = {label_smoothing:g}"
+    )
+    left.bar(
+        places + 0.2,
+        predicted.numpy(),
+        width=0.4,
+        color="#F0E442",
+        edgecolor="black",
+        linewidth=0.6,
+        hatch="///",
+        label=f"softmax at temperature {temperature:.2g}",
+    )
+    left.set_xticks(places.tolist(), classes, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    left.set(ylabel="probability", ylim=(0, 1.22), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    left.legend(fontsize="small", loc="upper center", ncols=2)
+
+    temperatures = torch.logspace(-1, 1, 81).tolist()
+    curves = {"hard target": (0.0, SERIES[1]), "smoothed target": (label_smoothing, SERIES[0])}
+    for name, (smoothing, style) in curves.items():
+        values, now = [loss(smoothing, t) for t in temperatures], loss(smoothing, temperature)
+        label_now = f"{name}: loss {now:.3f}"
+        right.plot(temperatures, values, color=style["color"], linestyle=style["linestyle"], label=label_now)
+        right.plot(
+            temperature, now, color=style["color"], marker=style["marker"], markersize=8, markeredgecolor="black"
+        )
+    entropy = torch.special.entr(target).sum().item()
+    right.axhline(entropy, color="black", linestyle=":", label=f"entropy of the target: {entropy:.3f}")
+    right.set(xlabel="temperature (small: sure of itself)", ylabel="cross entropy in nats", xscale="log")
+    right.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
+    right.xaxis.set_minor_locator(NullLocator())
+    highest = max(math.log(k), loss(label_smoothing, temperature), loss(0.0, temperature))
+    right.set_ylim(-0.02 * highest, 1.5 * highest)  # room for the legend
+    right.legend(fontsize="small", loc="upper center")
+    for axis in (left, right):
+        tidy(axis)
+    figure.suptitle(f"one image of class {classes[label]}", fontsize="medium")
+    figure.alt = (
+        f"Target and softmax over {k} classes; at temperature {temperature:.2g} the hard target costs "
+        f"{loss(0.0, temperature):.3f} and the smoothed one {loss(label_smoothing, temperature):.3f}"
+    )
+    return figure
+
+
+def activation_curves(celu_alpha: float = 0.3, *, seed: int = 0) -> Picture:
+    """Draw the activations, and for which of them max-pool may stand before or after.
+
+    Args:
+        celu_alpha: alpha of CELU.
+        seed: of the random windows.
+
+    Returns:
+        The figure. Left: the curves, with a band where they fall. Right: 1,000 windows of 2 x 2 normal random numbers
+        of standard deviation 2, the activation of their maximum against the maximum of their activations: equal where
+        the curve never falls.
+    """
+    x = torch.linspace(-3, 2, 501)
+    windows = 2 * torch.randn(1000, 4, generator=torch.Generator().manual_seed(seed))
+    figure = Picture(figsize=(9.4, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    verdicts = []
+    # Markers that are drawn first are larger, so that all are seen where they meet.
+    for name, style, size in zip(("relu", "celu", "gelu", "silu"), SERIES, (80, 45, 20, 8), strict=False):
+        f = activation(Recipe(activation=name, celu_alpha=celu_alpha))  # type: ignore[arg-type]
+        y = f(x)
+        title = f"celu, alpha = {celu_alpha:g}" if name == "celu" else name
+        left.plot(x, y, color=style["color"], linestyle=style["linestyle"], label=title)
+        falls = torch.cat([y.diff() < -1e-7, torch.tensor([False])])
+        if falls.any():
+            left.plot(x[falls], y[falls], color=style["color"], linewidth=6, alpha=0.35, solid_capstyle="butt")
+        pooled_first, pooled_last = f(windows.amax(1)), f(windows).amax(1)
+        different = int((pooled_first - pooled_last).abs().gt(1e-6).sum())
+        verdicts.append(f"{title}: {different} of {len(windows):,} differ")
+        right.scatter(
+            pooled_first, pooled_last, s=size, marker=style["marker"], facecolor="none", edgecolor=style["color"],
+            linewidth=0.9, label=verdicts[-1],
+        )  # fmt: skip
+    left.plot([], [], color=GREY, linewidth=6, alpha=0.6, label="where the curve falls")
+    left.set(xlabel="input", ylabel="output", xlim=(-3, 2), ylim=(-1.05, 2))
+    low = min(-0.3, -celu_alpha) - 0.03
+    right.axline((0, 0), slope=1, color="black", linewidth=0.8, zorder=0)
+    right.set(xlim=(low, 0.05), ylim=(low, 0.05))
+    right.locator_params(nbins=6)
+    right.set(xlabel="pool first: activation of the maximum", ylabel="pool last: maximum of the activations")
+    for axis in (left, right):
+        tidy(axis)
+        axis.legend(fontsize="small", loc="upper left")
+    right.legend(fontsize="small", loc="lower right")
+    figure.suptitle("a rising activation and max-pool commute; a falling one does not", fontsize="medium")
+    figure.alt = "Curves of four activations; pooling before or after: " + "; ".join(verdicts)
+    return figure
+
+
+def group_statistics(activations: Tensor, group_size: int | None = None, *, dataset: str, channel: int = 0) -> Picture:
+    """Draw the mean and variance that batch norm would take of each ghost group of a batch, over the group size.
+
+    Args:
+        activations: float (N, C, H, W), what enters a batch norm, N a power of two times an odd number.
+        group_size: images in a group, marked; None marks nothing.
+        dataset: name of the data set.
+        channel: which of the C channels.
+
+    Returns:
+        The figure. Dots are groups of consecutive images; the dashed lines are what chance makes of the mean: the
+        images' own standard deviation over the root of the group size, twice to each side.
+
+    Raises:
+        UserError: the group size does not divide the batch.
+    """
+    n = len(activations)
+    if group_size is not None and (group_size < 1 or n % group_size):
+        raise UserError(f"group_size={group_size} does not divide the batch of {n} images")
+    sizes = {2**i for i in range(1, n.bit_length()) if n % 2**i == 0} | {n}
+    sizes |= set() if group_size is None else {group_size}
+    values = activations[:, channel].double().flatten(1)  # (N, H * W)
+    figure = Picture(figsize=(9.4, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    found = []
+    for size in sorted(sizes):
+        groups = values.reshape(n // size, -1)
+        marked = size == group_size
+        style = {"color": VERMILION, "marker": "D", "s": 26} if marked else {"color": BLUE, "marker": "o", "s": 14}
+        for axis, statistic in ((left, groups.mean(1)), (right, groups.var(1, correction=0))):
+            axis.scatter([size] * len(groups), statistic, alpha=0.6, linewidth=0, zorder=3, **style)
+        if marked:
+            left.scatter([], [], label=f"the {n // size} groups of {size}", **style)
+            spread = groups.mean(1).std(correction=0).item()
+            found.append(f"{n // size} group means with groups of {size} scatter by {spread:.3g}")
+    scale = torch.logspace(math.log2(min(sizes)), math.log2(n), 50, base=2)
+    chance = 2 * values.mean(1).std() / scale.double().sqrt()
+    for sign in (-1, 1):
+        name = r"mean $\pm$ 2 standard deviations of the images' means / $\sqrt{\mathrm{group\ size}}$"
+        left.plot(scale, values.mean() + sign * chance, color="black", linestyle="--", label=name if sign > 0 else "_")
+    left.scatter([], [], color=BLUE, s=14, label="a group")
+    ticks = sorted(size for size in sizes if size & (size - 1) == 0 or size == n)
+    for axis, name in ((left, "mean of a group"), (right, "variance of a group")):
+        axis.set(xscale="log", xlabel="images in a group", ylabel=name)
+        axis.set_xticks(ticks, [str(size) for size in ticks])
+        axis.xaxis.set_minor_locator(NullLocator())
+        tidy(axis)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(f"data set: {dataset}, a batch of {n} images, channel {channel}", fontsize="medium")
+    found = found or ["the smaller the group, the more its mean and variance scatter"]
+    figure.alt = f"Means and variances of groups of {min(sizes)} to {n} images: {found[0]}"
+    return figure
+
+
+# --- over the training ---
+
+
+def learning_rates(recipes: Mapping[str, Recipe], at: float | None = None) -> Picture:
+    """Draw the schedules of recipes over the epochs, their knots marked, and their values at one time.
+
+    Args:
+        recipes: by the name of the curve, at most five.
+        at: a time in epochs whose values are marked and written; None for none.
+
+    Returns:
+        The figure, in shares of each recipe's peak.
+    """
+    figure = Picture(figsize=(9, 3.6), layout="constrained")
+    axis = figure.subplots()
+    words = []
+    for (name, recipe), style in zip(recipes.items(), SERIES, strict=False):
+        schedule = lr_schedule(recipe)
+        times = sorted({*schedule.knots, recipe.epochs})  # between knots the lines are straight
+        knots = [times.index(knot) for knot in schedule.knots]
+        axis.plot(times, [schedule(t) for t in times], markevery=knots, label=name, clip_on=False, **style)
+        if at is not None and at <= recipe.epochs:
+            words.append(f"{name} {schedule(at):.3g}")
+            axis.plot(at, schedule(at), "o", markersize=9, markerfacecolor="white", color=style["color"], zorder=4)
+    title = "learning rates: straight lines between knots"
+    if at is not None:
+        axis.axvline(at, color="black", linewidth=0.8)
+        title = f"at epoch {at:.2f}: " + (", ".join(words) or "the training is over")
+    end = max(recipe.epochs for recipe in recipes.values())
+    axis.set(xlabel="epochs", ylabel="learning rate as a share of its peak", xlim=(-0.01 * end, 1.01 * end))
+    axis.set_ylim(0, 1.05 * axis.dataLim.y1)
+    axis.legend(fontsize="small")
+    tidy(axis)
+    figure.suptitle(title, fontsize="medium")
+    figure.alt = f"Learning rates over {end:g} epochs: {', '.join(recipes)}" + (f"; {title}" if words else "")
+    return figure
+
+
+def running_average(values: Sequence[float], decay: float, every: int = 1) -> list[float]:
+    """Return after each step the average that `EMA` keeps: it starts at the first value and is moved after every
+    `every`-th step."""
+    averages = [values[0]]
+    for step, value in enumerate(values[1:], start=1):
+        averages.append(decay * averages[-1] + (1 - decay) * value if step % every == 0 else averages[-1])
+    return averages
+
+
+def ema_horizon(
+    decay: float, every: int = 1, *, steps: int = 600, values: Sequence[float] | None = None, seed: int = 0
+) -> Picture:
+    """Draw how much each past step weighs in an exponential moving average, and a noisy curve with its average.
+
+    Args:
+        decay: what an update keeps of the average, 0 ... 1, 1 excluded.
+        every: steps between two updates.
+        steps: how far back is drawn, and how long the curve is.
+        values: a curve, one number a step; None draws a random one that falls to 0 under noise.
+        seed: of that random curve.
+
+    Returns:
+        The figure. The mean age of what is averaged, `every * decay / (1 - decay)` steps, is the horizon.
+
+    Raises:
+        UserError: a decay or an interval that cannot be.
+    """
+    if not 0 <= decay < 1 or every < 1:
+        raise UserError(f"decay={decay} must be 0 ... 1 (1 excluded), and every={every} at least 1 step")
+    ages = torch.arange(0, steps + 1, every)
+    weights = (1 - decay) * decay ** (ages / every).double()
+    mean_age = every * decay / (1 - decay)
+    if values is None:
+        noise = torch.randn(steps, generator=torch.Generator().manual_seed(seed))
+        values = (torch.exp(-5 * torch.arange(steps) / steps) + 0.15 * noise).tolist()
+        what = "a weight (random numbers)"
+    else:
+        what = "value"
+    figure = Picture(figsize=(9.4, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.vlines(-ages, 0, weights, color=BLUE, linewidth=min(3.0, 300 * every / steps), label="weight of a step")
+    left.axvline(-mean_age, color=VERMILION, linestyle="--", label=f"mean age {mean_age:.4g} steps")
+    left.set(xlabel="step, counted from the last update", ylabel="weight in the average", xlim=(-steps, 0.01 * steps))
+    left.set_ylim(0, 1.08 * weights[0].item())
+    left.legend(fontsize="small", loc="upper left")
+    right.plot(range(len(values)), values, color=GREY, linewidth=0.8, label="each step")
+    average = running_average(values, decay, every)
+    right.plot(range(len(values)), average, color=BLUE, linewidth=2, label=f"average, decay {decay:g} every {every}")
+    right.set(xlabel="step", ylabel=what)
+    right.legend(fontsize="small", loc="upper right")
+    for axis in (left, right):
+        tidy(axis)
+    covered = weights.sum().item()
+    figure.suptitle(
+        f"the last {steps} steps carry {100 * covered:.1f} % of the average; a decay of {decay:g} every {every} steps",
+        fontsize="medium",
+    )
+    figure.alt = (
+        f"Weights that fall by a factor of {decay:g} every {every} steps, of mean age {mean_age:.4g} steps, "
+        "and a noisy curve with its smoother, later average"
+    )
+    return figure
+
+
+def ablation(runs: Mapping[str, Sequence[RunResult | Mapping[str, Any]]]) -> Picture:
+    """Draw accuracy and seconds of several seeds with and without a trick: each run a dot, below them their mean.
+
+    Args:
+        runs: by the name of the arm, at least one run each: results, or lines of results.jsonl.
+
+    Returns:
+        The figure. Runs of one seed are joined. Bars are 95 % intervals of the mean (Student's t). Of two arms with
+        the same seeds the titles give the mean difference with its 95 % interval, paired by seed.
+    """
+    arms = {name: [run.to_dict() if isinstance(run, RunResult) else run for run in some] for name, some in runs.items()}
+    first = next(iter(arms.values()))[0]
+    figure = Picture(figsize=(10, 1.7 + 0.75 * len(arms)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    words = []
+    for axis, field, scale, unit in zip(axes, ("accuracy", "train_seconds"), (100, 1), ("%", "s"), strict=True):
+        values = {name: {run["seed"]: scale * run[field] for run in some} for name, some in arms.items()}
+        for row, (name, style) in enumerate(zip(arms, SERIES, strict=False)):
+            now = list(values[name].values())
+            axis.scatter(now, [row - 0.1] * len(now), color=style["color"], marker=style["marker"], s=36, zorder=3)
+            interval = mean_interval(now)
+            half = 0.0 if interval is None else (interval[1] - interval[0]) / 2
+            axis.errorbar(
+                fmean(now), row + 0.22, xerr=half or None, color="black", marker="D", markersize=5, capsize=3, zorder=3
+            )
+            text = f"{fmean(now):.2f}" + (f" \u00b1 {half:.2f}" if interval else "") + f" {unit}, n = {len(now)}"
+            axis.annotate(
+                text,
+                (fmean(now), row + 0.22),
+                xytext=(0, -6),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                fontsize=8,
+            )
+        names = list(arms)
+        for row in range(len(names) - 1):
+            upper, lower = values[names[row]], values[names[row + 1]]
+            for seed in upper.keys() & lower.keys():
+                axis.plot([upper[seed], lower[seed]], [row - 0.1, row + 0.9], color=GREY, linewidth=0.8, zorder=1)
+        if len(names) == 2 and (pairs := _paired(*values.values())):
+            axis.set_title(f"difference: {pairs} {unit}", fontsize="medium")
+            words.append(f"{field} {pairs} {unit}")
+        axis.margins(x=0.2)
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set(xlabel="test accuracy in %", ylim=(len(arms) - 0.35, -0.45))
+    axes[0].set_yticks(range(len(arms)), [textwrap.fill(name, 24) for name in arms])
+    axes[1].set(xlabel="train_seconds")
+    figure.suptitle(f"data set: {first['dataset']['name']}; {hardware(first['environment'])}", fontsize="medium")
+    figure.alt = f"Accuracy and train_seconds of {' and '.join(arms)}" + (f"; {'; '.join(words)}" if words else "")
+    return figure
+
+
+def _paired(before: Mapping[Any, float], after: Mapping[Any, float]) -> str:
+    """Return the mean difference of the values of equal keys with its 95 % interval, if all keys are the same."""
+    if before.keys() != after.keys():
+        return ""
+    differences = [after[key] - before[key] for key in before]
+    interval = mean_interval(differences)
+    text = f"{fmean(differences):+.2f}"
+    return text if interval is None else f"{text} (95 % interval {interval[0]:+.2f} to {interval[1]:+.2f})"
+
+
+def timeline(prediction: Prediction, alone: Prediction | None = None, *, most_lanes: int = 8) -> Picture:
+    """Draw the steps of some workers over time: computing, then one all-reduce for which all of them wait.
+
+    Args:
+        prediction: of any number of workers.
+        alone: the same training on one worker, drawn above on the same axis of time; None for none.
+        most_lanes: workers that are drawn; the others are alike.
+
+    Returns:
+        The figure, which says that it is a prediction.
+    """
+    n = prediction.world_size
+    drawn = min(n, most_lanes)
+    lanes = [] if alone is None else [("one alone", alone)]
+    lanes += [(f"worker {i} of {n}", prediction) for i in range(1, drawn + 1)]
+    window = 1000 * max(_step_seconds(one) for _, one in lanes)  # milliseconds
+    figure = Picture(figsize=(9.4, 2.0 + 0.24 * len(lanes)), layout="constrained")
+    axis = figure.subplots()
+    for lane, (_, one) in enumerate(lanes):
+        step, start = 1000 * _step_seconds(one), 0.0
+        for name, style in TERMS.items():
+            length = 1000 * one.terms[name] / one.steps
+            if name == "set-up" or length == 0:
+                continue
+            pieces = [(i * step + start, length) for i in range(math.ceil(window / step - 1e-9))]
+            axis.broken_barh(pieces, (lane - 0.38, 0.76), facecolor=style["color"], hatch=style["hatch"],
+                             edgecolor="white", linewidth=0.5)  # fmt: skip
+            start += length
+    for name, style in TERMS.items():
+        if name != "set-up":
+            axis.bar(0, 0, color=style["color"], hatch=style["hatch"], edgecolor="white", linewidth=0, label=name)
+    axis.set(xlim=(0, window), ylim=(len(lanes) - 0.4, -0.6), xlabel="milliseconds")
+    axis.set_yticks(range(len(lanes)), [name for name, _ in lanes], fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    step = _step_seconds(prediction)
+    share = prediction.all_reduce_seconds / prediction.steps / step
+    words = f"{1000 * step:.3g} ms a step, {100 * share:.0f} % of it all-reduce"
+    workers = f"{n} worker{'s' if n > 1 else ''}" + (f" ({n - drawn} more are alike)" if n > drawn else "")
+    faster = "" if alone is None else f", {_step_seconds(alone) / step:.2f} times as fast as one"
+    link = prediction.link
+    figure.suptitle(
+        f"PREDICTION, not a measurement: {prediction.recipe} on {workers}: {words}{faster}\n"
+        f"train_seconds {prediction.train_seconds:.1f} s; link: {1e6 * link.latency_seconds:.3g} us and "
+        f"{link.bytes_per_second / 1e9:.3g} GB/s; {prediction.gradient_bytes / 1e6:.3g} MB of gradients\n"
+        f"steps measured on one {prediction.hardware}",
+        fontsize=9,
+    )
+    figure.alt = f"Predicted timeline of {n} workers: {words}{faster}"
+    return figure
+
+
+def _step_seconds(prediction: Prediction) -> float:
+    return (prediction.train_seconds - prediction.setup_seconds) / prediction.steps

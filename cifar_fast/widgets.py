@@ -1,0 +1,217 @@
+"""Explorers for notebooks: sliders over the plain functions of `figures` and `galleries`, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from html import escape
+from typing import Any
+
+from torch import Tensor
+
+from cifar_fast import figures, galleries, plan
+from cifar_fast.errors import UserError
+from cifar_fast.model import Network
+from cifar_fast.plots import Picture
+from cifar_fast.recipe import CHOICES, Recipe
+
+try:
+    import ipywidgets
+except ImportError as error:
+    raise UserError(
+        "cifar_fast.widgets needs ipywidgets, which is not installed: pip install 'cifar_fast[notebooks]' (in a clone: "
+        "pip install -e '.[notebooks]'), then restart the kernel"
+    ) from error
+
+
+class Explorer(ipywidgets.VBox):
+    """Controls above the picture that a function draws of their values; whenever one changes it is drawn anew.
+
+    `controls` has them by the name of the function's argument, `figure` is the picture that is shown, and `message`
+    tells what cannot be drawn. The picture is replaced in place: nothing flickers, no output is appended to the cell.
+    """
+
+    def __init__(self, draw: Callable[..., Picture], **controls: Any) -> None:
+        """Take the function and, for each of its arguments, a widget with a `value`."""
+        self.draw, self.controls = draw, controls
+        self.figure: Picture | None = None
+        self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+        self.message = ipywidgets.HTML()
+        # Sliders stand in two columns where there is room for them.
+        panel = ipywidgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
+        super().__init__([panel, self.message, self.picture])
+        for control in controls.values():
+            control.observe(self._redraw, "value")
+        self._redraw()
+
+    def _redraw(self, change: Any = None) -> None:
+        try:
+            figure = self.draw(**{name: control.value for name, control in self.controls.items()})
+        except UserError as error:  # the picture stays as it was
+            self.message.value = f"<b>Not drawn:</b> {escape(str(error))}"
+            return
+        self.figure = figure
+        self.message.value = ""
+        self.picture.tooltip = figure.alt
+        self.picture.value = figure.png()
+
+    def __repr__(self) -> str:
+        """Return the controls' values, which is what a page without widgets shows."""
+        values = (f"{name}={control.value!r}" for name, control in self.controls.items())
+        return f"Explorer({', '.join(values)})"
+
+
+def _control(kind: Any, name: str, **options: Any) -> Any:
+    """Return a slider or another control, with its whole name beside it."""
+    return kind(description=name, style={"description_width": "11em"}, layout={"width": "28em"}, **options)
+
+
+def _whole(name: str, value: int, low: int, high: int) -> Any:
+    return _control(ipywidgets.IntSlider, name, value=value, min=low, max=high)
+
+
+def _real(name: str, value: float, low: float, high: float, step: float, format: str = ".2f") -> Any:
+    options = {"min": low, "max": high, "step": step, "readout_format": format}
+    return _control(ipywidgets.FloatSlider, name, value=value, **options)
+
+
+def _powers(name: str, value: float, low: float, high: float, format: str = ".3g") -> Any:
+    """Return a slider whose steps are factors, from 10^low to 10^high."""
+    options = {"base": 10, "min": low, "max": high, "step": 0.05, "readout_format": format}
+    return _control(ipywidgets.FloatLogSlider, name, value=value, **options)
+
+
+def _select(name: str, value: Any, options: Sequence[Any]) -> Any:
+    return _control(ipywidgets.SelectionSlider, name, value=value, options=list(options))
+
+
+def augmentation(images: Tensor, *, dataset: str, padding: int = 4, most_cutout: int = 16) -> Explorer:
+    """Explore crop, flip and cutout on one of uint8 `images` (N, 3, H, W); `padding` and `most_cutout` in pixels."""
+    side = images.shape[-1]
+
+    def draw(image: int, **choices: Any) -> Picture:
+        return galleries.augmentation_steps(images[image], padding=padding, dataset=dataset, **choices)
+
+    return Explorer(
+        draw,
+        image=_whole("image", 0, 0, len(images) - 1),
+        top=_whole("crop, top", padding, 0, 2 * padding),
+        left=_whole("crop, left", padding, 0, 2 * padding),
+        mirrored=_control(ipywidgets.Checkbox, "flip", value=False, indent=True),
+        cutout=_whole("cutout, pixels", most_cutout // 2, 0, most_cutout),
+        cutout_top=_whole("cutout, top", side // 4, 1 - most_cutout, side - 1),
+        cutout_left=_whole("cutout, left", side // 4, 1 - most_cutout, side - 1),
+    )
+
+
+def label_smoothing(logits: Tensor, label: int, classes: Sequence[str]) -> Explorer:
+    """Explore target, softmax and loss of one image: its logits, float (K,), its class, the names of the classes."""
+
+    def draw(label_smoothing: float, temperature: float) -> Picture:
+        return figures.label_smoothing(logits, label, classes, label_smoothing=label_smoothing, temperature=temperature)
+
+    return Explorer(
+        draw,
+        label_smoothing=_real("label_smoothing", 0.2, 0.0, 0.9, 0.01),
+        temperature=_powers("temperature", 1.0, -1, 1, ".2f"),
+    )
+
+
+def activations() -> Explorer:
+    """Explore the activations, and where max-pool may stand, over the alpha of CELU."""
+    return Explorer(figures.activation_curves, celu_alpha=_real("celu_alpha", 0.3, 0.025, 1.0, 0.025, ".3f"))
+
+
+def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
+    """Explore the statistics of ghost groups in `activations`, float (N, C, H, W), by group size and channel."""
+    n, channels = activations.shape[:2]
+    sizes = [size for size in range(2, n + 1) if n % size == 0]
+
+    def draw(group_size: int, channel: int) -> Picture:
+        return figures.group_statistics(activations, group_size, dataset=dataset, channel=channel)
+
+    return Explorer(
+        draw,
+        group_size=_select("group_size, images", sizes[len(sizes) // 2], sizes),
+        channel=_whole("channel", 0, 0, channels - 1),
+    )
+
+
+def whitening(images: Tensor, *, dataset: str) -> Explorer:
+    """Explore spectrum and covariance of the patches of normalised `images` (N, 3, H, W) by patch size and eps."""
+
+    def draw(size: int, eps: float) -> Picture:
+        return galleries.whitening_spectrum(images, size, eps, dataset=dataset)
+
+    return Explorer(
+        draw,
+        size=_select("patch size, pixels", 3, (2, 3, 4)),
+        eps=_powers("whitening_eps", 1e-2, -6, 0, ".1e"),
+    )
+
+
+def schedule(recipe: Recipe) -> Explorer:
+    """Explore the learning rate's knots, beside those of `recipe`, and its value under a pointer."""
+
+    def draw(at: float, **changes: Any) -> Picture:
+        return figures.learning_rates({recipe.name: recipe, "as set here": replace(recipe, **changes)}, at)
+
+    most = 2 * recipe.epochs
+    return Explorer(
+        draw,
+        epochs=_real("epochs", recipe.epochs, 1.0, most, 0.5, ".1f"),
+        start_lr_fraction=_real("start_lr_fraction", recipe.start_lr_fraction, 0.0, 1.0, 0.05),
+        warmup_fraction=_real("warmup_fraction", recipe.warmup_fraction, 0.0, 0.95, 0.05),
+        flat_epochs=_real("flat_epochs", recipe.flat_epochs, 0.0, recipe.epochs, 0.5, ".1f"),
+        final_lr_fraction=_real("final_lr_fraction", recipe.final_lr_fraction, 0.0, 1.0, 0.05),
+        at=_real("at epoch", recipe.epochs / 2, 0.0, most, 0.1, ".1f"),
+    )
+
+
+def averaging(decay: float = 0.95, every: int = 5, *, values: Sequence[float] | None = None) -> Explorer:
+    """Explore how far back an exponential moving average looks, on a random curve or on `values`, one a step."""
+
+    def draw(decay: float, every: int) -> Picture:
+        return figures.ema_horizon(decay, every, values=values)
+
+    return Explorer(
+        draw,
+        decay=_real("ema_decay", decay, 0.0, 0.999, 0.001, ".3f"),
+        every=_whole("ema_every, steps", every, 1, 50),
+    )
+
+
+def workers(measured: plan.StepCosts, recipe: Recipe, n_train: int, n_test: int, link: plan.Link) -> Explorer:
+    """Explore what more workers and another link would do to a step, from costs that `plan.measure_step` measured.
+
+    `n_train`, `n_test`: training and test images. The sliders start at `link`; what they are moved to is nobody's
+    measurement.
+    """
+    sizes = plan.planned_world_sizes(recipe)
+
+    def draw(world_size: int, latency: float, bandwidth: float) -> Picture:
+        wire = replace(link, latency_seconds=latency / 1e6, bytes_per_second=bandwidth * 1e9)
+        alone, together = (plan.predict(measured, recipe, n_train, n_test, n, wire) for n in (1, world_size))
+        return figures.timeline(together, alone)
+
+    return Explorer(
+        draw,
+        world_size=_select("workers", sizes[-1], sizes),
+        latency=_powers("latency, us", 1e6 * link.latency_seconds, 0, 5, ".3g"),
+        bandwidth=_powers("bandwidth, GB/s", link.bytes_per_second / 1e9, -1, 3, ".3g"),
+    )
+
+
+def tta_votes(
+    model: Network, images: Tensor, labels: Tensor, classes: Sequence[str], *, dataset: str, tta: str = "flip_shift"
+) -> Explorer:
+    """Explore what the views of one of uint8 `images` (N, 3, H, W) make a trained network vote for."""
+
+    def draw(image: int, tta: str) -> Picture:
+        return galleries.tta_votes(model, images[image], int(labels[image]), classes, tta=tta, dataset=dataset)
+
+    return Explorer(
+        draw,
+        image=_whole("image", 0, 0, len(images) - 1),
+        tta=_control(ipywidgets.Dropdown, "tta", value=tta, options=CHOICES["tta"]),
+    )

@@ -1,0 +1,263 @@
+"""Teaching figures draw what the package computes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cifar_fast import figures
+from cifar_fast.ema import EMA
+from cifar_fast.errors import UserError
+from cifar_fast.layers import GhostBatchNorm
+from cifar_fast.plan import Link, StepCosts, StepPoint, predict
+from cifar_fast.recipe import Recipe, apple_8gpu, page_2019
+from cifar_fast.report import mean_interval
+from cifar_fast.result import EpochResult, RunResult
+
+CLASSES = ("cat", "dog", "ship")
+LOGITS = torch.tensor([3.0, 1.0, -2.0])
+
+
+def curves(axes: Any) -> dict[str, Any]:
+    return {line.get_label(): line for line in axes.get_lines()}
+
+
+def labels(axes: Any) -> list[str]:
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+# --- label smoothing ---
+
+
+def test_the_bars_are_the_smoothed_target_and_the_softmax_at_the_temperature():
+    left, _ = figures.label_smoothing(LOGITS, 1, CLASSES, label_smoothing=0.3, temperature=2.0).axes
+    target, predicted = ([bar.get_height() for bar in bars] for bars in left.containers)
+    assert target == pytest.approx([0.1, 0.8, 0.1])
+    assert predicted == pytest.approx((LOGITS / 2).softmax(0).tolist())
+    assert [tick.get_text() for tick in left.get_xticklabels()] == list(CLASSES)
+
+
+def test_the_loss_is_cross_entropy_with_label_smoothing_and_its_floor_the_entropy_of_the_target():
+    _, right = figures.label_smoothing(LOGITS, 0, CLASSES, label_smoothing=0.3, temperature=2.0).axes
+    hard = F.cross_entropy(LOGITS[None] / 2, torch.tensor([0])).item()
+    smoothed = F.cross_entropy(LOGITS[None] / 2, torch.tensor([0]), label_smoothing=0.3).item()
+    target = torch.tensor([0.8, 0.1, 0.1])
+    entropy = -(target * target.log()).sum().item()
+    assert labels(right) == [
+        f"hard target: loss {hard:.3f}",
+        f"smoothed target: loss {smoothed:.3f}",
+        f"entropy of the target: {entropy:.3f}",
+    ]
+    drawn = curves(right)
+    assert min(drawn[f"smoothed target: loss {smoothed:.3f}"].get_ydata()) >= entropy
+    points = [line.get_xydata().tolist() for line in right.get_lines() if len(line.get_xdata()) == 1]
+    assert points == [[[2.0, pytest.approx(hard)]], [[2.0, pytest.approx(smoothed)]]]
+
+
+# --- activations ---
+
+
+def test_pool_and_activation_commute_where_the_curve_never_falls():
+    left, right = figures.activation_curves(0.5).axes
+    differing = {text.split(":")[0]: int(text.split(": ")[1].split(" ")[0]) for text in labels(right)}
+    assert differing["relu"] == differing["celu, alpha = 0.5"] == 0
+    assert differing["gelu"] > 10 and differing["silu"] > 10
+    dots = {one.get_label().split(":")[0]: one.get_offsets() for one in right.collections}
+    for name, count in differing.items():
+        off = (abs(dots[name][:, 0] - dots[name][:, 1]) > 1e-6).sum()
+        assert off == count and (dots[name][:, 1] >= dots[name][:, 0] - 1e-6).all()
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.9])
+def test_alpha_is_how_far_celu_reaches_below_zero(alpha):
+    left = figures.activation_curves(alpha).axes[0]
+    curve = curves(left)[f"celu, alpha = {alpha:g}"]
+    assert curve.get_ydata().min() == pytest.approx(alpha * math.expm1(-3 / alpha), abs=1e-5)
+
+
+def test_curves_differ_without_colour():
+    for property in ("linestyle", "marker", "color"):
+        assert len({style[property] for style in figures.SERIES}) == 5
+
+
+# --- ghost groups ---
+
+
+def test_the_dots_are_the_statistics_that_ghost_batch_norm_takes():
+    activations = 3 * torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(0)) + 1
+    left, right = figures.group_statistics(activations, 4, dataset="noise", channel=1).axes
+    norm = GhostBatchNorm(2, 4, eps=1e-5, momentum=1.0, freeze_scale=True)
+    norm(activations)  # with momentum 1 the running statistics are the groups' mean, the variance unbiased
+    for axes, expected in ((left, norm.running_mean), (right, norm.running_var * (63 / 64))):
+        (marked,) = [one for one in axes.collections if len(one.get_offsets()) and (one.get_offsets()[:, 0] == 4).all()]
+        assert marked.get_offsets().shape == (4, 2)
+        assert marked.get_offsets()[:, 1].mean() == pytest.approx(expected[1].item(), rel=1e-5)
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == ["2", "4", "8", "16"]
+
+
+def test_smaller_groups_scatter_more():
+    left = figures.group_statistics(torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)), dataset="n")
+    groups = {
+        one.get_offsets()[0, 0]: one.get_offsets()[:, 1] for one in left.axes[0].collections if len(one.get_offsets())
+    }
+    assert groups[2].std() > groups[8].std() > groups[32].std()
+    assert "data set: n" in left.get_suptitle()
+
+
+def test_a_group_that_does_not_divide_the_batch_is_refused():
+    with pytest.raises(UserError, match="group_size=5 does not divide the batch of 16"):
+        figures.group_statistics(torch.zeros(16, 1, 2, 2), 5, dataset="zeros")
+
+
+# --- schedules ---
+
+
+def test_a_schedule_has_markers_at_its_knots_and_goes_on_to_the_last_epoch():
+    (axes,) = figures.learning_rates({"page": page_2019()}, at=5.0).axes
+    line = curves(axes)["page"]
+    assert line.get_xydata().tolist() == [[0, 0], [2, 1], [8, pytest.approx(0.1)], [10, pytest.approx(0.1)]]
+    assert line.get_markevery() == [0, 1, 2]
+    (pointer,) = [one for one in axes.get_lines() if len(one.get_xdata()) == 1]
+    assert pointer.get_xydata().tolist() == [[5, pytest.approx(0.55)]]
+
+
+# --- EMA ---
+
+
+def test_the_average_is_the_one_that_ema_keeps():
+    values = torch.randn(20, generator=torch.Generator().manual_seed(0)).tolist()
+    model = nn.Linear(1, 1, bias=False)
+    model.weight.data.fill_(values[0])
+    ema = EMA(model, decay=0.8)  # type: ignore[arg-type]
+    expected = [values[0]]
+    for step, value in enumerate(values[1:], start=1):
+        model.weight.data.fill_(value)
+        if step % 3 == 0:
+            ema.update(model)  # type: ignore[arg-type]
+        expected.append(ema.model.weight.item())
+    assert figures.running_average(values, 0.8, 3) == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_weights_of_past_steps_are_those_of_the_average():
+    left, right = figures.ema_horizon(0.75, 4, steps=400, values=[0.0] * 396 + [1.0] * 5).axes
+    heights = [segment[1][1] for segment in left.collections[0].get_segments()]
+    assert heights[:3] == pytest.approx([0.25, 0.1875, 0.140625])
+    assert sum(heights) == pytest.approx(1, abs=1e-6)
+    # After the last five steps, two of them updates, the average has taken the two newest weights.
+    assert curves(right)["average, decay 0.75 every 4"].get_ydata()[-1] == pytest.approx(heights[0] + heights[1])
+    mean_age = sum(4 * i * weight for i, weight in enumerate(heights))
+    assert f"mean age {mean_age:.4g} steps" == "mean age 12 steps" == labels(left)[1]
+
+
+@pytest.mark.parametrize(("decay", "every"), [(1.0, 1), (-0.1, 1), (0.5, 0)])
+def test_an_average_that_cannot_be_is_refused(decay, every):
+    with pytest.raises(UserError, match=f"decay={decay}.*every={every}"):
+        figures.ema_horizon(decay, every)
+
+
+# --- ablation ---
+
+
+def runs(accuracies: list[float], seconds: list[float]) -> list[dict[str, Any]]:
+    machine = {"gpu": None, "cpu": "Some Processor", "cpu_capability": "AVX512", "threads": 2}
+    return [
+        {"seed": i, "accuracy": a, "train_seconds": s, "dataset": {"name": "CIFAR-10"}, "environment": machine}
+        for i, (a, s) in enumerate(zip(accuracies, seconds, strict=True))
+    ]
+
+
+def test_every_run_is_a_dot_and_the_difference_is_paired_by_seed():
+    without, smoothed = runs([0.90, 0.91, 0.92], [10, 11, 12]), runs([0.92, 0.925, 0.94], [10.5, 11, 12])
+    figure = figures.ablation({"off": without, "on": smoothed[::-1]})
+    for axes, field, scale, unit in zip(figure.axes, ("accuracy", "train_seconds"), (100, 1), ("%", "s"), strict=True):
+        dots = [one.get_offsets()[:, 0].tolist() for one in axes.collections if len(one.get_offsets()) == 3]
+        assert [sorted(some) for some in dots] == [[scale * run[field] for run in arm] for arm in (without, smoothed)]
+        differences = [scale * (b[field] - a[field]) for a, b in zip(without, smoothed, strict=True)]
+        low, high = mean_interval(differences)
+        mean = sum(differences) / 3
+        assert axes.get_title() == f"difference: {mean:+.2f} (95 % interval {low:+.2f} to {high:+.2f}) {unit}"
+    assert figure.axes[0].get_xlabel() == "test accuracy in %" and figure.axes[1].get_xlabel() == "train_seconds"
+    assert figure.get_suptitle() == "data set: CIFAR-10; Some Processor, AVX512, 2 threads"
+
+
+def test_other_seeds_or_more_arms_give_no_difference():
+    other = [run | {"seed": run["seed"] + 1} for run in runs([0.9, 0.91], [10, 11])]
+    some = runs([0.9, 0.91], [10, 11])
+    for arms in ({"a": some, "b": other}, {"a": some, "b": some, "c": runs([0.9], [10])}):
+        assert [axes.get_title() for axes in figures.ablation(arms).axes] == ["", ""]
+
+
+def test_results_are_drawn_like_their_lines():
+    (line,) = runs([0.9], [10])
+    epoch = EpochResult(
+        epoch=1, train_loss=1, train_accuracy=0.5, test_loss=1, test_accuracy=0.9, tta="none", train_seconds=10
+    )
+    result = RunResult(
+        recipe=Recipe(),
+        dataset=line["dataset"],
+        environment=line["environment"],
+        seed=0,
+        epochs=[epoch],
+        train_seconds=10,
+        evaluate_seconds=1,
+        total_seconds=12,
+        first_step_seconds=1,
+        peak_memory_gb=1,
+        model=nn.Identity(),  # type: ignore[arg-type]
+    )
+    for arm in ([line], [result]):
+        accuracy, seconds = figures.ablation({"off": arm}).axes
+        assert [axes.texts[0].get_text() for axes in (accuracy, seconds)] == ["90.00 %, n = 1", "10.00 s, n = 1"]
+
+
+# --- timeline ---
+
+LINK = Link("wire", latency_seconds=1e-3, bytes_per_second=1e9, source="made up for a test")
+COSTS = StepCosts(
+    points=(StepPoint(256, 0.0045, 0.0045, 0.0), StepPoint(2048, 0.0225, 0.0225, 0.0)),
+    n_parameters=1_000_000,
+    precision="float16",
+    setup_seconds=0.5,
+    evaluate_seconds_per_image=1e-4,
+    hardware="Some GPU",
+    on_gpu=True,
+)
+
+
+def predicted(world_size: int) -> Any:
+    return predict(COSTS, apple_8gpu(), 50_000, 10_000, world_size, LINK)
+
+
+def test_the_timeline_repeats_each_lane_s_step_and_says_that_it_is_a_prediction():
+    figure = figures.timeline(predicted(8), predicted(1))
+    (axes,) = figure.axes
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == [
+        "one alone",
+        *(f"worker {i} of 8" for i in range(1, 9)),
+    ]
+    now = predicted(8)
+    compute, reduce = 1000 * now.compute_seconds / now.steps, 1000 * now.all_reduce_seconds / now.steps
+    lanes = [[path.get_extents().intervalx for path in bars.get_paths()] for bars in axes.collections]
+    alone, first_compute, first_reduce = lanes[:3]
+    assert len(alone) == 1 and alone[0].tolist() == pytest.approx([0, 22.5])
+    assert first_compute[1].tolist() == pytest.approx([compute + reduce, 2 * compute + reduce])
+    assert first_reduce[0].tolist() == pytest.approx([compute, compute + reduce])
+    assert "PREDICTION, not a measurement" in figure.get_suptitle() and "Some GPU" in figure.get_suptitle()
+    assert f"{22.5 / (compute + reduce):.2f} times as fast as one" in figure.get_suptitle()
+
+
+def test_workers_that_are_not_drawn_are_mentioned():
+    many = predict(COSTS, replace(apple_8gpu(), n_shards=64), 50_000, 10_000, 64, LINK)
+    figure = figures.timeline(many)
+    assert len(figure.axes[0].get_yticklabels()) == 8
+    assert "56 more are alike" in figure.get_suptitle()
+
+
+def test_a_recipe_s_off_values_draw_too():
+    assert figures.learning_rates({"custom": Recipe()}).png().startswith(b"\x89PNG")
