@@ -225,6 +225,45 @@ def group_statistics(activations: Tensor, group_size: int | None = None, *, data
     return figure
 
 
+def number_formats(value: float = 1e-5) -> Picture:
+    """Draw how far a number moves when a format rounds it, over its size, and what becomes of one value.
+
+    Args:
+        value: any positive number; it is marked.
+
+    Returns:
+        The figure: the largest relative error within each power of two. An error of 1 is a number that became 0; where
+        a curve ends there are no more finite numbers.
+    """
+    octaves = torch.arange(-45, 40)
+    # In each octave 41 numbers that no short format has exactly, and each format's worst: halfway to its second number.
+    fractions = torch.cat([(torch.arange(41).double() + 0.37) / 41.5, 2.0 ** -torch.tensor([8, 11, 24]).double()])
+    numbers = 2.0 ** octaves[:, None].double() * (1 + fractions)
+    figure = Picture(figsize=(9, 3.8), layout="constrained")
+    axis = figure.subplots()
+    found = []
+    for dtype, style in zip((torch.float16, torch.bfloat16, torch.float32), SERIES, strict=False):
+        errors = ((numbers.to(dtype).double() - numbers).abs() / numbers).amax(1)
+        finite = errors.isfinite()
+        name = str(dtype).removeprefix("torch.")
+        found.append(f"{name}: {value:.4g} becomes {torch.tensor(value, dtype=torch.float64).to(dtype).item():.4g}")
+        axis.plot(
+            2.0 ** octaves[finite].double(),
+            errors[finite],
+            color=style["color"],
+            linestyle=style["linestyle"],
+            linewidth=2,
+            label=found[-1],
+        )
+    axis.axvline(value, color="black", linewidth=0.8)
+    axis.set(xscale="log", yscale="log", ylim=(1e-8, 3), xlabel="size of a number", ylabel="largest relative error")
+    axis.legend(fontsize="small", loc=(0.02, 0.38))
+    tidy(axis)
+    figure.suptitle("rounding: few digits (bfloat16) or a short range (float16)", fontsize="medium")
+    figure.alt = "Relative rounding error over the size of a number; " + "; ".join(found)
+    return figure
+
+
 # --- over the training ---
 
 
@@ -391,6 +430,48 @@ def _paired(before: Mapping[Any, float], after: Mapping[Any, float]) -> str:
     return text if interval is None else f"{text} (95 % interval {interval[0]:+.2f} to {interval[1]:+.2f})"
 
 
+def clocks(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Picture:
+    """Draw what the seconds of runs went into: training, evaluation, and all that neither clock counts.
+
+    Args:
+        runs: by name: results, or lines of results.jsonl.
+
+    Returns:
+        The figure; each bar is as long as `total_seconds`, and `train_seconds` is what DAWNBench counts.
+    """
+    lines = {name: run.to_dict() if isinstance(run, RunResult) else run for name, run in runs.items()}
+    parts: dict[str, dict[str, Any]] = {
+        "train_seconds": {"color": BLUE, "hatch": ""},
+        "evaluate_seconds": {"color": "#56B4E9", "hatch": "///"},
+        "the rest of total_seconds: imports, data, warm-up": {"color": "#BBBBBB", "hatch": "xxx"},
+    }
+    figure = Picture(figsize=(9, 1.5 + 0.5 * len(lines)), layout="constrained")
+    axis = figure.subplots()
+    starts = [0.0] * len(lines)
+    for part, style in parts.items():
+        lengths = [
+            line[part] if part in line else line["total_seconds"] - line["train_seconds"] - line["evaluate_seconds"]
+            for line in lines.values()
+        ]
+        axis.barh(range(len(lines)), lengths, 0.65, left=starts, label=part, edgecolor="white", linewidth=0, **style)
+        starts = [start + length for start, length in zip(starts, lengths, strict=True)]
+    for row, line in enumerate(lines.values()):
+        text = f" {line['train_seconds']:.1f} of {line['total_seconds']:.1f} s"
+        axis.text(line["total_seconds"], row, text, va="center", fontsize=8)
+    axis.set(xlabel="seconds", ylim=(len(lines) - 0.5, -0.5))
+    axis.set_yticks(range(len(lines)), [textwrap.fill(name, 24) for name in lines])
+    axis.margins(x=0.15)
+    tidy(axis)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    first = next(iter(lines.values()))
+    figure.suptitle(f"data set: {first['dataset']['name']}; {hardware(first['environment'])}", fontsize="medium")
+    figure.alt = "; ".join(
+        f"{name}: {line['train_seconds']:.1f} s of training in {line['total_seconds']:.1f} s"
+        for name, line in lines.items()
+    )
+    return figure
+
+
 def timeline(prediction: Prediction, alone: Prediction | None = None, *, most_lanes: int = 8) -> Picture:
     """Draw the steps of some workers over time: computing, then one all-reduce for which all of them wait.
 
@@ -434,7 +515,7 @@ def timeline(prediction: Prediction, alone: Prediction | None = None, *, most_la
     link = prediction.link
     figure.suptitle(
         f"PREDICTION, not a measurement: {prediction.recipe} on {workers}: {words}{faster}\n"
-        f"train_seconds {prediction.train_seconds:.1f} s; link: {1e6 * link.latency_seconds:.3g} us and "
+        f"train_seconds {prediction.train_seconds:.1f} s; link: {1e6 * link.latency_seconds:,.1f} us and "
         f"{link.bytes_per_second / 1e9:.3g} GB/s; {prediction.gradient_bytes / 1e6:.3g} MB of gradients\n"
         f"steps measured on one {prediction.hardware}",
         fontsize=9,

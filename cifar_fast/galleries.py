@@ -262,8 +262,8 @@ def eigenpatches(images: Tensor, size: int = 3, eps: float = 1e-2, *, dataset: s
         ["black"] * len(pixels),
         title=f"eigenpatches of {size} x {size} pixels; below each the variance of the patches along it "
         f"(pixels have variance 1)\ndata set: {dataset}, {len(images):,} images, eps = {eps:g}",
-        alt=f"{len(pixels)} whitening filters: first smooth patches, last the finest checks, whose variance is "
-        f"{variances[-1]:.2g} against {variances[0]:.2g}",
+        alt=f"{len(pixels)} whitening filters; the variance of the patches falls from {variances[0]:.2g} along the "
+        f"first to {variances[-1]:.2g} along the last",
     )
 
 

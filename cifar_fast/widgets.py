@@ -122,6 +122,11 @@ def activations() -> Explorer:
     return Explorer(figures.activation_curves, celu_alpha=_real("celu_alpha", 0.3, 0.025, 1.0, 0.025, ".3f"))
 
 
+def number_formats() -> Explorer:
+    """Explore what float16, bfloat16 and float32 make of a number."""
+    return Explorer(figures.number_formats, value=_powers("number", 1e-5, -12, 8, ".3g"))
+
+
 def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
     """Explore the statistics of ghost groups in `activations`, float (N, C, H, W), by group size and channel."""
     n, channels = activations.shape[:2]

@@ -86,6 +86,22 @@ def test_curves_differ_without_colour():
         assert len({style[property] for style in figures.SERIES}) == 5
 
 
+# --- number formats ---
+
+
+def test_the_formats_errors_are_those_of_rounding_and_float16_ends_first():
+    (axes,) = figures.number_formats(1e-8).axes
+    half, brain, single = (line.get_xydata() for line in axes.get_lines()[:3])
+    ends = [curve[:, 0].max() for curve in (half, brain, single)]
+    assert ends == [2**15, 2**39, 2**39]  # float16 has no finite number beyond 65,504
+    for curve, digits in ((half, 11), (brain, 8), (single, 24)):  # the leading bit counts
+        (error,) = curve[curve[:, 0] == 1.0, 1]
+        assert 0.9 * 2.0**-digits < error <= 2.0**-digits
+    assert half[0][1] == 1  # too small: it becomes 0
+    assert labels(axes)[0] == "float16: 1e-08 becomes 0"
+    assert labels(axes)[2] == "float32: 1e-08 becomes 1e-08"
+
+
 # --- ghost groups ---
 
 
@@ -214,6 +230,17 @@ def test_results_are_drawn_like_their_lines():
     for arm in ([line], [result]):
         accuracy, seconds = figures.ablation({"off": arm}).axes
         assert [axes.texts[0].get_text() for axes in (accuracy, seconds)] == ["90.00 %, n = 1", "10.00 s, n = 1"]
+
+
+def test_the_clocks_add_up_to_the_whole():
+    line = runs([0.9], [10])[0] | {"evaluate_seconds": 3, "total_seconds": 15.5}
+    figure = figures.clocks({"one": line, "two": line | {"total_seconds": 20}})
+    (axes,) = figure.axes
+    widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
+    assert widths == [[10, 10], [3, 3], [2.5, 7]]
+    assert [bar.get_x() for bar in axes.containers[2]] == [13, 13]
+    assert axes.texts[0].get_text() == " 10.0 of 15.5 s" and axes.get_xlabel() == "seconds"
+    assert "data set: CIFAR-10" in figure.get_suptitle()
 
 
 # --- timeline ---

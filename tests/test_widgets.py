@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -19,11 +19,11 @@ from cifar_fast.model import build_model
 from cifar_fast.plots import Picture
 
 
-def test_without_ipywidgets_the_message_says_what_to_install():
-    code = "import sys; sys.modules['ipywidgets'] = None; import cifar_fast; cifar_fast.widgets"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "UserError: cifar_fast.widgets needs ipywidgets" in found.stderr
-    assert "pip install 'cifar_fast[notebooks]'" in found.stderr
+def test_without_ipywidgets_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    monkeypatch.delitem(sys.modules, "cifar_fast.widgets", raising=False)
+    with pytest.raises(UserError, match=r"needs ipywidgets, .* pip install 'cifar_fast\[notebooks\]'"):
+        import_module("cifar_fast.widgets")
 
 
 ipywidgets = pytest.importorskip("ipywidgets", reason="needs ipywidgets: pip install -e '.[notebooks]'")
@@ -147,6 +147,12 @@ def test_alpha_moves_celu():
     assert lowest == [pytest.approx(-0.3, abs=1e-3), pytest.approx(-0.78, abs=0.01)]
 
 
+def test_the_number_is_rounded_anew():
+    before, after = move(widgets().number_formats(), value=1e6)
+    titles = [figure.axes[0].get_lines()[0].get_label() for figure in (before, after)]
+    assert titles == ["float16: 1e-05 becomes 1.001e-05", "float16: 1e+06 becomes inf"]
+
+
 def test_group_size_marks_other_groups():
     activations = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     explorer = widgets().ghost_batches(activations, dataset="noise")
@@ -186,7 +192,7 @@ def test_workers_and_latency_move_the_prediction():
     explorer = widgets().workers(COSTS, recipe.apple_8gpu(), 50_000, 10_000, LINK)
     assert list(explorer.controls["world_size"].options) == [1, 2, 4, 8]
     before, after = move(explorer, latency=10_000.0)
-    assert "link: 100 us" in before.get_suptitle() and "link: 1e+04 us" in after.get_suptitle()
+    assert "link: 100.0 us" in before.get_suptitle() and "link: 10,000.0 us" in after.get_suptitle()
     slower = replace(LINK, latency_seconds=1e-2)
     step = plan.predict(COSTS, recipe.apple_8gpu(), 50_000, 10_000, 8, slower)
     assert f"train_seconds {step.train_seconds:.1f} s" in after.get_suptitle()
