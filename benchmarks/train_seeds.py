@@ -3,7 +3,8 @@
     python benchmarks/train_seeds.py --recipe laptop --seeds 0 1 2 --out benchmarks/results/laptop
 
 Writes results.jsonl (a line a run: result, clocks, peak memory, environment, commit; appended as each run ends),
-summary.json (drawn from all lines there), timing_log.tsv and learning_curve.png of the first run.
+summary.json and accuracy_and_time.png (drawn from all lines there, beside the published 50 runs), timing_log.tsv and
+learning_curve.png of the first run.
 """
 
 import argparse
@@ -14,6 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
+from cifar_fast.benchmark import Benchmark
+from cifar_fast.plots import accuracy_and_time
+from cifar_fast.recipe import Recipe
 from cifar_fast.report import spread
 
 FIGURES = ("accuracy", "train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds", "peak_memory_gb")
@@ -52,6 +58,12 @@ def require_same_kind(run: dict, results: Path) -> None:
         sys.exit(f"error: {results} was measured on {there['environment']['cpu']}; choose another --out")
 
 
+def draw_beside_published(runs: list[dict]) -> Figure:
+    """Return the picture of the runs' accuracy and time, with the published 50 runs marked."""
+    lines = [run | {"version": run["commit"][:7]} for run in runs]
+    return accuracy_and_time(Benchmark(Recipe.from_dict(runs[0]["recipe"]), lines, target=0.94))
+
+
 def main() -> None:
     """Train, one seed after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -78,6 +90,7 @@ def main() -> None:
                 lines.write(json.dumps(run) + "\n")
     runs = [json.loads(line) for line in results.read_text().splitlines()]
     (arguments.out / "summary.json").write_text(json.dumps(summarise(runs), indent=2) + "\n")
+    draw_beside_published(runs).savefig(arguments.out / "accuracy_and_time.png")
     print(json.dumps(summarise(runs), indent=2))
 
 
