@@ -109,7 +109,7 @@ def test_readme_commands_use_what_pyproject_offers():
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
     (script,) = project()["scripts"]
     assert train.endswith(f" && .venv/bin/{script} train")
-    assert "'.[test]'" in test and "test" in project()["optional-dependencies"]
+    assert "'.[all]'" in test and "cifar_fast[notebooks,test]" in project()["optional-dependencies"]["all"]
     for check in ("ruff check .", "ruff format --check .", "mypy cifar_fast", "python -m pytest"):
         assert f".venv/bin/{check}" in test
 
