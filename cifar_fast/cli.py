@@ -389,8 +389,8 @@ class Doctor:
 class Plan:
     """Predict how long a recipe would train on 1 to 64 workers, from steps measured on this machine.
 
-    A prediction, not a measurement: time to compute and to launch is measured here, that of the all-reduce is taken
-    from others' published measurements.
+    A prediction, not a measurement: time to compute and to launch is measured here, and the all-reduce among the
+    processes that this machine has room for; that among others is taken from published measurements.
     """
 
     recipe: Annotated[str, conf.arg(metavar="NAME")] = "apple_8gpu"
@@ -426,8 +426,11 @@ class Plan:
             recipe, device=self.device, n_train=self.n_train, n_test=self.n_test, world_sizes=world_sizes
         )
         link = plan.published_link(self.link)
-        predictions = plan.predict_all(measured, recipe, self.n_train, self.n_test, link, world_size=self.world_size)
-        print(plan.plan_table(predictions, measured, recipe))
+        seen = plan.measure_all_reduce(measured.n_parameters, precision=measured.precision, device=self.device)
+        predictions = plan.predict_all(
+            measured, recipe, self.n_train, self.n_test, link, world_size=self.world_size, seen=seen
+        )
+        print(plan.plan_table(predictions, measured, recipe, seen))
         if self.out:
             try:
                 predicted_scaling(predictions).savefig(self.out, dpi=150)

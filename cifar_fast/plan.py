@@ -25,9 +25,11 @@ from cifar_fast.errors import RecipeError, UserError
 from cifar_fast.evaluate import evaluate
 from cifar_fast.model import Network, build_model, whiten_first_layer
 from cifar_fast.optim import PiecewiseLinear, build_optimizers, set_learning_rates
+from cifar_fast.peers import Peers, choose_backend
 from cifar_fast.recipe import Recipe
 from cifar_fast.timing import Clock, synchronize
 from cifar_fast.train import WHITENING_IMAGES, forward_backward, freeze_whitening_bias
+from cifar_fast.workers import Workers
 
 PREDICTION = "PREDICTION, not a measurement"
 WORLD_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -465,11 +467,69 @@ def predict(
 
 
 def predict_all(
-    measured: StepCosts, recipe: Recipe, n_train: int, n_test: int, link: Link, *, world_size: int | None = None
+    measured: StepCosts,
+    recipe: Recipe,
+    n_train: int,
+    n_test: int,
+    link: Link,
+    *,
+    world_size: int | None = None,
+    seen: SeenAllReduce | None = None,
 ) -> list[Prediction]:
-    """Return a prediction for each of 1, 2, 4, ... 64 workers that the recipe allows, and for `world_size`."""
+    """Return a prediction for each of 1, 2, 4, ... 64 workers that the recipe allows, and for `world_size`.
+
+    Among as many GPUs as `seen` was measured among, its time stands in for the link's.
+    """
     asked = planned_world_sizes(recipe, world_size)
-    return [predict(measured, recipe, n_train, n_test, number, link) for number in asked]
+    known = {seen.world_size: seen.seconds} if seen is not None and seen.backend == "nccl" else {}
+    return [
+        predict(measured, recipe, n_train, n_test, number, link, all_reduce_seconds=known.get(number))
+        for number in asked
+    ]
+
+
+# --- the all-reduce that can be seen on this machine ---
+
+
+@dataclass(frozen=True)
+class SeenAllReduce:
+    """What averaging a network's gradients costs between processes of this machine, flattening included."""
+
+    world_size: int
+    backend: str
+    n_gradients: int
+    seconds: float
+
+
+def measure_all_reduce(n_gradients: int, *, precision: str, device: str | None = None) -> SeenAllReduce | None:
+    """Measure how long it takes to average `n_gradients` numbers between processes of this machine, one for each GPU.
+
+    On a CPU there are two, over gloo. None where nothing can be seen: one GPU, or one core.
+    """
+    on = select_device(device)
+    world_size = torch.cuda.device_count() if on.type == "cuda" else min(2, environment(on)["cores"])
+    if world_size < 2:
+        return None
+    backend = choose_backend(on)
+    with Workers(world_size, device=on.type, backend=backend, timeout=60.0) as workers:
+        times = workers.call(all_reduce_task, n_gradients, precision in ("float16", "bfloat16"))
+    return SeenAllReduce(world_size, backend, n_gradients, max(times))
+
+
+def all_reduce_task(peers: Peers, n_gradients: int, half_precision: bool) -> float:
+    """Return this rank's median time of averaging `n_gradients` numbers; a top-level function, so that it can be
+    imported."""
+    network = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(n_gradients, device=peers.device))])
+    network[0].grad = torch.ones_like(network[0])
+    times = []
+    for _ in range(1 + 2 * REPEATS):
+        peers.barrier()
+        start = time.perf_counter()
+        peers.average_gradients(network, half_precision=half_precision)
+        synchronize(peers.device)
+        times.append(time.perf_counter() - start)
+        peers.tick()
+    return median(times[1:])
 
 
 def total_steps(recipe: Recipe, n_train: int) -> int:
@@ -535,7 +595,9 @@ def _can_have_shards(recipe: Recipe, n_shards: int) -> bool:
 # --- the table ---
 
 
-def plan_table(predictions: Sequence[Prediction], measured: StepCosts, recipe: Recipe) -> str:
+def plan_table(
+    predictions: Sequence[Prediction], measured: StepCosts, recipe: Recipe, seen: SeenAllReduce | None = None
+) -> str:
     """Return the predictions as a text table, with what they stand on below it."""
     rows = [
         ["", "", "", *["PREDICTED"] * 7],
@@ -564,10 +626,12 @@ def plan_table(predictions: Sequence[Prediction], measured: StepCosts, recipe: R
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     title = f"{PREDICTION}: {recipe.name}, {first.n_train:,} training and {first.n_test:,} test images"
-    return "\n".join([title, "", *lines, "", *_notes(predictions, measured, recipe)])
+    return "\n".join([title, "", *lines, "", *_notes(predictions, measured, recipe, seen)])
 
 
-def _notes(predictions: Sequence[Prediction], measured: StepCosts, recipe: Recipe) -> list[str]:
+def _notes(
+    predictions: Sequence[Prediction], measured: StepCosts, recipe: Recipe, seen: SeenAllReduce | None
+) -> list[str]:
     link, line = predictions[0].link, measured.compute_line
     points = ", ".join(f"{point.images:,} images {1000 * point.step_seconds:.2f} ms" for point in measured.points)
     spread = max(point.spread for point in measured.points)
@@ -586,6 +650,15 @@ def _notes(predictions: Sequence[Prediction], measured: StepCosts, recipe: Recip
         "the workers and is not part of train_seconds",
         f"workers: {describe_world_sizes(recipe)}",
     ]
+    if seen is None:
+        notes.append("all-reduce on this machine: none can be seen, with one GPU or one core")
+    else:
+        rows = [now for now in predictions if now.world_size == seen.world_size]
+        taken = "taken for that row" if seen.backend == "nccl" and rows else "not taken for any row"
+        notes.append(
+            f"all-reduce on this machine: {seen.world_size} processes over {seen.backend} average {seen.n_gradients:,} "
+            f"gradients in {1e3 * seen.seconds:.2f} ms (measured; {taken})"
+        )
     if outside:
         how = "in proportion to the one that was" if len(sizes) == 1 else "on the line through those that were"
         notes.append(f"no step was measured at the local batch of {', '.join(outside)} workers: predicted {how}")

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cifar_fast import cli, plan, recipe
+from cifar_fast import device as devices
 from cifar_fast.batches import TrainBatches, pixel_statistics
 from cifar_fast.errors import RecipeError, UserError
 from cifar_fast.evaluate import views
@@ -371,9 +372,32 @@ def test_the_command_measures_and_prints_a_prediction(capsys, tmp_path):
     )
     text = capsys.readouterr().out
     assert "PREDICTION, not a measurement: smoke-10-shards, 640 training and 100 test images" in text
-    assert [int(number) for number in re.findall(r"^ +(\d+) ", text, re.MULTILINE)] == [1, 2, 5]
+    assert [int(number) for number in re.findall(r"^ +(\d+) ", text.split("\n- ")[0], re.MULTILINE)] == [1, 2, 5]
+    alone = devices.environment(torch.device("cpu"))["cores"] == 1
+    seen = "none can be seen" if alone else "2 processes over gloo average"
+    assert seen in " ".join(text.split())
     assert "NVLink multicast" in text and "says nothing about GPUs" in " ".join(text.split())
     assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_all_reduce_of_this_machine_is_seen_and_taken_among_as_many_gpus():
+    seen = plan.measure_all_reduce(1_000_000, precision="float32", device="cpu")
+    if devices.environment(torch.device("cpu"))["cores"] == 1:
+        assert seen is None
+    else:
+        assert seen is not None and (seen.world_size, seen.backend, seen.n_gradients) == (2, "gloo", 1_000_000)
+        assert 0 < seen.seconds < 10
+    by_link = plan.predict_all(GPU, APPLE, 50_000, 10_000, LINK)
+    for backend, taken in (("nccl", True), ("gloo", False)):
+        ours = plan.SeenAllReduce(4, backend, GPU.n_parameters, 0.123)
+        for now, before in zip(plan.predict_all(GPU, APPLE, 50_000, 10_000, LINK, seen=ours), by_link, strict=True):
+            if taken and now.world_size == 4:
+                assert now.all_reduce_seconds == pytest.approx(now.steps * 0.123)
+            else:
+                assert now == before
+        table = " ".join(plan.plan_table(by_link, GPU, APPLE, ours).split())
+        assert ("taken for that row" in table) == taken and ("not taken for any row" in table) != taken
+    assert "none can be seen" in " ".join(plan.plan_table(by_link, GPU, APPLE).split())
 
 
 @pytest.mark.parametrize(
