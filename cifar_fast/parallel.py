@@ -18,7 +18,7 @@ from cifar_fast.batches import steps_per_epoch
 from cifar_fast.data import Dataset, read_decoded, write_decoded
 from cifar_fast.device import select_device
 from cifar_fast.errors import RecipeError, RunError, UserError
-from cifar_fast.peers import ALONE, Peers, choose_backend, join_torchrun, torchrun_world_size, under_torchrun
+from cifar_fast.peers import Peers, choose_backend, join_torchrun, torchrun_world_size, under_torchrun
 from cifar_fast.recipe import Recipe
 from cifar_fast.result import EpochResult, RunResult, run_from_dict
 from cifar_fast.train import train
@@ -63,16 +63,15 @@ class Trainer:
         """
         self.data = data
         self._workers: Workers | None = None
-        self._peers = ALONE
-        self._device = device
         if under_torchrun():
             torchrun_world_size(world_size)
             self._peers = join_torchrun(device, backend)
-            self.world_size, self._device = self._peers.world_size, str(self._peers.device)
+            self.world_size = self._peers.world_size
             return
         self.world_size = choose_world_size(world_size, device)
         on = select_device(device)
         chosen = choose_backend(on, backend)
+        self._peers = Peers(device=on)
         if self.world_size > 1:
             self._workers = Workers(self.world_size, device=on.type, backend=chosen, timeout=timeout)
             try:
@@ -123,9 +122,9 @@ class Trainer:
         side = self.data.train_images.shape[-1]
         arguments = (recipe, side, self.data.n_classes)
         if self._workers:
-            self._workers.call(warm_up_task, *arguments, self._device)
+            self._workers.call(warm_up_task, *arguments)
         else:
-            warm_up_task(self._peers, *arguments, self._device)
+            warm_up_task(self._peers, *arguments)
 
     def train(
         self,
@@ -151,7 +150,7 @@ class Trainer:
             return train(
                 recipe,
                 self.data,
-                device=self._device,
+                device=str(self._peers.device),
                 seed=seed,
                 out=out if main else None,
                 progress=progress and main,
@@ -175,7 +174,7 @@ class Trainer:
                     if on_epoch:
                         on_epoch(epoch)
 
-            arguments = (recipe, str(self._file), self._device, seed, where, started, str(weights))
+            arguments = (recipe, str(self._file), seed, where, started, str(weights))
             values = self._workers.call(train_task, *arguments, on_message=hear)[0]
         result = run_from_dict(values, load_file(weights))
         weights.unlink()
@@ -282,7 +281,6 @@ def train_task(
     peers: Peers,
     recipe: Recipe,
     file: str,
-    device: str | None,
     seed: int,
     out: str | None,
     started: float,
@@ -317,7 +315,7 @@ def train_task(
     return result.to_dict()
 
 
-def warm_up_task(peers: Peers, recipe: Recipe, side: int, n_classes: int, device: str | None) -> None:
+def warm_up_task(peers: Peers, recipe: Recipe, side: int, n_classes: int) -> None:
     """Train `WARM_UP_STEPS` steps on random images and labels, and evaluate."""
     random = torch.Generator().manual_seed(0)
     n = WARM_UP_STEPS * recipe.global_batch_size
@@ -333,4 +331,4 @@ def warm_up_task(peers: Peers, recipe: Recipe, side: int, n_classes: int, device
     data = Dataset("random", classes, images(n), labels(n), images(n_test), labels(n_test), "warm-up", "")
     shorter = min(1.0, recipe.epochs)
     brief = replace(recipe, epochs=shorter, flat_epochs=min(recipe.flat_epochs, shorter * (1 - recipe.warmup_fraction)))
-    train(brief, data, device=device if peers is ALONE else str(peers.device), progress=False, peers=peers)
+    train(brief, data, device=str(peers.device), progress=False, peers=peers)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cifar_fast.device import cores
 from cifar_fast.errors import UserError
 from cifar_fast.layers import GhostBatchNorm
 
@@ -211,8 +212,7 @@ def choose_backend(device: torch.device, backend: str | None = None) -> str:
 
 def set_threads(n_processes: int) -> None:
     """Give this process its share of the cores that `n_processes` on this machine divide among themselves."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // n_processes))
+    torch.set_num_threads(max(1, cores() // n_processes))
 
 
 def join_torchrun(device: str | None, backend: str | None) -> Peers:

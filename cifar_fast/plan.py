@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cifar_fast.batches import TrainBatches, pixel_statistics, steps_per_epoch
 from cifar_fast.data import IMAGE_SIZE
-from cifar_fast.device import Numerics, choose_numerics, environment, keep_freed_memory, select_device
+from cifar_fast.device import Numerics, choose_numerics, cores, environment, keep_freed_memory, select_device
 from cifar_fast.errors import RecipeError, UserError
 from cifar_fast.evaluate import evaluate
 from cifar_fast.model import Network, build_model, whiten_first_layer
@@ -507,7 +507,7 @@ def measure_all_reduce(n_gradients: int, *, precision: str, device: str | None =
     On a CPU there are two, over gloo. None where nothing can be seen: one GPU, or one core.
     """
     on = select_device(device)
-    world_size = torch.cuda.device_count() if on.type == "cuda" else min(2, environment(on)["cores"])
+    world_size = torch.cuda.device_count() if on.type == "cuda" else min(2, cores())
     if world_size < 2:
         return None
     backend = choose_backend(on)
