@@ -13,8 +13,9 @@ from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe, changed_fields, ladder
 
 if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
-    from cifar_fast import figures, galleries, plan, plots
+    from cifar_fast import exercises, figures, galleries, plan, plots, scales
     from cifar_fast import widgets as widgets
+    from cifar_fast.ablation import Ablation, ablation, full_scale, measured, results_folder
     from cifar_fast.benchmark import Benchmark, benchmark, load_benchmark
     from cifar_fast.data import Dataset, load_cifar10, load_or_synthetic, synthetic
     from cifar_fast.evaluate import evaluate
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
 __version__ = "0.1.0"
 
 __all__ = [
+    "Ablation",
     "Benchmark",
     "Dataset",
     "Recipe",
@@ -32,10 +34,13 @@ __all__ = [
     "Trainer",
     "UserError",
     "__version__",
+    "ablation",
     "benchmark",
     "changed_fields",
     "evaluate",
+    "exercises",
     "figures",
+    "full_scale",
     "galleries",
     "ladder",
     "launch",
@@ -43,18 +48,26 @@ __all__ = [
     "load_cifar10",
     "load_or_synthetic",
     "load_run",
+    "measured",
     "plan",
     "plots",
     "recipes",
     "replace",
+    "results_folder",
     "save_run",
+    "scales",
     "synthetic",
     "train",
 ]
 
 # `widgets` is not in __all__: without the extra `notebooks` it cannot be imported, and says so.
-_MODULES = ("figures", "galleries", "plan", "plots", "widgets")
+_MODULES = ("exercises", "figures", "galleries", "plan", "plots", "scales", "widgets")
 _MODULE_OF = {
+    "Ablation": "ablation",
+    "ablation": "ablation",
+    "full_scale": "ablation",
+    "measured": "ablation",
+    "results_folder": "ablation",
     "Benchmark": "benchmark",
     "benchmark": "benchmark",
     "load_benchmark": "benchmark",
@@ -88,7 +101,7 @@ class _Package(ModuleType):
     """Whoever imports a module that is named as its function is, the name goes on meaning the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("train", "evaluate", "benchmark") and isinstance(value, ModuleType):
+        if name in ("ablation", "train", "evaluate", "benchmark") and isinstance(value, ModuleType):
             value = getattr(value, name)
         super().__setattr__(name, value)
 

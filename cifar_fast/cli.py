@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro import conf
 
+from cifar_fast import notebooks
 from cifar_fast import recipe as recipes
 from cifar_fast.errors import TrainingError, UserError, WorkerError
 from cifar_fast.recipe import Recipe, changed_fields
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from cifar_fast.evaluate import Evaluation
     from cifar_fast.result import EpochResult, RunResult
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 
 DataOption = Annotated[str | None, conf.arg(metavar="PATH|synthetic")]
 MirrorOption = Annotated[tuple[str, ...], conf.arg(metavar="URL"), conf.UseAppendAction]
@@ -448,20 +448,41 @@ class Lab:
 
     def run(self) -> int:
         """Start JupyterLab in this process, which it leaves when it is shut down."""
-        if not NOTEBOOKS.is_dir():
-            raise UserError(
-                f"there is no folder {NOTEBOOKS}: the notebooks come with a checkout of the repository, "
-                "not with the package"
-            )
+        notebooks.find()  # says what is missing before JupyterLab starts
         try:
             from jupyterlab.labapp import LabApp
         except ModuleNotFoundError as error:
             raise UserError("JupyterLab is not installed: pip install 'cifar_fast[notebooks]'") from error
-        LabApp.launch_instance([str(NOTEBOOKS), *self.options])
+        LabApp.launch_instance([str(notebooks.FOLDER), *self.options])
         return 0
 
 
-Command = Plan | Train | Benchmark | Evaluate | Predict | Data | Doctor | Lab
+@dataclass(kw_only=True)
+class Notebooks:
+    """List the notebooks, or execute them and store their outputs."""
+
+    names: conf.Positional[tuple[str, ...]] = ()
+    """How the names of some of them start: 04 11; without it all."""
+    execute: Switch = False
+    """Run each from top to bottom and store it; a cell that fails leaves the file as it was."""
+    scale: str = "smoke"
+    """Scale at which they run: smoke (seconds, what is stored), laptop, gpu or 8gpu."""
+
+    def run(self) -> int:
+        """Go through them in order."""
+        from cifar_fast import scales
+
+        scales.here(self.scale)  # says what is wrong with it before a kernel starts
+        for path in notebooks.find(self.names):
+            started = time.perf_counter()
+            if self.execute:
+                notebooks.execute(path, self.scale)
+            seconds = f", executed in {time.perf_counter() - started:.0f} s" if self.execute else ""
+            print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB{seconds}", flush=True)
+        return 0
+
+
+Command = Notebooks | Plan | Train | Benchmark | Evaluate | Predict | Data | Doctor | Lab
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -501,6 +522,7 @@ def parse(argv: Sequence[str]) -> Command:
     commands = commands | Annotated[Evaluate, conf.subcommand("evaluate")]
     commands = commands | Annotated[Predict, conf.subcommand("predict")]
     commands = commands | Annotated[Data, conf.subcommand("data")] | Annotated[Doctor, conf.subcommand("doctor")]
+    commands = commands | Annotated[Notebooks, conf.subcommand("notebooks")]
     commands = commands | Annotated[Plan, conf.subcommand("plan")] | Annotated[Lab, conf.subcommand("lab")]
     return tyro.cli(commands, args=argv, prog="cifar-fast", description="Train a CIFAR-10 network to 94 % in seconds.")
 

@@ -117,13 +117,13 @@ def _resnet9(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, 
 
 def _convnet6(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, nn.Module]]:
     # Source: Keller Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498.
-    size = recipe.whitening_size
+    size = recipe.whitening_size or 2  # without whitening a learned convolution of the same shape
     # Each direction and its opposite: the activation after them cuts one half of each off.
+    n_in = 2 * 3 * size**2
     layers: list[tuple[str, nn.Module]] = [
-        ("whiten", nn.Conv2d(3, 2 * 3 * size**2, size, bias=True)),
+        ("whiten" if recipe.whitening_size else "first", nn.Conv2d(3, n_in, size, bias=True)),
         ("activation", activation(recipe)),
     ]
-    n_in = 2 * 3 * size**2
     for number, width in enumerate(recipe.widths, start=1):
         layers.append((f"block{number}a", conv_block(recipe, n_in, width, pool=True, winograd=winograd)))
         layers.append((f"block{number}b", conv_block(recipe, width, width, winograd=winograd)))

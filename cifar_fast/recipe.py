@@ -182,8 +182,6 @@ class Recipe:
             raise RecipeError(
                 f"resolutions={self.resolutions} must be at least 16 pixels: the networks halve the image three times"
             )
-        if self.network == "convnet6" and self.whitening_size == 0:
-            raise RecipeError("network='convnet6' starts with patch whitening: set whitening_size=2 (or 3)")
         if self.whitening_size > 7 or (
             self.network == "resnet9" and self.whitening_size % 2 == 0 and self.whitening_size
         ):

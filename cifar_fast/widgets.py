@@ -1,4 +1,4 @@
-"""Explorers for notebooks: sliders over the plain functions of `figures` and `galleries`, and nothing else."""
+"""Explorers for notebooks: sliders over the plain functions of `figures` and `galleries`, and a curve that grows."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from torch import Tensor
 from cifar_fast import figures, galleries, plan
 from cifar_fast.errors import UserError
 from cifar_fast.model import Network
-from cifar_fast.plots import Picture
+from cifar_fast.plots import Picture, learning_curve
 from cifar_fast.recipe import CHOICES, Recipe
+from cifar_fast.report import percent
+from cifar_fast.result import EpochResult
 
 try:
     import ipywidgets
@@ -37,8 +39,11 @@ class Explorer(ipywidgets.VBox):
         self.figure: Picture | None = None
         self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
         self.message = ipywidgets.HTML()
+        self.reset = ipywidgets.Button(description="start values", icon="undo")
+        first = {name: control.value for name, control in controls.items()}
+        self.reset.on_click(lambda _: self._set(first))
         # Sliders stand in two columns where there is room for them.
-        panel = ipywidgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"})
+        panel = ipywidgets.Box([*controls.values(), self.reset], layout={"flex_flow": "row wrap"})
         super().__init__([panel, self.message, self.picture])
         for control in controls.values():
             control.observe(self._redraw, "value")
@@ -55,10 +60,37 @@ class Explorer(ipywidgets.VBox):
         self.picture.tooltip = figure.alt
         self.picture.value = figure.png()
 
+    def _set(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self.controls[name].value = value
+
     def __repr__(self) -> str:
         """Return the controls' values, which is what a page without widgets shows."""
         values = (f"{name}={control.value!r}" for name, control in self.controls.items())
         return f"Explorer({', '.join(values)})"
+
+
+class LiveCurve(ipywidgets.VBox):
+    """The learning curve of a training that is going on: `train(..., on_epoch=curve.add)` lets it grow in its cell."""
+
+    def __init__(self) -> None:
+        """Start without an epoch."""
+        self.epochs: list[EpochResult] = []
+        self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+        self.message = ipywidgets.HTML("The curve appears after the first epoch.")
+        super().__init__([self.message, self.picture])
+
+    def add(self, epoch: EpochResult) -> None:
+        """Draw the curve anew with one epoch more."""
+        self.epochs.append(epoch)
+        figure = learning_curve(self.epochs)
+        assert isinstance(figure, Picture)
+        self.picture.value = figure.png()
+        self.message.value = f"epoch {epoch.epoch}: test accuracy {percent(epoch.test_accuracy)}"
+
+    def __repr__(self) -> str:
+        """Return what a page without widgets shows."""
+        return "LiveCurve()"
 
 
 def _control(kind: Any, name: str, **options: Any) -> Any:

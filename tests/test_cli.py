@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 import cifar_fast
-from cifar_fast import cli, data, recipe
+from cifar_fast import cli, data, notebooks, recipe
 from cifar_fast.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -482,10 +482,11 @@ def test_doctor_says_what_this_machine_would_get_and_why(capsys):
 
 
 def test_lab_without_notebooks_or_jupyterlab(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path / "notebooks")
     assert status_of("lab") == 2
     assert "notebooks come with a checkout" in capsys.readouterr().err
     (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "00_first.ipynb").touch()
     monkeypatch.setitem(sys.modules, "jupyterlab.labapp", None)
     monkeypatch.setitem(sys.modules, "jupyterlab", None)
     assert status_of("lab") == 2
@@ -504,7 +505,8 @@ def test_lab_opens_the_notebooks(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "LabApp", LabApp, raising=False)
     monkeypatch.setitem(sys.modules, "jupyterlab", type(sys)("jupyterlab"))
     monkeypatch.setitem(sys.modules, "jupyterlab.labapp", module)
-    monkeypatch.setattr(cli, "NOTEBOOKS", tmp_path)
+    monkeypatch.setattr(notebooks, "FOLDER", tmp_path)
+    (tmp_path / "00_first.ipynb").touch()
     assert status_of("lab", "--", "--no-browser", "--port=8899") == 0
     assert started == [[str(tmp_path), "--no-browser", "--port=8899"]]
 

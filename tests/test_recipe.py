@@ -112,7 +112,6 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"widths": (64, 128, 256)}, ("widths=(64, 128, 256)", "4", "resnet9")),
     ({"widths": (64, 128, 256, 0)}, ("widths=(64, 128, 256, 0)", "positive")),
     ({"network": "convnet6", "widths": (8, 8, 8, 8), "whitening_size": 2}, ("widths=(8, 8, 8, 8)", "3", "convnet6")),
-    ({"network": "convnet6", "widths": (8, 8, 8)}, ("convnet6", "whitening_size=2")),
     ({"network": "convnet6", "widths": (8, 8, 8), "whitening_size": 9}, ("whitening_size=9", "at most 7")),
     ({"whitening_size": 2}, ("whitening_size=2", "odd", "resnet9")),
     ({"global_batch_size": 40.0}, ("global_batch_size=40.0", "whole number")),

@@ -17,6 +17,7 @@ from cifar_fast.batches import pixel_statistics
 from cifar_fast.errors import UserError
 from cifar_fast.model import build_model
 from cifar_fast.plots import Picture
+from cifar_fast.result import EpochResult
 
 
 def test_without_ipywidgets_the_message_says_what_to_install(monkeypatch):
@@ -69,6 +70,24 @@ def test_a_slider_redraws_the_picture_in_place():
     assert bytes(shown.value) == explorer.figure.png()
     assert shown.tooltip == "a line through [0, 5]"
     assert Image.open(io.BytesIO(shown.value)).format == "PNG"
+
+
+def test_a_button_returns_to_the_start_values():
+    explorer = make()
+    before = bytes(explorer.picture.value)
+    explorer.controls["height"].value = 5
+    explorer.reset.click()
+    assert explorer.controls["height"].value == 1 and bytes(explorer.picture.value) == before
+
+
+def test_a_live_curve_grows_by_an_epoch():
+    curve = widgets().LiveCurve()
+    for number in (1, 2):
+        before = bytes(curve.picture.value)
+        accuracy = 0.4 + 0.1 * number
+        curve.add(EpochResult(number, 1.5, accuracy, 1.4, accuracy, "none", float(number)))
+        assert bytes(curve.picture.value) != before
+        assert curve.message.value == f"epoch {number}: test accuracy {100 * accuracy:.2f} %"
 
 
 def test_nothing_is_printed_or_displayed(capfd):

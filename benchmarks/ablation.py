@@ -1,0 +1,99 @@
+"""Trains a recipe with each trick switched off (or on, where the recipe lacks it), one at a time, and files the runs.
+
+    python benchmarks/ablation.py --recipe laptop --seeds 0 1 2 --out benchmarks/results/ablation
+
+Appends a line a run to results.jsonl as it ends (`arm`, commit, and what `RunResult.to_dict` gives); what is filed is
+not trained again, so it can be stopped and started again. Test-time augmentation needs no training of its own: the
+networks of the recipe as it is are evaluated in each way. Draws the table of all that is filed into table.txt.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from train_seeds import commit
+
+from cifar_fast import recipe as recipes
+from cifar_fast.ablation import AS_IT_IS, Ablation
+from cifar_fast.data import Dataset, load_cifar10
+from cifar_fast.evaluate import evaluate
+from cifar_fast.recipe import CHOICES, Recipe, changed_fields
+from cifar_fast.result import RunResult
+from cifar_fast.train import train
+
+ARMS: dict[str, dict[str, object]] = {
+    AS_IT_IS: {},
+    "label_smoothing=0": {"label_smoothing": 0.0},
+    # Norm groups must fit into the parts of a batch that are held at once; those parts change no mathematics.
+    "ghost_batch_size=0": {"ghost_batch_size": 0, "micro_batch_size": 0},
+    "whitening_size=0": {"whitening_size": 0},
+    "freeze_bn_scale=False": {"freeze_bn_scale": False},
+    "activation=relu": {"activation": "relu"},
+    "pool_position=after_activation": {"pool_position": "after_activation"},
+    "ema_decay=0.99": {"ema_decay": 0.99},
+    "preload=False": {"preload": False},
+}
+
+
+def line(arm: str, result: RunResult) -> dict:
+    """Return what is filed of a run."""
+    return {"arm": arm, "commit": commit(), **result.to_dict()}
+
+
+def tta_lines(result: RunResult, data: Dataset) -> list[dict]:
+    """Return a line for each other way to evaluate the network of `result`; the clocks of its training stay."""
+    lines = []
+    for tta in CHOICES["tta"]:
+        if tta != result.recipe.tta:
+            found = evaluate(result.model, data.test_images, data.test_labels, tta=tta)
+            other = line(f"tta={tta}", result)
+            lines.append(other | {"accuracy": found.accuracy, "loss": found.loss, "evaluate_seconds": None})
+    return lines
+
+
+def done(results: Path, recipe: Recipe) -> set[tuple[str, int]]:
+    """Return the arms and seeds that are filed; stop when they were measured with another recipe."""
+    if not results.exists():
+        return set()
+    lines = [json.loads(text) for text in results.read_text().splitlines()]
+    for there in lines:
+        if there["arm"] == AS_IT_IS and (changes := changed_fields(Recipe.from_dict(there["recipe"]), recipe)):
+            raise SystemExit(f"error: {results} was measured with another recipe ({changes}); choose another --out")
+    return {(there["arm"], there["seed"]) for there in lines}
+
+
+def redraw(results: Path) -> None:
+    """Write table.txt anew from all runs that are filed."""
+    arms: dict[str, list[dict]] = {}
+    for text in results.read_text().splitlines():
+        run = json.loads(text)
+        arms.setdefault(run["arm"], []).append(run)
+    if AS_IT_IS in arms:
+        ordered = {AS_IT_IS: arms.pop(AS_IT_IS), **arms}
+        (results.parent / "table.txt").write_text(Ablation(ordered).table() + "\n")
+
+
+def main() -> None:
+    """Train every arm with every seed, arm by arm."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--recipe", default="laptop")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    results, recipe, data = options.out / "results.jsonl", recipes.named(options.recipe), load_cifar10()
+    for arm in options.arms:
+        for seed in options.seeds:
+            if (arm, seed) in done(results, recipe):
+                continue
+            result = train(Recipe.from_dict(recipe.to_dict() | ARMS[arm]), data, seed=seed)
+            lines = [line(arm, result), *(tta_lines(result, data) if arm == AS_IT_IS else [])]
+            with open(results, "a") as file:
+                file.write("".join(json.dumps(each) + "\n" for each in lines))
+            redraw(results)
+            print(f"{arm}, seed {seed}: {100 * result.accuracy:.2f} %, {result.train_seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

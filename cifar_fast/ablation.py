@@ -1,0 +1,184 @@
+"""A recipe with and without a trick: each arm is trained with the same seeds, in turns, and compared pair by pair."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from cifar_fast.data import Dataset
+from cifar_fast.errors import RunError, UserError
+from cifar_fast.parallel import Trainer
+from cifar_fast.recipe import Recipe, changed_fields
+from cifar_fast.report import hardware, mean_interval, table
+from cifar_fast.result import EpochResult
+
+AS_IT_IS = "as it is"
+"""The first arm's name."""
+RESULTS = Path(__file__).parent / "results"
+"""Where an installed package has the files of benchmarks/results; a clone has them there."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Finished runs by the name of their arm; the first arm is what the others are compared with."""
+
+    arms: dict[str, list[dict[str, Any]]]
+    """Each run as `RunResult.to_dict()` gives it."""
+
+    def difference(self, arm: str, field: str = "accuracy") -> tuple[float, tuple[float, float] | None]:
+        """Return by how much `arm` exceeds the first arm, seed by seed: the mean, and its 95 % interval from n = 2 on.
+
+        `field`: `accuracy` (0 ... 1), `loss`, or a clock, in seconds. Raises `UserError` when no seed is in both.
+        """
+        first = {run["seed"]: run[field] for run in next(iter(self.arms.values()))}
+        differences = [run[field] - first[run["seed"]] for run in self.arms[arm] if run["seed"] in first]
+        if not differences:
+            raise UserError(f"no seed was trained both in {next(iter(self.arms))!r} and in {arm!r}")
+        return fmean(differences), mean_interval(differences)
+
+    def verdict(self, arm: str) -> str:
+        """Return whether the interval of the accuracy's difference leaves out zero, in words."""
+        _, interval = self.difference(arm)
+        if interval is None:
+            return "one seed: no interval"
+        low, high = interval
+        return "more accurate" if low > 0 else "less accurate" if high < 0 else "no clear difference"
+
+    def table(self) -> str:
+        """Return a line an arm: accuracy and time with their spread, and the difference from the first arm."""
+        rows = [("arm", "n", "accuracy", "train_seconds", "accuracy against the first arm, paired by seed")]
+        for number, (name, runs) in enumerate(self.arms.items()):
+            accuracies = [100 * run["accuracy"] for run in runs]
+            seconds = [run["train_seconds"] for run in runs]
+            rows.append(
+                (
+                    name,
+                    str(len(runs)),
+                    _spread(accuracies, "%"),
+                    _spread(seconds, "s"),
+                    self._against_first(name) if number else "",
+                )
+            )
+        first = next(iter(self.arms.values()))[0]
+        data, recipe = first["dataset"], first["recipe"]
+        return (
+            f"{table(rows)}\n\n"
+            f"data set: {data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images); "
+            f"recipe {recipe['name']!r}, {recipe['epochs']:g} epochs\n"
+            f"hardware: {hardware(first['environment'])}; torch {first['environment']['torch']}"
+        )
+
+    def _against_first(self, name: str) -> str:
+        mean, interval = self.difference(name)
+        between = f" ({100 * interval[0]:+.2f} to {100 * interval[1]:+.2f})" if interval else ""
+        return f"{100 * mean:+.2f}{between} points: {self.verdict(name)}"
+
+
+def _spread(values: Sequence[float], unit: str) -> str:
+    interval = mean_interval(values)
+    half = f" +- {(interval[1] - interval[0]) / 2:.2f}" if interval else ""
+    return f"{fmean(values):.2f}{half} {unit}"
+
+
+def ablation(
+    recipe: Recipe,
+    data: Dataset,
+    arms: Mapping[str, Mapping[str, Any]],
+    *,
+    seeds: Iterable[int] = (0, 1, 2),
+    world_size: int | None = 1,
+    device: str | None = None,
+    progress: bool = True,
+    on_epoch: Callable[[str, int, EpochResult], None] | None = None,
+    on_run: Callable[[str, dict[str, Any]], None] | None = None,
+) -> Ablation:
+    """Train `recipe` and, for each arm, the recipe with that arm's fields changed, with the same seeds, in turns.
+
+    Args:
+        recipe: the first arm, named `AS_IT_IS`.
+        data: what all train on.
+        arms: by name, the fields that differ: `{"no smoothing": {"label_smoothing": 0.0}}`.
+        seeds: one run of each arm for each.
+        world_size: processes, as in `parallel.launch`.
+        device: as in `train`.
+        progress: whether to show a bar.
+        on_epoch: called with the arm, the seed and each epoch's result, as it ends.
+        on_run: called with the arm and each finished run, as it ends.
+
+    Returns:
+        The runs. Arms take turns, so that a machine which slows down slows all of them.
+
+    Raises:
+        UserError: there is no arm or no seed, or an arm changes nothing; `RecipeError` for a recipe that cannot be.
+    """
+    seeds = list(seeds)
+    if not arms or not seeds:
+        raise UserError("an ablation needs at least one arm and one seed")
+    recipes = {AS_IT_IS: recipe}
+    for name, changes in arms.items():
+        recipes[name] = Recipe.from_dict(recipe.to_dict() | dict(changes))
+        if not changed_fields(recipe, recipes[name]):
+            raise UserError(f"the arm {name!r} changes nothing: {dict(changes)} is what the recipe has already")
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
+    with (
+        Trainer(data, world_size=world_size, device=device) as trainer,
+        tqdm(total=len(seeds) * len(recipes), desc=f"ablation on {data.name}", unit="run", disable=not progress) as bar,
+    ):
+        trainer.warm_up(recipe)
+        for seed in seeds:
+            for name, arm in recipes.items():
+                bar.set_postfix_str(f"{name}, seed {seed}")
+
+                def tell(epoch: EpochResult, name: str = name, seed: int = seed) -> None:
+                    if on_epoch:
+                        on_epoch(name, seed, epoch)
+
+                runs[name].append(trainer.train(arm, seed=seed, progress=False, on_epoch=tell).to_dict())
+                if on_run:
+                    on_run(name, runs[name][-1])
+                bar.update()
+    return Ablation(runs)
+
+
+def results_folder() -> Path:
+    """Return the folder with what was measured at full scale: benchmarks/results of the clone, or the package's copy.
+
+    Raises `RunError` when neither is there.
+    """
+    clone = Path(__file__).parent.parent / "benchmarks" / "results"
+    for folder in (clone, RESULTS):
+        if folder.is_dir():
+            return folder
+    raise RunError(f"neither {clone} nor {RESULTS} is there; install the package anew, or clone the repository")
+
+
+def measured(*arms: str, folder: Path | str | None = None) -> Ablation | None:
+    """Return what `benchmarks/ablation.py` has filed of the recipe as it is and of `arms`, or None where one is
+    missing.
+
+    `arms`: the names under which the script files them. `folder`: the script's folder; without it `ablation` in
+    `results_folder()`.
+    """
+    path = (Path(folder) if folder else results_folder() / "ablation") / "results.jsonl"
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in (AS_IT_IS, *arms)}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            run = json.loads(line)
+            if run["arm"] in found:
+                found[run["arm"]].append(run)
+    return Ablation(found) if all(found.values()) else None
+
+
+def full_scale(*arms: str, folder: Path | str | None = None) -> str:
+    """Return the table of what is `measured` at full scale, or a sentence that says it has not been measured yet."""
+    found = measured(*arms, folder=folder)
+    missing = (
+        f"full scale: not measured yet for {', '.join(arms)}; benchmarks/ablation.py does it, in hours on two cores"
+    )
+    return found.table() if found else missing
