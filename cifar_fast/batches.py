@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
 
 import numpy as np
 import torch
@@ -127,14 +128,23 @@ class TrainBatches:
         self.side = images.shape[-1]
         # Where the set is not preloaded it stays on the CPU, which cuts and augments each batch and then sends it.
         self.home = device if recipe.preload else torch.device("cpu")
-        self.images, self.labels = [], []  # uint8 (n, C, H + 2p, W + 2p) and int64 (n,), a pair for each shard
+        padded, own_labels = [], []
         for shard in self.shards:
             own = images[shard :: recipe.n_shards].to(self.home, non_blocking=True)
-            self.images.append(augment.reflect_pad(own, recipe.crop_padding))
-            self.labels.append(labels[shard :: recipe.n_shards].to(self.home, non_blocking=True))
+            padded.append(augment.reflect_pad(own, recipe.crop_padding))
+            own_labels.append(labels[shard :: recipe.n_shards].to(self.home, non_blocking=True))
+        sizes = [len(own) for own in own_labels]
+        self.starts = [sum(sizes[:number]) for number in range(len(sizes))]  # where each shard begins
+        # All shards lie one after the other, so that a batch is one gather.
+        self.all_images = torch.cat(padded) if len(padded) > 1 else padded[0]  # uint8 (n, C, H + 2p, W + 2p)
+        self.all_labels = torch.cat(own_labels)  # int64 (n,)
+        self.images, self.labels = self.all_images.split(sizes), self.all_labels.split(sizes)  # a view for each shard
         if mean is None or std is None:
             mean, std = pixel_statistics(images)
         self.mean, self.std = (value.to(self.home)[:, None, None] for value in (mean, std))  # (C, 1, 1)
+        self.prepared: Callable[..., tuple[Tensor, Tensor]] | None = None
+        """What takes the place of `make`, at the images' own resolution, where that was compiled or recorded."""
+        self._drawn: tuple[int, list[Choices]] | None = None  # of one epoch, for each shard
 
     def resolution(self, epoch: int) -> int:
         """Return the side in pixels of the training images in `epoch`, counted from 0."""
@@ -143,31 +153,50 @@ class TrainBatches:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of `epoch`, from 0: normalised images (B, C, side, side) and int64 labels (B,)."""
-        drawn = [
+        chosen = self.choices(epoch)
+        make = self.prepared if self.prepared and self.resolution(epoch) == self.side else None
+        make = make or partial(self.make, self.resolution(epoch))
+        for now in zip(*vars(chosen).values(), strict=True):
+            yield make(*now)
+        if self.home.type == "cuda":
+            self._drawn = epoch + 1, self._draw(epoch + 1)  # while the GPU has steps in its queue
+
+    def _draw(self, epoch: int) -> list[Choices]:
+        return [
             draw_choices(self.recipe, len(labels), self.side, seed=self.seed, run=self.run, epoch=epoch, shard=shard)
             for shard, labels in zip(self.shards, self.labels, strict=True)
         ]
-        drawn = [Choices(*(value.to(self.home) for value in vars(choices).values())) for choices in drawn]
-        size = self.recipe.local_batch_size
-        for step in range(self.steps_per_epoch):
-            now = slice(step * size, (step + 1) * size)
-            parts = [self._cut(position, choices, now) for position, choices in enumerate(drawn)]
-            images = torch.cat([part[0] for part in parts]) if len(parts) > 1 else parts[0][0]
-            labels = torch.cat([part[1] for part in parts]) if len(parts) > 1 else parts[0][1]
-            images = augment.resize(images, self.resolution(epoch)).to(self.device, self.dtype)
-            if self.recipe.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            yield images, labels.to(self.device)
 
-    def _cut(self, position: int, choices: Choices, now: slice) -> tuple[Tensor, Tensor]:
-        index = choices.index[now]
-        images = augment.crop(self.images[position], choices.top[now], choices.left[now], self.side, index)
-        images = (augment.flip(images, choices.mirrored[now]).float() - self.mean) / self.std  # (n, C, H, W)
+    def choices(self, epoch: int) -> Choices:
+        """Return what is chosen for each image of `epoch`, where the images are: (steps, B) each; `index` counts over
+        all shards."""
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, self._draw(epoch)
+        size, steps = self.recipe.local_batch_size, self.steps_per_epoch
+        together = []
+        for field in fields(Choices):
+            of_shards = [getattr(choices, field.name)[: steps * size].view(steps, size) for choices in self._drawn[1]]
+            if field.name == "index":
+                of_shards = [index + start for index, start in zip(of_shards, self.starts, strict=True)]
+            values = torch.cat(of_shards, 1)  # (steps, B): the local batches of all shards one after the other
+            if self.home.type == "cuda":
+                values = values.pin_memory()  # else the copy waits for all that the GPU has been told to do
+            together.append(values.to(self.home, non_blocking=True))
+        return Choices(*together)
+
+    def make(self, side: int, *chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normalised images (B, C, side, side) and labels (B,) of the choices for one batch, (B,) each."""
+        choices = Choices(*chosen)
+        images = augment.crop(self.all_images, choices.top, choices.left, self.side, choices.index)
+        images = (augment.flip(images, choices.mirrored).float() - self.mean) / self.std  # (B, C, H, W)
         if self.recipe.color_jitter:
-            images = augment.jitter(images, choices.contrast[now], choices.brightness[now])
+            images = augment.jitter(images, choices.contrast, choices.brightness)
         if self.recipe.cutout:
-            images = augment.cutout(images, choices.cutout_top[now], choices.cutout_left[now], self.recipe.cutout)
-        return images, self.labels[position][index]
+            images = augment.cutout(images, choices.cutout_top, choices.cutout_left, self.recipe.cutout)
+        images = augment.resize(images, side).to(self.device, self.dtype)
+        if self.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return images, self.all_labels[choices.index].to(self.device)
 
     def total_steps(self) -> int:
         """Return the number of optimiser steps of the whole training."""

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar_fast.device import HALF
 from cifar_fast.winograd import winograd_conv2d, winograd_conv2d_max_pool
 
 
@@ -37,6 +38,8 @@ class GhostBatchNorm(nn.BatchNorm2d):
         """Normalise by each group's own statistics in training, by the running ones in evaluation."""
         if not self.training or len(x) == self.group_size:
             return super().forward(x)
+        if x.is_cuda:
+            return self.all_groups_at_once(x)
         groups = x.split(self.group_size)
         # With momentum 1 batch_norm leaves a group's own mean and variance in the buffers that it is given.
         assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
@@ -49,6 +52,21 @@ class GhostBatchNorm(nn.BatchNorm2d):
         self.running_mean.lerp_(means.mean(0), self.momentum)
         self.running_var.lerp_(variances.mean(0), self.momentum)
         return torch.cat(normalised)
+
+    def all_groups_at_once(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        """Normalise as `forward` does in training: a few large kernels, where a GPU would wait for many small ones."""
+        groups = x.unflatten(0, (-1, self.group_size))  # (N / g, g, C, H, W)
+        groups = groups.float() if x.dtype in HALF else groups
+        variance, mean = torch.var_mean(groups, dim=(1, 3, 4), correction=0, keepdim=True)  # (N / g, 1, C, 1, 1)
+        scale, bias = self.weight[:, None, None], self.bias[:, None, None]
+        normalised = torch.addcmul(bias, (groups - mean) * torch.rsqrt(variance + self.eps), scale)
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        count = groups[0, :, 0].numel()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.flatten(1).mean(0), self.momentum)
+            # As batch_norm does, the running variance is the unbiased one.
+            self.running_var.lerp_(variance.flatten(1).mean(0) * (count / (count - 1)), self.momentum)
+        return normalised.to(x.dtype).flatten(0, 1)
 
 
 class Conv3x3(nn.Conv2d):
@@ -125,9 +143,10 @@ def whitening_filters(images: Tensor, size: int, eps: float) -> Tensor:
     largest weight of each filter is positive. Sources: David Page, "How to train your ResNet 8", 2019; tysam-code,
     hlb-CIFAR10, 2023.
     """
-    eigenvalues, eigenvectors = torch.linalg.eigh(patch_covariance(images, size).double())
+    # On the CPU: so small a matrix is done there before a GPU's solver has been loaded.
+    eigenvalues, eigenvectors = torch.linalg.eigh(patch_covariance(images, size).double().cpu())
     # An eigenvector's sign is free, and the solver's depends on rounding, so on the number of threads.
     largest = eigenvectors.gather(0, eigenvectors.abs().argmax(0, keepdim=True))
     eigenvectors = eigenvectors * largest.sign()
     filters = (eigenvectors / torch.sqrt(eigenvalues.clamp(min=0) + eps)).T.flip(0)  # (C * size**2, C * size**2)
-    return filters.to(images.dtype).reshape(-1, images.shape[1], size, size)
+    return filters.to(images).reshape(-1, images.shape[1], size, size)

@@ -26,6 +26,8 @@ PATIENCE = timedelta(minutes=30)
 """How long a collective waits for a missing rank before it fails; the caller that started the ranks notices earlier."""
 TORCHRUN_PATIENCE = timedelta(minutes=5)
 """The same under torchrun, which sees a rank that died, but not one that hangs."""
+ALIGNMENT = 64
+"""Numbers to a multiple of which each gradient in a flat buffer starts, as a GPU's wide loads want it."""
 
 
 @dataclass
@@ -132,28 +134,35 @@ class Peers:
             value.copy_(there)
 
     @torch.no_grad()
-    def average_gradients(self, model: nn.Module, *, half_precision: bool = False, scale: float = 1.0) -> None:
+    def average_gradients(
+        self, model: nn.Module, *, half_precision: bool = False, scale: float = 1.0, flat: Tensor | None = None
+    ) -> None:
         """Replace every gradient by its mean over the ranks: one flat buffer, one all-reduce.
 
         Arguments:
             model: a network whose gradients are there on every rank.
             half_precision: send float16, half the bytes; then `scale` lifts the gradients above its smallest numbers.
             scale: factor on the gradients while they travel, for instance the number of images behind their mean.
+            flat: the buffer of `flat_gradients`, where they are views of one; nothing is gathered and scattered then.
         """
+        if flat is not None:
+            flat.copy_(self._mean(flat, half_precision, scale))
+            return
         if self.world_size == 1:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         # In each gradient's own memory order, channels-last or not, so that nothing is moved about to flatten it.
-        flat = torch.cat([_in_memory_order(gradient) for gradient in gradients])
+        gathered = torch.cat([_in_memory_order(gradient) for gradient in gradients])
+        parts = self._mean(gathered, half_precision, scale).split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, parts, strict=True):
+            _in_memory_order(gradient).copy_(mean)
+
+    def _mean(self, flat: Tensor, half_precision: bool, scale: float) -> Tensor:
         # Divided before they are added: a sum could leave float16's range where the mean does not.
         buffer = flat.mul_(scale / self.world_size).to(torch.float16 if half_precision else flat.dtype)
         with self._together():
             dist.all_reduce(buffer)
-        if scale != 1.0 or half_precision:
-            buffer = buffer.to(flat.dtype).div_(scale)
-        parts = buffer.split([gradient.numel() for gradient in gradients])
-        for gradient, mean in zip(gradients, parts, strict=True):
-            _in_memory_order(gradient).copy_(mean)
+        return buffer.to(flat.dtype).div_(scale) if scale != 1.0 or half_precision else buffer
 
     @torch.no_grad()
     def average_statistics(self, model: nn.Module) -> None:
@@ -173,6 +182,19 @@ class Peers:
 
 
 ALONE = Peers()
+
+
+def flat_gradients(model: nn.Module) -> Tensor:
+    """Make every gradient of `model` a view of one new buffer, zero, which is returned, and which they must stay in.
+
+    A view has its weights' memory order, so that the backward pass adds to it in place.
+    """
+    learned = [p for p in model.parameters() if p.requires_grad]
+    sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in learned]
+    buffer = torch.zeros(sum(sizes), dtype=learned[0].dtype, device=learned[0].device)
+    for p, part in zip(learned, buffer.split(sizes), strict=True):
+        p.grad = part.as_strided(p.size(), p.stride())
+    return buffer
 
 
 def _in_memory_order(gradient: Tensor) -> Tensor:

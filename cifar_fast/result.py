@@ -61,6 +61,8 @@ class RunResult:
     processes the sum, pages that they share counted in each."""
     model: Network = field(repr=False)
     """The network that was evaluated: the averaged one where the recipe averages."""
+    warm_up_seconds: float = 0.0
+    """Compiling and recording the step, on steps that are taken back; in `total_seconds`, not in `train_seconds`."""
 
     @property
     def accuracy(self) -> float:
@@ -81,6 +83,7 @@ class RunResult:
             "evaluate_seconds": self.evaluate_seconds,
             "total_seconds": self.total_seconds,
             "first_step_seconds": self.first_step_seconds,
+            "warm_up_seconds": self.warm_up_seconds,
             "peak_memory_gb": self.peak_memory_gb,
             "seed": self.seed,
             "dataset": self.dataset,
@@ -209,5 +212,6 @@ def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor]) -> RunR
         seed=values["seed"],
         epochs=[EpochResult(**epoch) for epoch in values["epochs"]],
         model=model,
+        warm_up_seconds=values.get("warm_up_seconds", 0.0),  # results from before it was counted have none
         **clocks,
     )

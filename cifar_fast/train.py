@@ -6,7 +6,8 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from cifar_fast.device import HALF, choose_numerics, environment, keep_freed_mem
 from cifar_fast.ema import EMA
 from cifar_fast.errors import TrainingError, UserError
 from cifar_fast.evaluate import at_least_float32, evaluate
+from cifar_fast.graph import Launch, Recorded, choose_launch, compiled, undone
 from cifar_fast.layers import GhostBatchNorm
 from cifar_fast.model import Network, build_model, whiten_first_layer
-from cifar_fast.optim import Lookahead, build_optimizers, lr_schedule, set_learning_rates
-from cifar_fast.peers import ALONE, Peers
+from cifar_fast.optim import Lookahead, build_optimizers, keep_learning_rates_on, lr_schedule, set_learning_rates
+from cifar_fast.peers import ALONE, Peers, flat_gradients
 from cifar_fast.recipe import Recipe
 from cifar_fast.result import EpochResult, RunFolder, RunResult
 from cifar_fast.timing import Clock, peak_memory
@@ -71,18 +73,20 @@ def train(
         numerics = replace(numerics, winograd=False, reason="not every rank can compile Winograd: direct instead")
     if recipe.precision not in ("auto", numerics.describe()["precision"]):
         warnings.warn(f"precision={recipe.precision} is not used: {numerics.reason}", stacklevel=2)
-    machine = environment(on) | numerics.describe() | {"world_size": peers.world_size, "backend": peers.backend}
-    train_clock, evaluate_clock = Clock(on), Clock(on)
+    launch = peers.agree(choose_launch(recipe, on, peers.backend) if peers.is_main else None)
+    assert launch is not None
+    train_clock, evaluate_clock, warm_up_clock = Clock(on), Clock(on), Clock(on)
     network_dtype = torch.float64 if numerics.dtype == torch.float64 else torch.float32
     peers.barrier()  # so that no rank's clock counts how much later another one started
 
     with train_clock.running():  # from the first byte sent to the device
-        mean, std = pixel_statistics(data.train_images)
+        images = data.train_images.to(on) if recipe.preload else data.train_images
+        mean, std = pixel_statistics(images)
         model = build_model(recipe, data.n_classes, mean, std, winograd=numerics.winograd, seed=seed)
         model = model.to(on, network_dtype)
         model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
         batches = TrainBatches(
-            data.train_images,
+            images,
             data.train_labels,
             recipe,
             device=on,
@@ -93,36 +97,47 @@ def train(
             rank=peers.rank,
             world_size=peers.world_size,
         )
-        whiten_first_layer(model, recipe, data.train_images[:WHITENING_IMAGES].to(on))
+        whiten_first_layer(model, recipe, images[:WHITENING_IMAGES].to(on))
+        del images
         peers.start_together(model)
-        optimizers, schedule = build_optimizers(model, recipe), lr_schedule(recipe)
+        optimizers = build_optimizers(model, recipe, numerics.dtype if numerics.dtype in HALF else None)
+        schedule = lr_schedule(recipe)
         ema = EMA(model, recipe.ema_decay**recipe.ema_every) if recipe.ema_decay else None
         lookahead = Lookahead(model, recipe.lookahead_alpha) if recipe.lookahead_alpha else None
 
+    gradients = flat_gradients(model) if peers.backend == "nccl" else None
+    take = TrainingStep(model, optimizers, recipe, numerics.dtype, peers, gradients)
+    step, total_steps = 0, batches.total_steps()
+
+    def is_frozen(step: int) -> bool:
+        return step / batches.steps_per_epoch >= recipe.whitening_bias_epochs
+
+    with warm_up_clock.running():  # compiles and records, where the recipe says so; nothing is learned
+        steps, launch = prepare_steps(take, batches, launch, {is_frozen(0), is_frozen(total_steps - 1)})
+    machine = environment(on) | numerics.describe() | launch.describe()
+    machine |= {"world_size": peers.world_size, "backend": peers.backend}
+    for field in ("cuda_graph", "compile"):
+        if getattr(recipe, field) == "on" and not getattr(launch, field):
+            warnings.warn(f"{field}=on is not used: {launch.describe()['launch_reason']}", stacklevel=2)
     folder = RunFolder(out, recipe, data.describe(), machine) if out is not None else None  # the recipe fits the data
     evaluated = ema.model if ema else model
     epochs: list[EpochResult] = []
-    step, total_steps = 0, batches.total_steps()
     first_step_seconds = time.time() - started
     with tqdm(total=total_steps, desc=f"{recipe.name} on {data.name}", unit="step", disable=not progress) as bar:
         for epoch in range(math.ceil(recipe.epochs)):
             losses, correct = [], []
             with train_clock.running():
                 for images, labels in islice(batches.epoch(epoch), total_steps - step):
-                    freeze_whitening_bias(model, step / batches.steps_per_epoch >= recipe.whitening_bias_epochs)
-                    loss, hits = forward_backward(model, images, labels, recipe, numerics.dtype)
-                    peers.average_gradients(model, half_precision=numerics.dtype in HALF, scale=len(images))
+                    freeze_whitening_bias(model, is_frozen(step))
                     set_learning_rates(optimizers, schedule, step / batches.steps_per_epoch)
-                    for optimizer in optimizers:
-                        optimizer.step()
-                        optimizer.zero_grad()
+                    loss, hits = steps[is_frozen(step)](images, labels)
                     step += 1
                     if ema and step % recipe.ema_every == 0:
                         ema.update(model)
                     if lookahead and step % recipe.lookahead_every == 0:
                         lookahead.move()
-                    losses.append(loss)
-                    correct.append(hits)
+                    losses.append(loss.clone())  # a recorded step writes the next one to the same place
+                    correct.append(hits.clone())
                     if on.type == "cpu" or step % batches.steps_per_epoch == 0 or step == total_steps:
                         # Not at every step: reading the loss makes a GPU wait.
                         require_finite(loss, step, optimizers)
@@ -132,7 +147,9 @@ def train(
             tta = recipe.tta if step == total_steps else "none"
             with evaluate_clock.running():
                 peers.average_statistics(evaluated)
-                test_loss, test_accuracy = evaluate_together(evaluated, data, tta, numerics.dtype, peers)
+                test_loss, test_accuracy = evaluate_together(
+                    evaluated, data, tta, recipe.tta_margin, numerics.dtype, peers
+                )
             # Each rank's share of the batches, and the mean over all of them.
             train_loss, train_hits = peers.sum(
                 torch.stack([torch.stack(losses).mean(), torch.stack(correct).sum()])
@@ -167,6 +184,7 @@ def train(
         first_step_seconds=first_step_seconds,
         peak_memory_gb=peers.sum(torch.tensor(peak_memory() / 1e9)).item(),
         model=evaluated,
+        warm_up_seconds=warm_up_clock.seconds,
     )
     if folder:
         with peers.unhurried():
@@ -174,14 +192,108 @@ def train(
     return result
 
 
+@dataclass
+class TrainingStep:
+    """One step from a batch to new weights: a function of two tensors, to be called as it is, or recorded and replayed.
+
+    The schedule comes before it, because a recorded step takes no numbers from Python; averages of weights come after.
+    """
+
+    model: Network
+    optimizers: list[torch.optim.Optimizer]
+    recipe: Recipe
+    dtype: torch.dtype
+    peers: Peers
+    gradients: Tensor | None = None
+    """The buffer of `flat_gradients`, where they lie in one."""
+    forward: Callable[[Tensor], Tensor] | None = None
+    """Computes what the model does, if not the model itself."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take the step; return what `forward_backward` does."""
+        half_precision = self.dtype in HALF
+        loss, hits = forward_backward(self.model, images, labels, self.recipe, self.dtype, self.forward)
+        self.peers.average_gradients(self.model, half_precision=half_precision, scale=len(images), flat=self.gradients)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.clear_gradients()
+        return loss, hits
+
+    def clear_gradients(self) -> None:
+        """Make room for the next ones: none are there, or zeros in the buffer where they all lie."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=self.gradients is None)
+
+
+def prepare_steps(
+    take: TrainingStep, batches: TrainBatches, launch: Launch, variants: set[bool]
+) -> tuple[dict[bool, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]], Launch]:
+    """Compile and record as `launch` says; return the step for each of `variants`, and what was done in the end.
+
+    `variants` says whether the whitening bias is frozen, which no recorded step can find out. Weights and optimisers
+    are left as they were. What a compiler or a GPU refuses is done without, and a warning says so.
+    """
+    steps: dict[bool, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = dict.fromkeys(variants, take)
+    if not (launch.compile or launch.cuda_graph):
+        return steps, launch
+    make: Callable[..., tuple[Tensor, Tensor]] = partial(batches.make, batches.side)
+    chosen = [values[0].clone() for values in vars(batches.choices(0)).values()]  # of one batch
+    if launch.compile:
+        fused, why = replace(take, forward=compiled(take.model)), ""
+        fused_make = compiled(make)
+        with undone(take.model, take.optimizers):
+            try:
+                for frozen in sorted(variants):
+                    freeze_whitening_bias(take.model, frozen)
+                    forward_backward(take.model, *fused_make(*chosen), take.recipe, take.dtype, fused.forward)
+            except Exception as error:  # a compiler fails in many ways, and none need end a training
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+            take.clear_gradients()
+        if take.peers.all(not why):
+            take, make = fused, fused_make
+            steps = dict.fromkeys(variants, take)
+            batches.prepared = make
+        else:
+            launch = launch.without("compile", why or "another rank failed to")
+            warnings.warn(f"torch.compile is done without: {why or 'another rank failed to'}", stacklevel=3)
+    if launch.cuda_graph:
+        keep_learning_rates_on(batches.device, take.optimizers)
+        try:
+            with undone(take.model, take.optimizers):
+                if batches.home.type != "cpu":
+                    make = Recorded(make, *chosen)
+                batch = make(*chosen)
+                for frozen in sorted(variants):
+                    freeze_whitening_bias(take.model, frozen)
+                    steps[frozen] = Recorded(take, *batch)
+            batches.prepared = make
+        except RuntimeError as error:
+            why = str(error).splitlines()[0]
+            if take.peers.world_size > 1:  # nobody knows which collective the others are in
+                raise TrainingError(
+                    f"rank {take.peers.rank} cannot record its step: {why}; train with cuda_graph=off"
+                ) from error
+            take.clear_gradients()
+            launch, steps = launch.without("cuda_graph", why), dict.fromkeys(variants, take)
+            warnings.warn(f"the CUDA graph is done without: {why}", stacklevel=3)
+    return steps, launch
+
+
 def forward_backward(
-    model: Network, images: Tensor, labels: Tensor, recipe: Recipe, dtype: torch.dtype
+    model: Network,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    forward: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Leave the gradients of the batch's mean loss in the parameters; return that loss and the number of images hit.
 
     `images`: (N, 3, H, W), normalised; `labels`: int64 (N,). The convolutions compute in `dtype`. With
-    `micro_batch_size` only that many images' activations exist at a time; the gradients add up to the same.
+    `micro_batch_size` only that many images' activations exist at a time; the gradients add up to the same. `forward`
+    computes what `model` does, if not the model itself.
     """
+    forward = model if forward is None else forward
     size = recipe.micro_batch_size or len(images)
     # A mean loss has gradients too small for float16; those of the sum, which the original recipes took, are not.
     loss_scale = len(images) if dtype == torch.float16 else 1
@@ -190,7 +302,7 @@ def forward_backward(
     for number, (part, target) in enumerate(parts, start=1):
         expect_part(model, number, len(parts))
         with torch.autocast(images.device.type, dtype, enabled=dtype in HALF):
-            logits = at_least_float32(model(part))
+            logits = at_least_float32(forward(part))
         smoothing = recipe.label_smoothing
         part_loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing) / len(images)
         (part_loss * loss_scale).backward()
@@ -213,11 +325,13 @@ def require_same_training(recipe: Recipe, data: Dataset, seed: int, peers: Peers
             )
 
 
-def evaluate_together(model: Network, data: Dataset, tta: str, dtype: torch.dtype, peers: Peers) -> tuple[float, float]:
+def evaluate_together(
+    model: Network, data: Dataset, tta: str, tta_margin: float, dtype: torch.dtype, peers: Peers
+) -> tuple[float, float]:
     """Return the test loss and accuracy, to which each rank contributes an equal share of the test images."""
     own = slice(peers.rank, None, peers.world_size)
     images, labels = data.test_images[own], data.test_labels[own]
-    found = evaluate(model, images, labels, tta=tta, dtype=dtype, on_batch=peers.tick)
+    found = evaluate(model, images, labels, tta=tta, tta_margin=tta_margin, dtype=dtype, on_batch=peers.tick)
     if peers.world_size == 1:
         return found.loss, found.accuracy
     sums = torch.tensor([found.loss, found.accuracy], dtype=torch.float64) * len(labels)

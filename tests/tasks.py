@@ -14,7 +14,7 @@ from torch import nn
 
 from cifar_fast.errors import RecipeError
 from cifar_fast.layers import GhostBatchNorm
-from cifar_fast.peers import Peers
+from cifar_fast.peers import Peers, flat_gradients
 
 
 def add_ranks(peers: Peers) -> tuple[int, int, float, int]:
@@ -97,6 +97,25 @@ def average(peers: Peers, half_precision: bool, scale: float) -> list[Any]:
         p.grad = torch.empty_like(p).copy_(gradient(p.shape, peers.rank))
     peers.average_gradients(model, half_precision=half_precision, scale=scale)
     return [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
+
+
+def average_in_one_buffer(peers: Peers, half_precision: bool, scale: float) -> bool:
+    """Say whether gradients that are views of one buffer get the means that separate ones get."""
+    means = []
+    for in_one in (False, True):
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 2)).to(memory_format=torch.channels_last)
+        flat = flat_gradients(model) if in_one else None
+        for p in model.parameters():
+            value = gradient(p.shape, peers.rank)
+            p.grad = torch.empty_like(p).copy_(value) if p.grad is None else p.grad.copy_(value)
+        peers.average_gradients(model, half_precision=half_precision, scale=scale, flat=flat)
+        means.append([p.grad for p in model.parameters()])
+        if flat is not None:
+            places = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+            assert places == {flat.untyped_storage().data_ptr()}
+    # In a longer buffer a number may be added up in another order of ranks.
+    atol = 2e-10 if half_precision else 1e-15
+    return all(torch.allclose(a, b, rtol=1e-5, atol=atol) and a.any() for a, b in zip(*means, strict=True))
 
 
 def gradient(shape: torch.Size, rank: int) -> torch.Tensor:

@@ -300,6 +300,23 @@ def test_batches_have_the_type_and_the_memory_format_asked_for(dtype: torch.dtyp
     assert next(first.epoch(0))[0].is_contiguous()
 
 
+def test_what_is_prepared_takes_the_place_of_making_a_batch_at_full_resolution() -> None:
+    recipe = replace(PLAIN, resolutions=(16, 32), global_batch_size=4)
+    batches = TrainBatches(random_images(8, side=32), torch.arange(8), recipe, device=CPU, **NO_SCALING)
+    calls: list[int] = []
+
+    def prepared(*chosen: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(len(chosen))
+        return batches.make(32, *chosen)
+
+    expected = [list(batches.epoch(epoch)) for epoch in (0, 1)]
+    batches.prepared = prepared
+    for epoch in (0, 1):
+        for (images, labels), (same, its) in zip(batches.epoch(epoch), expected[epoch], strict=True):
+            assert torch.equal(images, same) and torch.equal(labels, its)
+    assert calls == [8, 8]  # the second epoch's two batches
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("preload", [True, False])
 def test_a_gpu_sees_what_a_cpu_sees(preload: bool) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_fast import recipe as recipes
-from cifar_fast.evaluate import evaluate, predict_logits, predict_probabilities, views
+from cifar_fast.evaluate import evaluate, margins, predict_logits, predict_probabilities, views
 from cifar_fast.model import Network, build_model
 
 TTA = ["none", "flip", "flip_shift"]
@@ -82,6 +82,40 @@ def test_logits_are_the_weighted_mean_over_the_views(model: Network, images: Ten
     with torch.no_grad():
         expected = sum(weight * model(view) for weight, view in views(model.normalise(images), tta))
     torch.testing.assert_close(predict_logits(model, images, tta=tta), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_with_a_margin_only_unsure_images_are_seen_again(model: Network, images: Tensor) -> None:
+    once, often = predict_logits(model, images), predict_logits(model, images, tta="flip_shift")
+    first, second = once.softmax(1).sort(descending=True).values[:, :2].unbind(1)
+    margin = (first - second).median().item()  # of the images: half are unsure
+    found = predict_logits(model, images, tta="flip_shift", tta_margin=margin)
+    unsure = first - second <= margin
+    assert 5 < unsure.sum() < 18
+    assert torch.equal(found[~unsure], once[~unsure])
+    torch.testing.assert_close(found[unsure], often[unsure], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(once[unsure], often[unsure], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tta", TTA)
+def test_a_margin_that_holds_all_images_gives_what_none_gives(model: Network, images: Tensor, tta: str) -> None:
+    full = predict_logits(model, images, tta=tta)
+    assert torch.equal(predict_logits(model, images, tta=tta, tta_margin=1.0), full)
+    nearly = predict_logits(model, images, tta=tta, tta_margin=0.999999)  # the other way, with all images in it
+    torch.testing.assert_close(nearly, full, rtol=1e-4, atol=1e-5)
+
+
+def test_a_margin_of_zero_gives_single_views(model: Network, images: Tensor) -> None:
+    once = predict_logits(model, images)
+    assert torch.equal(predict_logits(model, images, tta="flip", tta_margin=0.0), once)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 23])
+def test_a_margin_decides_on_each_image_by_itself(model: Network, images: Tensor, batch_size: int) -> None:
+    margin = margins(predict_logits(model, images)).sort().values[11:13].mean().item()  # between two images
+    whole, parts = (
+        predict_logits(model, images, tta="flip", tta_margin=margin, batch_size=size) for size in (23, batch_size)
+    )
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
 
 
 def test_with_flip_an_image_and_its_mirror_have_the_same_logits(model: Network, images: Tensor) -> None:

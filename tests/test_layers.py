@@ -151,6 +151,40 @@ def test_normalise_gives_zero_mean_and_unit_variance_and_travels_with_the_weight
     assert not list(normalise.parameters())
 
 
+@pytest.mark.parametrize("freeze_scale", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_all_groups_at_once_are_normalised_as_one_by_one(
+    freeze_scale: bool, memory_format: torch.memory_format
+) -> None:
+    one, all_ = (GhostBatchNorm(5, 4, eps=1e-5, momentum=0.3, freeze_scale=freeze_scale).double() for _ in range(2))
+    with torch.no_grad():
+        for norm in (one, all_):
+            norm.bias.copy_(torch.linspace(-1, 1, 5))
+            if not freeze_scale:
+                norm.weight.copy_(torch.linspace(0.5, 2, 5))
+    x = torch.randn(12, 5, 3, 2, generator=torch.Generator().manual_seed(0)).double()
+    inputs = [x.contiguous(memory_format=memory_format).requires_grad_() for _ in range(2)]
+    outputs = [one(inputs[0]), all_.all_groups_at_once(inputs[1])]
+    assert outputs[1].is_contiguous(memory_format=memory_format)
+    for output in outputs:
+        (output * torch.arange(2.0)).pow(3).sum().backward()
+    torch.testing.assert_close(outputs[1], outputs[0])
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+    for (name, p), q in zip(all_.named_parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+    for (name, value), expected in zip(all_.named_buffers(), one.buffers(), strict=True):
+        torch.testing.assert_close(value, expected, msg=name)
+
+
+def test_all_groups_at_once_keep_half_precision_and_take_statistics_in_float32() -> None:
+    norm = GhostBatchNorm(3, 4, eps=1e-5, momentum=1.0, freeze_scale=True)
+    x = (1000 + torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))).bfloat16()
+    output = norm.all_groups_at_once(x)
+    assert output.dtype == torch.bfloat16 and norm.running_mean is not None
+    torch.testing.assert_close(norm.running_mean, x.float().mean((0, 2, 3)), rtol=1e-6, atol=1e-3)
+    assert output.float().mean().abs() < 0.01 and 0.9 < output.float().std() < 1.1
+
+
 def natural_images(n: int = 64, side: int = 12) -> Tensor:
     """Noise with neighbours and channels correlated as in photographs, and no mean."""
     noise = torch.randn(n, 3, side + 4, side + 4, generator=torch.Generator().manual_seed(0))

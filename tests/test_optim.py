@@ -20,6 +20,7 @@ from cifar_fast.optim import (
     Muon,
     PiecewiseLinear,
     build_optimizers,
+    keep_learning_rates_on,
     lr_schedule,
     orthogonalise,
     set_learning_rates,
@@ -75,7 +76,7 @@ def test_the_baseline_schedule_goes_up_and_down_to_zero() -> None:
 
 
 def test_without_warm_up_the_first_step_has_the_peak() -> None:
-    schedule = lr_schedule(recipes.speedrun())
+    schedule = lr_schedule(recipes.airbench_2024())
     assert [schedule(t) for t in (0.0, 4.0, 8.0)] == pytest.approx([1.0, 0.5, 0.0])
 
 
@@ -153,6 +154,30 @@ def test_every_group_follows_the_schedule_and_the_whitening_bias_its_own() -> No
         )
 
 
+@pytest.mark.parametrize("recipe", [TINY, TINY_MUON], ids=["sgd", "muon"])
+def test_learning_rates_in_memory_are_set_where_they_are_and_step_as_plain_ones_do(recipe: Recipe) -> None:
+    plain, kept = build(recipe), build(recipe)
+    kept.load_state_dict(plain.state_dict())
+    plain_optimizers, kept_optimizers = build_optimizers(plain, recipe), build_optimizers(kept, recipe)
+    keep_learning_rates_on(torch.device("cpu"), kept_optimizers)
+    rates = [group["lr"] for optimizer in kept_optimizers for group in optimizer.param_groups]
+    schedule = lr_schedule(recipe)
+    for epoch in (0.1, 0.9, 1.7):
+        for model, optimizers in ((plain, plain_optimizers), (kept, kept_optimizers)):
+            for number, p in enumerate(model.parameters()):
+                p.grad = random_matrices(*p.shape, seed=number)
+            set_learning_rates(optimizers, schedule, epoch)
+            for optimizer in optimizers:
+                optimizer.step()
+        now = [group["lr"] for optimizer in kept_optimizers for group in optimizer.param_groups]
+        assert all(rate is before for rate, before in zip(now, rates, strict=True))
+        assert [rate.item() for rate in now] == pytest.approx(
+            [group["lr"] for optimizer in plain_optimizers for group in optimizer.param_groups]
+        )
+    for name, value in kept.state_dict().items():
+        torch.testing.assert_close(value, plain.state_dict()[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
 # --- SGD ---
 
 
@@ -224,6 +249,17 @@ def test_orthogonalising_a_batch_is_orthogonalising_one_by_one_and_the_transpose
     torch.testing.assert_close(orthogonalise(matrices.mT), together.mT, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_orthogonalising_in_half_precision_brings_the_singular_values_near_one_too(dtype: torch.dtype) -> None:
+    matrices = random_matrices(3, 64, 216)
+    found = orthogonalise(matrices, dtype=dtype)
+    assert found.dtype == torch.float32
+    values = torch.linalg.svdvals(found)
+    assert 0.5 < values.min() and values.max() < 1.5
+    torch.testing.assert_close(found, orthogonalise(matrices), rtol=0, atol=0.05 * found.abs().max().item())
+    assert not torch.equal(found, orthogonalise(matrices))
+
+
 def test_orthogonalising_does_not_depend_on_the_scale() -> None:
     matrices = random_matrices(2, 6, 20)
     torch.testing.assert_close(orthogonalise(1e-3 * matrices), orthogonalise(matrices), rtol=1e-2, atol=1e-3)
@@ -292,3 +328,19 @@ def test_lookahead_with_alpha_one_changes_nothing() -> None:
     after = model.weight.detach().clone()
     lookahead.move()
     torch.testing.assert_close(model.weight.detach(), after)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_updates_are_orthogonalised_in_half_precision_and_sgd_is_fused() -> None:
+    on_cpu, on_gpu = build(TINY_MUON), build(TINY_MUON).cuda()
+    on_gpu.load_state_dict(on_cpu.state_dict())
+    pairs = [(model, build_optimizers(model, TINY_MUON, torch.float16)) for model in (on_cpu, on_gpu)]
+    assert [muon.dtype for _, (_, muon) in pairs] == [None, torch.float16]
+    for model, optimizers in pairs:
+        for number, p in enumerate(model.parameters()):
+            p.grad = random_matrices(*p.shape, seed=number).to(p.device)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert pairs[1][1][0].param_groups[0]["fused"]
+    for name, value in on_gpu.state_dict().items():
+        torch.testing.assert_close(value.cpu(), on_cpu.state_dict()[name], rtol=2e-2, atol=2e-2, msg=name)

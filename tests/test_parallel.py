@@ -228,7 +228,8 @@ def test_all_gpus_are_taken_that_the_shards_can_be_divided_among(four_gpus):
     assert choose_world_size(None, None) == 4
     assert choose_world_size(None, "cuda", APPLE) == 4
     assert choose_world_size(None, None, replace(QUICK, n_shards=3, global_batch_size=66)) == 3
-    assert choose_world_size(None, None, recipes.speedrun()) == 1
+    assert choose_world_size(None, None, recipes.airbench_2024()) == 1
+    assert choose_world_size(None, None, recipes.speedrun()) == 4
     assert choose_world_size(None, "cuda:1") == 1
     assert choose_world_size(8, "cpu") == 8
     assert choose_world_size(None, "cpu") == 1

@@ -203,7 +203,11 @@ def test_workers_share_the_shards_equally(n_shards, allowed):
     ("one", "world_size", "words"),
     [
         (APPLE, 3, "world_size=3.*n_shards=8, which 1, 2, 4, 8 workers can share.*1, 2, 4, 8, 16, 32, 64"),
-        (recipe.speedrun(), 8, "n_shards=1, which 1 worker can share.*1, 2, 4, 5, 8.*groups of batch norm smaller"),
+        (
+            recipe.airbench_2024(),
+            8,
+            "n_shards=1, which 1 worker can share.*1, 2, 4, 5, 8.*batch norm smaller",
+        ),
         (recipe.laptop(), 2, "whole groups of ghost_batch_size=512 can be cut into n_shards of 1, 3"),
         (replace(APPLE, n_shards=1, ghost_batch_size=2048), 2, "cannot be cut into more shards: lower ghost_batch_siz"),
     ],
@@ -219,7 +223,7 @@ def test_a_number_of_workers_that_does_not_fit_gets_advice(one, world_size, word
 
 
 def test_the_shards_that_are_advised_can_be_had():
-    for one in (APPLE, recipe.laptop(), recipe.speedrun(), recipe.page_2019()):
+    for one in (APPLE, recipe.laptop(), recipe.airbench_2024(), recipe.page_2019()):
         (numbers,) = re.findall(r"n_shards of ([\d, ]+) \(", plan.describe_world_sizes(one))
         for number in numbers.split(", "):
             assert int(number) in plan.allowed_world_sizes(replace(one, n_shards=int(number)))

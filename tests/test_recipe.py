@@ -107,6 +107,9 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"lookahead_every": 0}, ("lookahead_every=0",)),
     ({"activation": "tanh"}, ("activation='tanh'", "relu, celu, gelu")),
     ({"network": "vgg"}, ("network='vgg'", "resnet9, convnet6")),
+    ({"tta_margin": 1.5}, ("tta_margin=1.5", "at most 1")),
+    ({"cuda_graph": "yes"}, ("cuda_graph='yes'", "off, auto, on")),
+    ({"compile": True}, ("compile=True", "off, auto, on")),
     ({"precision": "float8"}, ("precision='float8'", "bfloat16")),
     ({"flip": True}, ("flip=True", "alternating")),
     ({"widths": (64, 128, 256)}, ("widths=(64, 128, 256)", "4", "resnet9")),
@@ -285,6 +288,9 @@ def test_the_8_gpu_recipe_is_as_published() -> None:
         "bias_weight_decay_scale": 1 / 64,
         # Evaluation
         "tta": "flip",
+        # How its kernels get to a GPU
+        "cuda_graph": "auto",
+        "compile": "auto",
     }
     assert recipe.local_batch_size == 256 and recipe.local_batch_size // recipe.norm_group_size == 16
     assert (recipe.whitening_eps, recipe.bn_eps, recipe.bn_momentum, recipe.momentum) == (1e-2, 1e-5, 0.1, 0.9)
@@ -304,3 +310,22 @@ def test_rates_published_for_summed_losses_take_the_same_steps_on_mean_losses() 
     assert recipe.peak_lr * recipe.weight_decay == pytest.approx(1.0418e-6 * batch)
     bias_decay = recipe.weight_decay * recipe.bias_weight_decay_scale
     assert recipe.peak_lr * recipe.bias_lr_scale * bias_decay == pytest.approx(1.0418e-6 * batch)
+
+
+def test_speedrun_has_hiverges_rates_and_runs_on_1_2_4_or_8_processes() -> None:
+    changed = changed_fields(recipes.laptop(), recipes.speedrun())
+    assert changed == {
+        "n_shards": (1, 8),
+        "ghost_batch_size": (512, 0),
+        "micro_batch_size": (512, 0),
+        "tta_margin": (1.0, 0.5),
+        "cuda_graph": ("off", "auto"),
+        "compile": ("off", "auto"),
+    }
+    assert recipes.speedrun().norm_group_size == 192
+
+
+def test_only_what_is_meant_for_gpus_asks_for_graphs() -> None:
+    asking = {name for name in recipes.names() if recipes.named(name).cuda_graph != "off"}
+    assert asking == {"speedrun", "apple_8gpu"}
+    assert all(recipes.named(name).compile == recipes.named(name).cuda_graph for name in recipes.names())

@@ -162,3 +162,10 @@ def test_a_recipe_with_an_unknown_field(folder):
     (folder / "result.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="unknown recipe field warp"):
         load_run(folder)
+
+
+def test_a_run_from_before_warm_up_was_counted_can_be_read(folder):
+    values = json.loads((folder / "result.json").read_text())
+    assert values.pop("warm_up_seconds") >= 0
+    (folder / "result.json").write_text(json.dumps(values))
+    assert load_run(folder).warm_up_seconds == 0

@@ -84,6 +84,11 @@ def test_gradients_become_their_mean(four, half_precision, scale):
         torch.testing.assert_close(torch.tensor(mean), expected, rtol=1e-6, atol=tolerance)
 
 
+@pytest.mark.parametrize(("half_precision", "scale"), [(False, 1.0), (True, 512.0)])
+def test_gradients_in_one_buffer_get_the_same_means(four, half_precision, scale):
+    assert four.call(tasks.average_in_one_buffer, half_precision, scale) == [True] * 4
+
+
 def test_statistics_become_their_mean(four):
     assert four.call(tasks.average_statistics) == [([1.5, 1.5], [15.0, 15.0])] * 4
 

@@ -1,0 +1,161 @@
+"""How a step's kernels get to a GPU: recorded once as a CUDA graph and replayed, fused by torch.compile, or one by one.
+
+Nothing here knows what a step does: `Recorded` takes any function of tensors. What may stand in such a function is
+PyTorch's note "CUDA semantics", section "CUDA graphs": no reading of numbers from the device, the same shapes and the
+same memory each time, nothing on the CPU that matters. Random choices are drawn on the CPU, per shard and epoch, and
+are inputs; learning rates are numbers in the device's memory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar_fast.data import cache_folder
+from cifar_fast.recipe import Recipe
+
+WARM_UPS = 3
+"""Times that a function is called before it is recorded, so that all it loads, chooses or allocates once is there."""
+COMPILERS = ("gcc", "clang", "cc")
+"""Triton builds the launcher of each kernel with one of these, or with what CC names."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is recorded and what is compiled, and what stands against it."""
+
+    cuda_graph: bool = False
+    compile: bool = False
+    reasons: tuple[str, ...] = ()
+    """Why not, for what the recipe leaves to `auto` or asks for and does not get."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as plain words, for results."""
+        return {
+            "launch": "cuda graph" if self.cuda_graph else "kernel by kernel",
+            "compiled": self.compile,
+            "launch_reason": "; ".join(self.reasons),
+        }
+
+    def without(self, field: str, why: str) -> Launch:
+        """Return it with `cuda_graph` or `compile` given up, and the reason added."""
+        given_up: dict[str, Any] = {field: False}
+        kept: dict[str, Any] = {"cuda_graph": self.cuda_graph, "compile": self.compile}
+        return Launch(**(kept | given_up), reasons=(*self.reasons, f"no {field}: {why}"))
+
+
+def choose_launch(recipe: Recipe, device: torch.device, backend: str | None = None) -> Launch:
+    """Return how `recipe` is launched on `device` by processes that talk over `backend` (None: there is one alone)."""
+    launch = Launch(recipe.cuda_graph != "off", recipe.compile != "off")
+    against_both = None
+    if device.type != "cuda":
+        against_both = "the device is no CUDA GPU"
+    elif recipe.resolutions:
+        against_both = f"resolutions={recipe.resolutions} changes the images' size, and a recorded step has one"
+    against_graph = against_compile = against_both
+    if not against_both and backend == "gloo":
+        against_graph = "gloo averages gradients on the CPU, which no graph records; use NCCL"
+    if not against_both and launch.compile:
+        against_compile = _no_compiler()
+    if launch.cuda_graph and against_graph:
+        launch = launch.without("cuda_graph", against_graph)
+    if launch.compile and against_compile:
+        launch = launch.without("compile", against_compile)
+    return launch
+
+
+def _no_compiler() -> str | None:
+    """Return what torch.compile lacks for a GPU, if anything."""
+    from torch.utils._triton import has_triton  # the question that torch.compile itself asks
+
+    if not has_triton():
+        return "Triton is missing (pip install triton), or does not know this GPU"
+    named = os.environ.get("CC")
+    if not any(shutil.which(name) for name in ([named] if named else COMPILERS)):
+        return f"Triton needs a C compiler, and there is no {named or ' or '.join(COMPILERS)} on the path: install gcc"
+    return None
+
+
+def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    """Return `function` compiled on its first call, with what has been compiled kept on disk for later processes.
+
+    Fixed shapes, and no part left uncompiled: what cannot be compiled as a whole raises on the first call.
+    """
+    # Inductor and Triton both look there. Whoever has set it already has a place of their own.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+
+
+class Recorded:
+    """A function of tensors, recorded as a CUDA graph; a call copies its arguments in, and replays.
+
+    It returns the same tensors each time, with new content: whoever keeps a result keeps a copy of it.
+    """
+
+    def __init__(self, function: Callable[..., Any], *inputs: Tensor) -> None:
+        """Call `function` a few times with `inputs`, on whose device it works, then record it.
+
+        `inputs` are what it reads from then on; a call with these very tensors copies nothing. All that the function
+        changes is changed by the calls, not by the recording.
+        """
+        self.inputs = inputs
+        with torch.cuda.device(inputs[0].device):
+            # The same side stream for both, so that what libraries keep for each stream is there when it is recorded.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with _measured_convolutions():
+                with torch.cuda.stream(stream):
+                    for _ in range(WARM_UPS):
+                        function(*inputs)
+                torch.cuda.current_stream().wait_stream(stream)
+                self.graph = torch.cuda.CUDAGraph()
+                # Other threads may go on: NCCL's watchdog asks after events meanwhile.
+                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                    self.outputs = function(*inputs)
+
+    def __call__(self, *arguments: Tensor) -> Any:
+        """Run it once more, on the current stream."""
+        for own, given in zip(self.inputs, arguments, strict=True):
+            if given is not own:
+                own.copy_(given)
+        self.graph.replay()
+        return self.outputs
+
+
+@contextmanager
+def _measured_convolutions() -> Iterator[None]:
+    """Have cuDNN measure which of its algorithms is fastest when it meets a convolution for the first time."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+@contextmanager
+def undone(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
+    """Take back what the block does to weights, statistics and optimisers; these must not have made a step before.
+
+    Every tensor stays where it is. What the optimisers have gathered becomes zero, which is where momentum starts.
+    """
+    values = list(model.state_dict().values())
+    before = [value.clone() for value in values]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, old in zip(values, before, strict=True):
+                value.copy_(old)
+            for optimizer in optimizers:
+                for state in optimizer.state.values():
+                    for gathered in state.values():
+                        if isinstance(gathered, Tensor):
+                            gathered.zero_()
