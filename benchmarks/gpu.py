@@ -1,0 +1,559 @@
+"""Measures everything that needs a GPU, in one command, and files it in one JSON.
+
+    python benchmarks/gpu.py --out benchmarks/results/gpu                            # every part, on the GPUs there are
+    python benchmarks/gpu.py --out benchmarks/results/gpu --parts speedrun airbench  # some; the others stay as filed
+    python benchmarks/gpu.py --out /tmp/dry --device cpu --recipe smoke --data synthetic --runs 2 --parts speedrun
+
+Parts, each a command of its own that is ended after 8 minutes, with what it has finished kept; run again, `speedrun`,
+`apple` and `recipes` go on with the runs that are missing:
+
+    tests     pytest -m gpu
+    profile   one step of speedrun: kernels by time, gaps, share of the matrix limit measured beside it; and what the
+              CUDA graph and torch.compile are each worth
+    speedrun  50 runs on one GPU, and 10 on all of them where there are several
+    airbench  50 runs of PyPI's airbench (train94), where it is installed, with the same data, in the same hour
+    apple     50 runs of apple_8gpu with its 8 shards, on as many GPUs as can share them
+    start     two fresh commands, `cifar-fast train --recipe speedrun`: nothing compiled, then what the first left
+    recipes   every named recipe, in rounds of one run each
+
+`gpu.json` in the folder is written anew, whole or not at all, after each part; `PART.log` has what the part printed.
+
+The first hour on a GPU checks, in this order:
+
+ 1. `--parts tests`. First look at test_what_is_recorded_is_done_again_with_new_inputs, then at
+    test_the_recorded_step_gives_the_eager_steps_weights (muon, then sgd), then at the compiled ones, NCCL last.
+ 2. `cifar-fast train --recipe speedrun --cuda-graph on --compile off`, then `--cuda-graph off --compile on`, then both:
+    no warning, and `launch`, `compiled` and `launch_reason` in result.json as asked for. Where a warning gives a
+    reason, that comes first.
+ 3. `--parts profile`: which of the two pays; the gaps (none above a few microseconds inside a graph); the kernels at
+    the top. If batch norm or the augmentation is among them although compiled, they were not fused.
+ 4. `--parts speedrun airbench`: mean accuracy at least 94.0 %, mean train_seconds at most 0.9, three times airbench's
+    speed. Short of accuracy: n_shards=1 (batch norm over all 1536 images, as Hiverge has it), then epochs=10. Accurate
+    to spare: fewer epochs. float16 against bfloat16 (`--precision bfloat16`) at the same number of epochs.
+ 5. `tta_margin=0.5` against 1: the same accuracy to 0.01 % over the runs' networks, or a larger margin.
+ 6. `--parts apple`: 41 of 50 runs at 94 % and a median of 94.19 % were published.
+ 7. `--parts start`: under 20 s the first time, under 12 s after.
+ 8. With several GPUs: the parallel tests, then speedrun and apple on all; each rank's graph holds the all-reduce.
+ 9. `--parts recipes`, as often as it takes for three rounds; then the README's table and what reads gpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import io
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cifar_fast as cf
+from cifar_fast.batches import steps_per_epoch
+from cifar_fast.data import SYNTHETIC, Dataset, load_cifar10, synthetic
+from cifar_fast.device import environment, select_device
+from cifar_fast.errors import UserError
+from cifar_fast.model import build_model
+from cifar_fast.recipe import Recipe
+from cifar_fast.report import summarise
+from cifar_fast.result import RunResult, write_json
+
+PARTS = ("tests", "profile", "speedrun", "airbench", "apple", "start", "recipes")
+PART_SECONDS = 480.0
+"""After which a part is ended; a part that can stop by itself does so `STOP_EARLY` seconds sooner."""
+STOP_EARLY = 30.0
+ROUNDS = 3
+"""Runs of each recipe in `recipes`."""
+PROFILED_STEPS = 10
+KERNELS_SHOWN = 25
+TARGET = 0.94
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULT = "gpu.json"
+
+
+class OutOfTime(UserError):
+    """The part's time is used up; what is finished is filed."""
+
+
+# --- the parts: each runs in a process of its own and files what it finds as it goes ---
+
+
+def part_profile(options: argparse.Namespace) -> None:
+    """Compare graph and compiler in turns, then look at the kernels of a few steps."""
+    recipe, data = chosen("speedrun", options), load(options)
+    found: dict[str, Any] = {"recipe": recipe.to_dict(), "ways": {}}
+    path = options.out / "profile.json"
+    for graph, compiler in (("auto", "auto"), ("auto", "off"), ("off", "auto"), ("off", "off")):
+        way = replace(recipe, cuda_graph=graph, compile=compiler)
+        runs = [cf.train(way, data, device=options.device, seed=seed, progress=False) for seed in range(2)]
+        # The second is the one that counts: in the first all is loaded, compiled and measured for the first time.
+        found["ways"][f"cuda_graph={graph} compile={compiler}"] = [brief(run) for run in runs]
+        write_json(path, found)
+    if select_device(options.device).type != "cuda":
+        found["step"] = "not profiled: there is no GPU"
+        write_json(path, found)
+        return
+    found["limit"] = matrix_limit(torch.device(options.device or "cuda"))
+    write_json(path, found)
+    kernels = profiled_kernels(recipe, data, options.device)
+    found["step"] = analyse(kernels, PROFILED_STEPS)
+    best = max(found["limit"]["tflops"].values()) * 1e12
+    found["step"]["network_flops"] = flops = training_flops(recipe) * recipe.global_batch_size
+    found["step"]["share_of_limit"] = flops / (found["step"]["us_a_step"] * 1e-6) / best
+    write_json(path, found)
+
+
+def part_speedrun(options: argparse.Namespace) -> None:
+    """Run it many times on one GPU, then a few times on all."""
+    recipe = chosen("speedrun", options)
+    repeat(recipe, options, options.out / "speedrun", options.runs, world_size=1)
+    n_gpus = torch.cuda.device_count() if select_device(options.device).type == "cuda" else 0
+    if n_gpus > 1:
+        repeat(recipe, options, options.out / "speedrun_all_gpus", min(10, options.runs), world_size=None)
+
+
+def part_apple(options: argparse.Namespace) -> None:
+    """Run Apple's recipe many times."""
+    repeat(chosen("apple_8gpu", options), options, options.out / "apple_8gpu", options.runs, world_size=None)
+
+
+def part_recipes(options: argparse.Namespace) -> None:
+    """Run every recipe once, then every recipe again, until the time is over."""
+    names = [options.recipe] if options.recipe else cf.recipes.names()
+    for round_ in range(1, ROUNDS + 1):
+        for name in names:
+            recipe = cf.recipes.named(name)
+            repeat(recipe, options, options.out / "recipes" / name, min(round_, options.runs), world_size=None)
+
+
+def part_airbench(options: argparse.Namespace) -> None:
+    """Run PyPI's airbench on the same images, and file its own clock and accuracy."""
+    found: dict[str, Any] = {"runs": []}
+    path = options.out / "airbench.json"
+    if importlib.util.find_spec("airbench") is None:
+        write_json(path, found | {"left_out": "airbench is not installed: pip install airbench"})
+        return
+    if select_device(options.device).type != "cuda":
+        write_json(path, found | {"left_out": "airbench needs a GPU"})
+        return
+    from importlib.metadata import version
+
+    import airbench
+
+    found["version"] = version("airbench")
+    data, end = load(options), time.monotonic() + options.seconds - STOP_EARLY
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        lay_out_for_airbench(data, Path("cifar10"))
+        airbench.warmup94()
+        for number in range(options.runs):
+            if time.monotonic() > end:
+                break
+            printed = io.StringIO()
+            with redirect_stdout(printed):
+                airbench.train94(run=number)
+            found["runs"].append(read_airbench(printed.getvalue()))
+            write_json(path, found)
+        os.chdir(REPOSITORY)
+
+
+def part_start(options: argparse.Namespace) -> None:
+    """Start the command twice: with nothing compiled, then with what the first has left."""
+    found: dict[str, Any] = {}
+    name = options.recipe or "speedrun"
+    with tempfile.TemporaryDirectory() as folder:
+        for which in ("first", "second"):
+            out = Path(folder) / which
+            command = [sys.executable, "-m", "cifar_fast", "train", "--recipe", name, "--out", str(out)]
+            command += ["--device", options.device] if options.device else []
+            command += ["--data", options.data] if options.data else []
+            compiled = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "compiled")}
+            start = time.monotonic()
+            subprocess.run(command, check=True, env=compiled)
+            keys = ("total_seconds", "warm_up_seconds", "first_step_seconds", "train_seconds", "evaluate_seconds")
+            result = json.loads((out / "result.json").read_text())
+            found[which] = {key: result[key] for key in keys} | {"command_seconds": time.monotonic() - start}
+            write_json(options.out / "start.json", found)
+
+
+WORK: dict[str, Callable[[argparse.Namespace], None]] = {
+    "profile": part_profile,
+    "speedrun": part_speedrun,
+    "airbench": part_airbench,
+    "apple": part_apple,
+    "start": part_start,
+    "recipes": part_recipes,
+}
+
+
+# --- what they use ---
+
+
+def chosen(name: str, options: argparse.Namespace) -> Recipe:
+    """Return the named recipe, or the one that a dry run takes in its place."""
+    return cf.recipes.named(options.recipe or name)
+
+
+def load(options: argparse.Namespace) -> Dataset:
+    """Return CIFAR-10, or what `--data` names."""
+    return synthetic() if options.data == SYNTHETIC else load_cifar10(options.data)
+
+
+def brief(result: RunResult) -> dict[str, Any]:
+    """Return what is compared of a run."""
+    words = ("precision", "launch", "compiled", "launch_reason")
+    clocks = ("accuracy", "train_seconds", "warm_up_seconds", "evaluate_seconds", "total_seconds")
+    return {name: getattr(result, name) for name in clocks} | {word: result.environment[word] for word in words}
+
+
+def repeat(recipe: Recipe, options: argparse.Namespace, out: Path, runs: int, world_size: int | None) -> None:
+    """Benchmark a recipe, going on with what is there; leave with `OutOfTime` when another run would take too long."""
+    end, started = options.end - STOP_EARLY, [time.monotonic()]
+
+    def look(line: dict[str, Any]) -> None:
+        started.append(time.monotonic())
+        print(f"{recipe.name}: run {line['run']}: {line['accuracy']:.2%} in {line['train_seconds']:.3f} s", flush=True)
+        if line["run"] + 1 < runs and started[-1] + (started[-1] - started[-2]) > end:
+            raise OutOfTime(f"{line['run'] + 1} of {runs} runs of {recipe.name} are filed; run the part again")
+
+    if time.monotonic() > end:
+        raise OutOfTime(f"nothing of {recipe.name} was started; run the part again")
+    cf.benchmark(
+        recipe, load(options), runs=runs, world_size=world_size, device=options.device, out=out, progress=False,
+        on_run=look, target=TARGET,
+    )  # fmt: skip
+
+
+def matrix_limit(device: torch.device, side: int = 8192, repeats: int = 20) -> dict[str, Any]:
+    """Measure how many TFLOP/s a product of two square half-precision matrices reaches, best of `repeats`."""
+    tflops = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        seconds = []
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            a @ b
+            end.record()
+            torch.cuda.synchronize(device)
+            seconds.append(start.elapsed_time(end) / 1e3)
+        tflops[str(dtype).removeprefix("torch.")] = 2 * side**3 / min(seconds) / 1e12
+    return {"side": side, "repeats": repeats, "tflops": tflops}
+
+
+def profiled_kernels(recipe: Recipe, data: Dataset, device: str | None) -> list[tuple[str, float, float]]:
+    """Return what ran on the GPU in some steps in the middle of a training: name, start and end in microseconds."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    profiler = profile(activities=[ProfilerActivity.CUDA])
+    first = steps_per_epoch(recipe, len(data.train_labels)) + 5  # the whitening bias is frozen, all is in its course
+
+    def watch(done: int, total: int) -> None:
+        if done in (first, first + PROFILED_STEPS):
+            torch.cuda.synchronize()
+            (profiler.start if done == first else profiler.stop)()
+
+    cf.train(recipe, data, device=device, progress=False, on_step=watch)
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    return [(event.name, float(event.time_range.start), float(event.time_range.end)) for event in events]
+
+
+def analyse(kernels: Iterable[tuple[str, float, float]], n_steps: int) -> dict[str, Any]:
+    """Return kernels by time, and how long the GPU was busy and idle, for (name, start, end) in microseconds."""
+    in_order = sorted(kernels, key=lambda kernel: kernel[1])
+    if not in_order:
+        raise UserError("the profiler has seen no kernel: CUPTI may be missing, or not allowed to this user")
+    times: defaultdict[str, list[float]] = defaultdict(list)
+    gaps, busy, reached = [], 0.0, in_order[0][1]
+    for name, start, end in in_order:
+        times[name].append(end - start)
+        if start > reached:
+            gaps.append(start - reached)
+        busy += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    span = reached - in_order[0][1]
+    by_time = sorted(times.items(), key=lambda item: -sum(item[1]))
+    total = sum(sum(each) for each in times.values())
+    return {
+        "steps": n_steps,
+        "us_a_step": span / n_steps,
+        "busy_share": busy / span,
+        "gaps": {"us_a_step": (span - busy) / n_steps, "count": len(gaps), "longest_us": sorted(gaps)[-10:][::-1]},
+        "n_kernels_a_step": len(in_order) / n_steps,
+        "kernels": [
+            {
+                "name": name,
+                "share": sum(each) / total,
+                "us_a_step": sum(each) / n_steps,
+                "calls_a_step": len(each) / n_steps,
+            }
+            for name, each in by_time[:KERNELS_SHOWN]
+        ],
+    }
+
+
+def training_flops(recipe: Recipe, side: int = 32) -> float:
+    """Count the operations of the network's products, forward and backward, for one image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    n = recipe.norm_group_size
+    model = build_model(recipe, 10, torch.zeros(3), torch.ones(3)).to("meta")
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(n, 3, side, side, device="meta")).sum().backward()
+    return counter.get_total_flops() / n
+
+
+def lay_out_for_airbench(data: Dataset, folder: Path) -> None:
+    """Write the two files that airbench looks for before it would download."""
+    folder.mkdir()
+    for name, images, labels in (
+        ("train", data.train_images, data.train_labels),
+        ("test", data.test_images, data.test_labels),
+    ):
+        content = {"images": images.permute(0, 2, 3, 1).contiguous(), "labels": labels, "classes": list(data.classes)}
+        torch.save(content, folder / f"{name}.pt")
+
+
+def read_airbench(printed: str) -> dict[str, float]:
+    """Return accuracy and seconds of one run from the table that airbench prints.
+
+    Its last line counts the evaluation with TTA as well; the line before it is the end of training.
+    """
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    rows = [row for row in rows if len(row) == 7 and (row[1].isdigit() or row[1] == "eval")]
+    if len(rows) < 2 or rows[-1][1] != "eval":
+        raise UserError(f"airbench printed another table than that of version 0.1.8: {printed[-500:]!r}")
+    return {"accuracy": float(rows[-1][5]), "train_seconds": float(rows[-2][6]), "with_tta_seconds": float(rows[-1][6])}
+
+
+# --- from files to one JSON ---
+
+
+def filed(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a benchmark folder, and what its runs have in common; None where no run is finished."""
+    try:
+        runs = cf.load_benchmark(folder).runs
+    except UserError:
+        return None
+    machine = runs[-1]["environment"]
+    words = ("gpu", "world_size", "precision", "launch", "compiled", "launch_reason")
+    warm_up = statistics.mean(run.get("warm_up_seconds", 0.0) for run in runs)
+    return {
+        "summary": summarise(runs, TARGET),
+        "warm_up_seconds_mean": warm_up,
+        **{word: machine.get(word) for word in words},
+    }
+
+
+def read_json(path: Path) -> Any:
+    """Return a JSON file's content; None where there is none."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def read_tests(path: Path) -> dict[str, Any] | None:
+    """Return how many tests of a JUnit file passed, and the names of those that did not."""
+    if not path.exists():
+        return None
+    cases = list(ElementTree.parse(path).getroot().iter("testcase"))
+    outcome = {
+        case.get("name", ""): next((child.tag for child in case if child.tag in BAD), "passed") for case in cases
+    }
+    names = {tag: sorted(name for name, found in outcome.items() if found == tag) for tag in BAD}
+    return {"passed": list(outcome.values()).count("passed"), **names}
+
+
+BAD = ("failure", "error", "skipped")
+
+
+def collect(part: str, out: Path) -> Any:
+    """Return what a part has filed so far, finished or not; None for nothing."""
+    if part == "tests":
+        return read_tests(out / "tests.xml")
+    if part == "speedrun":
+        return {name: found for name in ("speedrun", "speedrun_all_gpus") if (found := filed(out / name))} or None
+    if part == "apple":
+        return filed(out / "apple_8gpu")
+    if part == "recipes":
+        names = cf.recipes.names()
+        found = {name: summary for name in names if (summary := filed(out / "recipes" / name))}
+        return {"recipes": found, "missing": [name for name in names if name not in found]} if found else None
+    return read_json(out / f"{part}.json")
+
+
+def verdicts(parts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what is required of a GPU, what was found, and whether it is enough, as far as parts found something."""
+    found: dict[str, Any] = {name: entry["found"] for name, entry in parts.items() if entry["found"]}
+    checks: list[tuple[str, float, float, bool]] = []
+    if tests := found.get("tests"):
+        bad = sum(len(tests[tag]) for tag in BAD)
+        checks.append(("GPU tests that failed or were skipped", bad, 0, bad == 0))
+    speedrun = (found.get("speedrun") or {}).get("speedrun")
+    if speedrun:
+        accuracy, seconds = (speedrun["summary"][key]["mean"] for key in ("accuracy", "train_seconds"))
+        checks.append(("speedrun: mean accuracy", accuracy, TARGET, accuracy >= TARGET))
+        checks.append(("speedrun: mean train_seconds", seconds, 0.9, seconds <= 0.9))
+        if runs := (found.get("airbench") or {}).get("runs"):
+            ratio = statistics.mean(run["train_seconds"] for run in runs) / seconds
+            checks.append(("speedrun: times as fast as airbench, both without evaluation", ratio, 3, ratio >= 3))
+    if apple := found.get("apple"):
+        median, share = apple["summary"]["accuracy"]["median"], apple["summary"]["at_target"] / apple["summary"]["n"]
+        checks.append(("apple_8gpu: median accuracy", median, 0.9419, median >= 0.9419))
+        checks.append(("apple_8gpu: share of runs at 94 %", share, 41 / 50, share >= 41 / 50))
+    if start := found.get("start"):
+        for which, most in (("first", 20), ("second", 12)):
+            if which in start:
+                seconds = start[which]["total_seconds"]
+                checks.append((f"total_seconds of the {which} command", seconds, most, seconds < most))
+    return [dict(zip(("what", "found", "required", "met"), check, strict=True)) for check in checks]
+
+
+# --- the caller ---
+
+
+def run_part(command: Sequence[str], log: Path, seconds: float) -> tuple[str, float]:
+    """Run a command with its output in `log`; return how it ended and after how long. It is ended after `seconds`."""
+    start = time.monotonic()
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, cwd=REPOSITORY, start_new_session=True
+        )
+        try:
+            code = process.wait(seconds)
+            state = "done" if code == 0 else "out of time" if code == OUT_OF_TIME else f"failed with status {code}"
+        except subprocess.TimeoutExpired:
+            state = f"ended after {seconds:.0f} s"
+        finally:  # Ctrl-C too: nobody stays behind
+            if process.poll() is None:
+                end(process)
+    return state, time.monotonic() - start
+
+
+OUT_OF_TIME = 75
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process and all that it has started, the second time without asking."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, how)
+            process.wait(10)
+            return
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            continue
+
+
+def command_of(part: str, options: argparse.Namespace) -> list[str]:
+    """Return the command that does a part's work."""
+    if part == "tests":
+        return [sys.executable, "-m", "pytest", "-m", "gpu", f"--junitxml={options.out / 'tests.xml'}"]
+    command = [sys.executable, str(Path(__file__).resolve()), "--child", part, "--out", str(options.out)]
+    command += ["--runs", str(options.runs), "--seconds", str(options.seconds)]
+    for name in ("device", "recipe", "data"):
+        if value := getattr(options, name):
+            command += [f"--{name}", value]
+    return command
+
+
+def commit() -> str:
+    """Return the commit that is checked out, marked when the package differs from it."""
+    git = ["git", "-C", str(REPOSITORY)]
+    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return revision + (
+        "-changed" if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "cifar_fast"]).returncode else ""
+    )
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Run the parts one after the other and file each one's findings at once, beside those of earlier calls."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / RESULT
+    report = read_json(path) or {"parts": {}}
+    n_gpus = torch.cuda.device_count()
+    report["environment"] = environment(select_device(options.device))
+    report["gpus"] = [torch.cuda.get_device_name(number) for number in range(n_gpus)]
+    for part in options.parts:
+        log = options.out / f"{part}.log"
+        print(f"{part}: at most {options.seconds:.0f} s, what it prints is in {log}", flush=True)
+        for left in (f"{part}.json", f"{part}.xml"):  # of an earlier call; folders of runs are gone on with
+            (options.out / left).unlink(missing_ok=True)
+        state, seconds = run_part(command_of(part, options), log, options.seconds)
+        entry: dict[str, Any] = {
+            "state": state,
+            "seconds": round(seconds, 1),
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit(),
+        }
+        try:
+            entry["found"] = collect(part, options.out)
+        except Exception as error:  # nothing that one part has left behind may cost the others their place
+            entry |= {"found": None, "trouble": f"{type(error).__name__}: {error}"}
+        if entry["found"] is None and part in report["parts"]:
+            entry["earlier"] = report["parts"][part]
+        report["parts"][part] = entry
+        report["verdicts"] = verdicts(report["parts"])
+        write_json(path, report)
+        print(f"{part}: {state}, {seconds:.0f} s", flush=True)
+    return report
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, logs and runs; gone on with")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--runs", type=int, default=50, help="runs of speedrun, apple and airbench")
+    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="after which a part is ended")
+    parser.add_argument("--device", help="cuda, or cpu for a dry run")
+    parser.add_argument("--recipe", help="recipe in the place of every other, for a dry run")
+    parser.add_argument("--data", help="folder of CIFAR-10, or synthetic")
+    parser.add_argument("--child", choices=tuple(WORK), help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; the exit status is 0 when every part ended well, 1 when one did not, 2 when there is no GPU."""
+    options = parse(sys.argv[1:] if argv is None else argv)
+    options.out = options.out.absolute()
+    if options.data and options.data != SYNTHETIC:
+        options.data = str(Path(options.data).absolute())
+    options.end = time.monotonic() + options.seconds
+    if options.child:
+        try:
+            WORK[options.child](options)
+        except OutOfTime as note:
+            print(note)
+            return OUT_OF_TIME
+        return 0
+    if options.device is None and not torch.cuda.is_available():
+        print(
+            "error: there is no GPU that torch can use, so nothing was measured; a dry run of the machinery is "
+            "--device cpu --recipe smoke --data synthetic --runs 2 --parts speedrun",
+            file=sys.stderr,
+        )
+        return 2
+    report = measure(options)
+    for verdict in report["verdicts"]:
+        word = "met" if verdict["met"] else "NOT met"
+        print(f"{word}: {verdict['what']}: {verdict['found']:.4g}, required {verdict['required']:.4g}")
+    return 0 if all(report["parts"][part]["state"] == "done" for part in options.parts) else 1
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"error: {error}")
