@@ -29,7 +29,7 @@ class Ablation:
     """Finished runs by the name of their arm; the first arm is what the others are compared with."""
 
     arms: dict[str, list[dict[str, Any]]]
-    """Each run as `RunResult.to_dict()` gives it."""
+    """Each run as `RunResult.to_dict()` gives it; clocks are None where other work shared the machine."""
 
     def difference(self, arm: str, field: str = "accuracy") -> tuple[float, tuple[float, float] | None]:
         """Return by how much `arm` exceeds the first arm, seed by seed: the mean, and its 95 % interval from n = 2 on.
@@ -55,13 +55,13 @@ class Ablation:
         rows = [("arm", "n", "accuracy", "train_seconds", "accuracy against the first arm, paired by seed")]
         for number, (name, runs) in enumerate(self.arms.items()):
             accuracies = [100 * run["accuracy"] for run in runs]
-            seconds = [run["train_seconds"] for run in runs]
+            seconds = [run["train_seconds"] for run in runs if run["train_seconds"] is not None]
             rows.append(
                 (
                     name,
                     str(len(runs)),
                     _spread(accuracies, "%"),
-                    _spread(seconds, "s"),
+                    _spread(seconds, "s") if len(seconds) == len(runs) else "not timed",
                     self._against_first(name) if number else "",
                 )
             )
