@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 
 from cifar_fast.data import Dataset
 from cifar_fast.errors import RunError, UserError
+from cifar_fast.evaluate import evaluate
 from cifar_fast.parallel import Trainer
-from cifar_fast.recipe import Recipe, changed_fields
+from cifar_fast.recipe import CHOICES, Recipe, changed_fields
 from cifar_fast.report import hardware, mean_interval, table
-from cifar_fast.result import EpochResult
+from cifar_fast.result import EpochResult, RunResult
+from cifar_fast.timing import Clock
 
 AS_IT_IS = "as it is"
 """The first arm's name."""
@@ -144,6 +146,24 @@ def ablation(
                     on_run(name, runs[name][-1])
                 bar.update()
     return Ablation(runs)
+
+
+def tta_ablation(results: Sequence[RunResult], data: Dataset, *, progress: bool = True) -> Ablation:
+    """Evaluate the networks of `results` in each way that test-time augmentation knows; nothing is trained again.
+
+    The first arm is `tta=none`. Each run is its training's, with accuracy, loss and `evaluate_seconds` of that way.
+    """
+    arms: dict[str, list[dict[str, Any]]] = {f"tta={tta}": [] for tta in CHOICES["tta"]}
+    with tqdm(total=len(results) * len(arms), desc=f"TTA on {data.name}", unit="way", disable=not progress) as bar:
+        for result in results:
+            for tta in CHOICES["tta"]:
+                clock = Clock(next(result.model.parameters()).device)
+                with clock.running():
+                    found = evaluate(result.model, data.test_images, data.test_labels, tta=tta)
+                now = {"accuracy": found.accuracy, "loss": found.loss, "evaluate_seconds": clock.seconds}
+                arms[f"tta={tta}"].append(result.to_dict() | now)
+                bar.update()
+    return Ablation(arms)
 
 
 def results_folder() -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -149,6 +149,15 @@ def label_smoothing(logits: Tensor, label: int, classes: Sequence[str]) -> Explo
     )
 
 
+def calibration(logits: Mapping[str, Tensor], labels: Tensor, *, dataset: str) -> Explorer:
+    """Explore confidence and accuracy over the temperature: networks' logits, float (N, K), by name; int64 (N,)."""
+
+    def draw(temperature: float) -> Picture:
+        return figures.calibration(logits, labels, dataset=dataset, temperature=temperature)
+
+    return Explorer(draw, temperature=_powers("temperature", 1.0, -1, 1, ".2f"))
+
+
 def activations() -> Explorer:
     """Explore the activations, and where max-pool may stand, over the alpha of CELU."""
     return Explorer(figures.activation_curves, celu_alpha=_real("celu_alpha", 0.3, 0.025, 1.0, 0.025, ".3f"))
@@ -157,6 +166,15 @@ def activations() -> Explorer:
 def number_formats() -> Explorer:
     """Explore what float16, bfloat16 and float32 make of a number."""
     return Explorer(figures.number_formats, value=_powers("number", 1e-5, -12, 8, ".3g"))
+
+
+def loss_scale(gradients: Mapping[str, Tensor]) -> Explorer:
+    """Explore which of the gradients of layers, float (n,) each, float16 loses when the loss is multiplied first."""
+
+    def draw(loss_scale: int) -> Picture:
+        return figures.gradient_sizes(gradients, loss_scale)
+
+    return Explorer(draw, loss_scale=_select("loss scale", 1, [2**power for power in range(0, 33, 2)]))
 
 
 def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
@@ -205,16 +223,43 @@ def schedule(recipe: Recipe) -> Explorer:
     )
 
 
-def averaging(decay: float = 0.95, every: int = 5, *, values: Sequence[float] | None = None) -> Explorer:
-    """Explore how far back an exponential moving average looks, on a random curve or on `values`, one a step."""
+def newton_schulz(matrices: Mapping[str, Tensor]) -> Explorer:
+    """Explore what Newton-Schulz iterations make of the singular values of `matrices`, float (m, n), by their names."""
 
-    def draw(decay: float, every: int) -> Picture:
-        return figures.ema_horizon(decay, every, values=values)
+    def draw(matrix: str, steps: int) -> Picture:
+        return figures.newton_schulz(matrices[matrix], steps)
 
     return Explorer(
         draw,
-        decay=_real("ema_decay", decay, 0.0, 0.999, 0.001, ".3f"),
+        matrix=_control(ipywidgets.Dropdown, "matrix", value=next(iter(matrices)), options=list(matrices)),
+        steps=_whole("iterations", 3, 0, 10),
+    )
+
+
+def averaging(decay: float = 0.99, every: int = 5, *, values: Sequence[float] | None = None) -> Explorer:
+    """Explore how far back an exponential moving average looks, on a random curve or on `values`, one a step.
+
+    `decay` is a recipe's `ema_decay`, of one step: an update after `every` steps keeps `decay**every`.
+    """
+
+    def draw(decay: float, every: int) -> Picture:
+        return figures.ema_horizon(decay**every, every, values=values)
+
+    return Explorer(
+        draw,
+        decay=_real("ema_decay, a step", decay, 0.0, 0.999, 0.001, ".3f"),
         every=_whole("ema_every, steps", every, 1, 50),
+    )
+
+
+def averages_on_a_bowl(ema_decay: float = 0.9, lookahead_alpha: float = 0.5, every: int = 5) -> Explorer:
+    """Explore what EMA and Lookahead do to the way of two weights under noisy gradients."""
+    return Explorer(
+        figures.averages_on_a_bowl,
+        ema_decay=_real("ema_decay, a step", ema_decay, 0.0, 0.99, 0.01),
+        lookahead_alpha=_real("lookahead_alpha", lookahead_alpha, 0.05, 1.0, 0.05),
+        every=_whole("every, steps", every, 1, 20),
+        seed=_whole("seed of the noise", 0, 0, 20),
     )
 
 

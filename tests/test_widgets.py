@@ -160,6 +160,16 @@ def test_label_smoothing_moves_the_bars():
     assert targets == [pytest.approx([0.9, 0.1]), pytest.approx([0.75, 0.25])]
 
 
+def test_temperature_moves_the_confidence():
+    logits = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    explorer = widgets().calibration({"noise": logits}, logits.argmax(1), dataset="noise")
+    before, after = move(explorer, temperature=10.0)
+    assert [figure.get_suptitle().split()[-1] for figure in (before, after)] == ["1.00", "10.00"]
+    sure = [100 * (logits / temperature).softmax(1).amax(1).mean().item() for temperature in (1, 10)]
+    for figure, expected in zip((before, after), sure, strict=True):
+        assert f"noise: sure {expected:.1f} %, right 100.0 %" in figure.alt
+
+
 def test_alpha_moves_celu():
     before, after = move(widgets().activations(), celu_alpha=0.8)
     lowest = [figure.axes[0].get_lines()[1].get_ydata().min() for figure in (before, after)]
@@ -170,6 +180,13 @@ def test_the_number_is_rounded_anew():
     before, after = move(widgets().number_formats(), value=1e6)
     titles = [figure.axes[0].get_lines()[0].get_label() for figure in (before, after)]
     assert titles == ["float16: 1e-05 becomes 1.001e-05", "float16: 1e+06 becomes inf"]
+
+
+def test_the_loss_scale_moves_the_gradients():
+    explorer = widgets().loss_scale({"a": torch.tensor([1e-9, 1.0, 1.0, 1.0])})
+    before, after = move(explorer, loss_scale=2**10)
+    titles = [figure.axes[0].get_lines()[0].get_label() for figure in (before, after)]
+    assert titles == ["a: 25.0 % become 0", "a: 0.0 % become 0"]
 
 
 def test_group_size_marks_other_groups():
@@ -201,10 +218,27 @@ def test_the_schedule_keeps_the_recipe_s_and_moves_its_own():
     assert "flat_epochs=8.0 leaves no time" in explorer.message.value
 
 
+def test_iterations_move_the_singular_values():
+    matrices = {
+        name: torch.randn(rows, 12, generator=torch.Generator().manual_seed(0)) for name, rows in (("a", 4), ("b", 6))
+    }
+    before, after = move(widgets().newton_schulz(matrices), matrix="b", steps=0)
+    assert "4 x 12" in before.get_suptitle() and "6 x 12" in after.get_suptitle()
+    first, then = (line.get_ydata() for line in after.axes[1].get_lines()[1:3])
+    assert list(first) == pytest.approx(list(then), abs=1e-5)  # no iteration, no change
+
+
 def test_the_horizon_follows_the_decay():
     before, after = move(widgets().averaging(0.9, 2), decay=0.98)
     ages = [abs(figure.axes[0].get_lines()[0].get_xdata()[0]) for figure in (before, after)]
-    assert ages == [pytest.approx(18), pytest.approx(98)]
+    # The decay is a step's, and an average that is moved after every second one keeps its square.
+    assert ages == [pytest.approx(2 * kept / (1 - kept)) for kept in (0.9**2, 0.98**2)]
+
+
+def test_the_bowl_follows_its_sliders():
+    before, after = move(widgets().averages_on_a_bowl(), lookahead_alpha=1.0)
+    ways = [figure.axes[1].get_lines()[1].get_ydata().tolist() for figure in (before, after)]
+    assert ways[0] != ways[1] and ways[1] == pytest.approx(after.axes[1].get_lines()[0].get_ydata().tolist(), abs=1e-5)
 
 
 def test_workers_and_latency_move_the_prediction():
