@@ -119,7 +119,7 @@ def here(name: str | None = None) -> Scale:
 
 
 def _smoke(why: str) -> Scale:
-    recipe = replace(recipes.smoke(), n_shards=1, ghost_batch_size=40, epochs=4.0)
+    recipe = replace(recipes.smoke(), n_shards=1, ghost_batch_size=40)
     return Scale(
         name="smoke",
         why=why,
