@@ -27,8 +27,8 @@ from cifar_fast.model import activation
 from cifar_fast.optim import NEWTON_SCHULZ, Lookahead, lr_schedule, orthogonalise
 from cifar_fast.plan import Prediction, ring_all_reduce
 from cifar_fast.plots import TERMS, Picture
-from cifar_fast.recipe import Recipe
-from cifar_fast.report import hardware, mean_interval
+from cifar_fast.recipe import Recipe, Rung
+from cifar_fast.report import LADDER_2019, Record, hardware, mean_interval, percent, reaches, wilson_interval
 from cifar_fast.result import RunResult
 from cifar_fast.timing import speeds
 
@@ -792,6 +792,165 @@ def clocks(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Picture:
         f"{name}: {line['train_seconds']:.1f} s of training in {line['total_seconds']:.1f} s"
         for name, line in lines.items()
     )
+    return figure
+
+
+def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]], target: float = 0.94) -> Picture:
+    """Draw test accuracy over `train_seconds`, and when each run first reaches a target: what DAWNBench ranked.
+
+    Args:
+        runs: by name, at most five, of one data set: results, or lines of results.jsonl.
+        target: accuracy, 0 ... 1.
+
+    Returns:
+        The figure. A point is the end of an epoch; the open one, the last, has the recipe's test-time augmentation.
+    """
+    lines = {name: run.to_dict() if isinstance(run, RunResult) else run for name, run in runs.items()}
+    figure = Picture(figsize=(9, 4), layout="constrained")
+    axis = figure.subplots()
+    words = []
+    for (name, line), style in zip(lines.items(), SERIES, strict=False):
+        seconds = [epoch["train_seconds"] for epoch in line["epochs"]]
+        accuracies = [epoch["test_accuracy"] for epoch in line["epochs"]]
+        when = next((s for s, a in zip(seconds, accuracies, strict=True) if reaches(a, target)), None)
+        words.append(f"{name}: " + ("not reached" if when is None else f"after {when:.1f} s of {seconds[-1]:.1f} s"))
+        axis.plot(seconds, [100 * accuracy for accuracy in accuracies], label=words[-1], zorder=3, **style)
+        last = {"color": style["color"], "marker": style["marker"], "markerfacecolor": "white"}
+        axis.plot(seconds[-1], 100 * accuracies[-1], markersize=8, zorder=4, **last)
+        if when is not None:
+            axis.vlines(when, 0, 100 * target, color=style["color"], linestyle=style["linestyle"], linewidth=1)
+    axis.axhline(100 * target, color="black", linewidth=1)
+    axis.annotate(
+        f"target {percent(target)}", (0.01, 100 * target), xycoords=("axes fraction", "data"), xytext=(0, 3),
+        textcoords="offset points", fontsize=8,
+    )  # fmt: skip
+    lowest = min(epoch["test_accuracy"] for line in lines.values() for epoch in line["epochs"])
+    axis.set(xlabel="train_seconds", ylabel="test accuracy in %")
+    axis.set_xlim(left=0)
+    axis.set_ylim(100 * min(lowest, target) - 4, 101)
+    tidy(axis)
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
+    first = next(iter(lines.values()))
+    figure.suptitle(f"data set: {first['dataset']['name']}; {hardware(first['environment'])}", fontsize="medium")
+    figure.alt = f"Test accuracy over train_seconds; {percent(target)} is reached by " + "; ".join(words)
+    return figure
+
+
+def published_ladder(rungs: Sequence[Rung], seconds: Mapping[str, float] = LADDER_2019) -> Picture:
+    """Draw the published seconds of the ladder's rungs, and what each is made of: epochs, and seconds an epoch.
+
+    Args:
+        rungs: as `recipe.ladder` gives them, in order.
+        seconds: by the name of the rung's recipe; those that have none are not drawn.
+
+    Returns:
+        The figure. A rung that was retuned bears the titles of all rungs since the one drawn before it.
+    """
+    drawn: list[tuple[str, float, float]] = []
+    titles: list[str] = []
+    for rung in rungs:
+        titles += [rung.title] if rung.kind != "retune" else []
+        if rung.recipe.name in seconds:
+            drawn.append((" + ".join(titles), seconds[rung.recipe.name], rung.recipe.epochs))
+            titles = []
+    figure = Picture(figsize=(9.4, 1.2 + 0.42 * len(drawn)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    rows = range(len(drawn))
+    left.barh(rows, [time for _, time, _ in drawn], 0.65, color=BLUE)
+    for row, (_, time, epochs) in enumerate(drawn):
+        left.text(time, row, f" {time:g} s = {epochs:g} epochs x {time / epochs:.2f} s", va="center", fontsize=8)
+    left.set_yticks(rows, [textwrap.fill(name, 44) for name, _, _ in drawn], fontsize=8)
+    left.set(xlabel="seconds on one V100, as published", xlim=(0, 1.5 * max(time for _, time, _ in drawn)))
+    left.set_ylim(len(drawn) - 0.5, -0.5)
+    start = drawn[0]
+    for values, name, style in (
+        ([100 * epochs / start[2] for _, _, epochs in drawn], "epochs", SERIES[0]),
+        ([100 * time / epochs * start[2] / start[1] for _, time, epochs in drawn], "seconds an epoch", SERIES[1]),
+    ):
+        right.plot(values, rows, label=name, **style)
+    right.set(xlabel="% of the first rung's", xlim=(0, 112))
+    right.legend(fontsize="small", loc="upper left")
+    for axis in (left, right):
+        tidy(axis)
+    figure.suptitle("Page 2019: each rung reaches 94.1 % (mean of 50 runs)", fontsize="medium")
+    figure.alt = (
+        f"The ladder falls from {start[1]:g} s ({start[2]:g} epochs) to {drawn[-1][1]:g} s ({drawn[-1][2]:g} epochs) "
+        f"in {len(drawn) - 1} steps"
+    )
+    return figure
+
+
+def records(published: Sequence[Record]) -> Picture:
+    """Draw published times to 94 %, a row each, the oldest at the top; the axis of seconds is logarithmic.
+
+    Args:
+        published: at least one, for instance `report.RECORDS`.
+
+    Returns:
+        The figure; marker and colour tell what each was measured on.
+    """
+    kinds = list(dict.fromkeys(record.hardware.split()[-1] for record in published))
+    figure = Picture(figsize=(9.4, 1.3 + 0.3 * len(published)), layout="constrained")
+    axis = figure.subplots()
+    for kind, style in zip(kinds, SERIES, strict=False):
+        rows = [i for i, record in enumerate(published) if record.hardware.split()[-1] == kind]
+        axis.scatter(
+            [published[i].seconds for i in rows], rows, s=50, color=style["color"], marker=style["marker"],
+            label=kind, zorder=3,
+        )  # fmt: skip
+    for row, record in enumerate(published):
+        hours = record.seconds >= 3600
+        time = f"{record.seconds / 3600:g} h" if hours else f"{record.seconds:g} s"
+        place: dict[str, Any] = {"xytext": (-9, 0), "ha": "right"} if hours else {"xytext": (9, 0), "ha": "left"}
+        axis.annotate(
+            f"{time}, {record.hardware}", (record.seconds, row), textcoords="offset points", va="center", fontsize=8,
+            **place,
+        )  # fmt: skip
+    axis.set(xscale="log", xlabel="seconds, logarithmic", ylim=(len(published) - 0.5, -0.5))
+    axis.margins(x=0.12)
+    axis.set_yticks(range(len(published)), [f"{record.system} ({record.year})" for record in published], fontsize=8)
+    tidy(axis)
+    axis.legend(fontsize="small", loc="upper right" if len(published) < 6 else "lower right")
+    figure.suptitle("published times of training to 94 %, each by its own clock", fontsize="medium")
+    fastest = min(published, key=lambda record: record.seconds)
+    figure.alt = f"{len(published)} published times to 94 %; the shortest is {fastest.seconds:g} s, {fastest.system}"
+    return figure
+
+
+def share_intervals(share: float, n: int, *, most: int = 1000) -> Picture:
+    """Draw how well a share is known after so many runs: Wilson's 95 % interval, and the textbook's for comparison.
+
+    Args:
+        share: of runs that reached the target, 0 ... 1.
+        n: runs, marked; 1 ... `most`.
+        most: end of the axis of runs.
+
+    Returns:
+        The figure. The textbook's interval (share +- 1.96 standard errors) leaves 0 ... 1 where n is small.
+    """
+    if not (0 <= share <= 1 and 1 <= n <= most):
+        raise UserError(f"share={share} must be 0 ... 1 and n={n} must be 1 ... {most}")
+    runs = sorted({round(x) for x in np.geomspace(1, most, 200)})
+    wilson = np.array([wilson_interval(share * count, count) for count in runs])
+    error = 1.96 * np.sqrt(share * (1 - share) / np.array(runs))
+    figure = Picture(figsize=(9, 3.8), layout="constrained")
+    axis = figure.subplots()
+    axis.fill_between(runs, 100 * wilson[:, 0], 100 * wilson[:, 1], color=BLUE, alpha=0.25, label="Wilson's interval")
+    for sign in (-1, 1):
+        label = "share \u00b1 1.96 standard errors" if sign > 0 else "_"
+        axis.plot(runs, 100 * (share + sign * error), color=VERMILION, linestyle="--", label=label)
+    axis.axhline(100 * share, color="black", linewidth=0.8)
+    low, high = wilson_interval(share * n, n)
+    axis.plot([n, n], [100 * low, 100 * high], color="black", linewidth=2.5, solid_capstyle="butt", zorder=3)
+    axis.plot(n, 100 * share, "D", color="black", markersize=6, zorder=3)
+    axis.set(xscale="log", xlabel="runs, logarithmic", ylabel="runs at the target in %", ylim=(-20, 120))
+    for edge in (0, 100):
+        axis.axhline(edge, color=GREY, linestyle=":", linewidth=1)
+    axis.legend(fontsize="small", loc="lower right")
+    tidy(axis)
+    words = f"{percent(share)} of {n} runs: 95 % interval {100 * low:.1f} to {100 * high:.1f} %"
+    figure.suptitle(words, fontsize="medium")
+    figure.alt = f"Two intervals of a share over the number of runs; {words}"
     return figure
 
 

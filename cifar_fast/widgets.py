@@ -15,7 +15,7 @@ from cifar_fast.model import Network
 from cifar_fast.plots import Picture, learning_curve
 from cifar_fast.recipe import CHOICES, Recipe
 from cifar_fast.report import percent
-from cifar_fast.result import EpochResult
+from cifar_fast.result import EpochResult, RunResult
 
 try:
     import ipywidgets
@@ -260,6 +260,28 @@ def averages_on_a_bowl(ema_decay: float = 0.9, lookahead_alpha: float = 0.5, eve
         lookahead_alpha=_real("lookahead_alpha", lookahead_alpha, 0.05, 1.0, 0.05),
         every=_whole("every, steps", every, 1, 20),
         seed=_whole("seed of the noise", 0, 0, 20),
+    )
+
+
+def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Explorer:
+    """Explore when `runs` first reach a target accuracy, by the clock that DAWNBench counts."""
+    epochs = [e for run in runs.values() for e in (run.to_dict() if isinstance(run, RunResult) else run)["epochs"]]
+    best = 100 * max(epoch["test_accuracy"] for epoch in epochs)
+
+    def draw(target: float) -> Picture:
+        return figures.time_to_accuracy(runs, target / 100)
+
+    return Explorer(draw, target=_real("target, %", round(0.9 * best, 1), 0.0, 100.0, 0.1, ".1f"))
+
+
+def share_intervals(share: float = 0.82, n: int = 50) -> Explorer:
+    """Explore how well the share of runs that reach a target is known after n runs; the start is Apple's 41 of 50."""
+
+    def draw(share: float, n: int) -> Picture:
+        return figures.share_intervals(share / 100, n)
+
+    return Explorer(
+        draw, share=_real("at the target, %", 100 * share, 0.0, 100.0, 1.0, ".0f"), n=_whole("runs", n, 1, 500)
     )
 
 

@@ -18,8 +18,8 @@ from cifar_fast.evaluate import calibration
 from cifar_fast.layers import GhostBatchNorm
 from cifar_fast.optim import orthogonalise
 from cifar_fast.plan import Link, StepCosts, StepPoint, predict
-from cifar_fast.recipe import Recipe, apple_8gpu, page_2019
-from cifar_fast.report import mean_interval
+from cifar_fast.recipe import Recipe, apple_8gpu, ladder, page_2019
+from cifar_fast.report import LADDER_2019, RECORDS, mean_interval, wilson_interval
 from cifar_fast.result import EpochResult, RunResult
 
 CLASSES = ("cat", "dog", "ship")
@@ -357,6 +357,58 @@ def test_the_clocks_add_up_to_the_whole():
     assert [bar.get_x() for bar in axes.containers[2]] == [13, 13]
     assert axes.texts[0].get_text() == " 10.0 of 15.5 s" and axes.get_xlabel() == "seconds"
     assert "data set: CIFAR-10" in figure.get_suptitle()
+
+
+def epochs(*points: tuple[float, float]) -> list[dict[str, Any]]:
+    return [{"train_seconds": seconds, "test_accuracy": accuracy} for seconds, accuracy in points]
+
+
+def test_a_run_reaches_its_target_at_the_end_of_the_first_epoch_that_does():
+    line = runs([0.9], [10])[0]
+    up_and_down = line | {"epochs": epochs((2, 0.5), (4, 0.94), (6, 0.93))}
+    below = line | {"epochs": epochs((3, 0.4), (6, 0.9399))}
+    figure = figures.time_to_accuracy({"a": up_and_down, "b": below}, 0.94)
+    (axes,) = figure.axes
+    assert list(axes.get_lines()[0].get_ydata()) == [50, 94, 93]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a: after 4.0 s of 6.0 s", "b: not reached"]
+    (drop,) = axes.collections  # one vertical line, where the target is reached
+    assert drop.get_segments()[0][0][0] == 4
+    assert axes.get_ylabel() == "test accuracy in %" and "data set: CIFAR-10" in figure.get_suptitle()
+
+
+# --- what others published ---
+
+
+def test_the_published_ladder_splits_seconds_into_epochs_and_seconds_an_epoch():
+    figure = figures.published_ladder(ladder())
+    left, right = figure.axes
+    assert [bar.get_width() for bar in left.containers[0]] == list(LADDER_2019.values())
+    shares = {line.get_label(): line.get_xdata() for line in right.get_lines()}
+    products = shares["epochs"] * shares["seconds an epoch"] / 100
+    assert products == pytest.approx([100 * seconds / 75 for seconds in LADDER_2019.values()])
+    titles = [" ".join(text.get_text().split()) for text in left.get_yticklabels()]
+    assert titles[7] == "frozen batch-norm scales + faster biases"  # published together
+    assert "75 s (24 epochs) to 26 s (10 epochs) in 10 steps" in figure.alt
+
+
+def test_records_stand_at_their_seconds_by_the_kind_of_hardware():
+    figure = figures.records(RECORDS)
+    (axes,) = figure.axes
+    places = {(x, y) for marks in axes.collections for x, y in marks.get_offsets().tolist()}
+    assert places == {(record.seconds, row) for row, record in enumerate(RECORDS)}
+    assert labels(axes) == ["vCPU", "V100", "A100"]
+    assert "Hiverge" in figure.alt and axes.get_xscale() == "log"
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    figure = figures.share_intervals(0.82, 50)
+    mark = next(line for line in figure.axes[0].get_lines() if line.get_linewidth() == 2.5)
+    assert list(mark.get_ydata()) == pytest.approx([100 * end for end in wilson_interval(41, 50)])
+    assert "82.00 % of 50 runs" in figure.alt
+    with pytest.raises(UserError, match=r"share=1\.5"):
+        figures.share_intervals(1.5, 50)
+    with pytest.raises(UserError, match="n=0"):
+        figures.share_intervals(0.5, 0)
 
 
 # --- the ring ---

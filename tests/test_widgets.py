@@ -241,6 +241,20 @@ def test_the_bowl_follows_its_sliders():
     assert ways[0] != ways[1] and ways[1] == pytest.approx(after.axes[1].get_lines()[0].get_ydata().tolist(), abs=1e-5)
 
 
+def test_a_lower_target_is_reached_earlier():
+    accuracies = [{"train_seconds": 2.0 * i, "test_accuracy": 0.2 * i} for i in (1, 2, 3)]
+    line = {"epochs": accuracies, "dataset": {"name": "CIFAR-10"}, "environment": {"gpu": "V100"}}
+    before, after = move(widgets().time_to_accuracy({"a": line}), target=30.0)
+    assert "a: after 6.0 s of 6.0 s" in before.alt and "a: after 4.0 s of 6.0 s" in after.alt
+    assert "target 30.00 %" in after.axes[0].texts[0].get_text()
+
+
+def test_more_runs_narrow_the_interval():
+    before, after = move(widgets().share_intervals(), n=200)
+    assert "82.00 % of 50 runs: 95 % interval 69.2 to 90.2 %" in before.alt
+    assert "82.00 % of 200 runs: 95 % interval 76.1 to 86.7 %" in after.alt
+
+
 def test_workers_and_latency_move_the_prediction():
     explorer = widgets().workers(COSTS, recipe.apple_8gpu(), 50_000, 10_000, LINK)
     assert list(explorer.controls["world_size"].options) == [1, 2, 4, 8]
