@@ -166,9 +166,9 @@ def calibration(
     left.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
     right.set(xlabel="confidence", ylabel="images in %", xlim=(0, 1.03))
     right.set_ylim(0, 1.35 * right.dataLim.y1)  # room for the legend
-    for axis in (left, right):
+    for axis, place in ((left, "lower right"), (right, "upper right")):
         tidy(axis)
-        axis.legend(fontsize="small", loc="upper left")
+        axis.legend(fontsize="small", loc=place)
     figure.suptitle(f"data set: {dataset}, {len(labels):,} images; temperature {temperature:.2f}", fontsize="medium")
     figure.alt = f"Confidence and accuracy at temperature {temperature:.2f}; " + "; ".join(words)
     return figure
