@@ -110,20 +110,23 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     """Return the recipe's optimisers; each parameter group has its `peak_lr`, and those of the whitening bias
     `stop_epoch`.
 
-    Weights and biases are groups of their own. Under `muon` the convolutions' filters are Muon's, the rest SGD's.
+    Weights and biases are groups of their own. Under `muon` the convolutions' filters are Muon's, the rest SGD's, and
+    batch norm's scales, where they are learned, go with its biases.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = [p for name, p in trained.items() if not name.endswith("bias")]
     whitening = [p for name, p in trained.items() if name.endswith("whiten.bias")]
     biases = [p for name, p in trained.items() if name.endswith("bias") and not name.endswith("whiten.bias")]
     filters = [p for p in weights if p.ndim == 4] if recipe.optimizer == "muon" else []
-    others = [p for p in weights if not any(p is f for f in filters)]
+    # Beside Muon `peak_lr` is the rate of the head alone, at which scales end training within a few steps.
+    scales = [p for p in weights if p.ndim == 1] if recipe.optimizer == "muon" else []
+    others = [p for p in weights if not any(p is taken for taken in (*filters, *scales))]
     slow = {"lr": recipe.peak_lr, "weight_decay": recipe.weight_decay}
     fast = {
         "lr": recipe.peak_lr * recipe.bias_lr_scale,
         "weight_decay": recipe.weight_decay * recipe.bias_weight_decay_scale,
     }
-    groups: list[dict[str, Any]] = [{"params": others, **slow}, {"params": biases, **fast}]
+    groups: list[dict[str, Any]] = [{"params": others, **slow}, {"params": [*biases, *scales], **fast}]
     if whitening:
         groups.append({"params": whitening, **fast, "stop_epoch": recipe.whitening_bias_epochs})
     optimizers: list[torch.optim.Optimizer] = [

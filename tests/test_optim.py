@@ -139,6 +139,15 @@ def test_muon_takes_the_filters_and_sgd_the_rest() -> None:
     assert names_of(model, whitening["params"]) == {"layers.whiten.bias"}
 
 
+def test_beside_muon_learned_scales_go_with_the_biases_and_not_at_the_rate_of_the_head() -> None:
+    model = build(replace(TINY_MUON, freeze_bn_scale=False))
+    sgd, _ = build_optimizers(model, replace(TINY_MUON, freeze_bn_scale=False))
+    head, norms, _ = sgd.param_groups
+    assert names_of(model, head["params"]) == {"layers.linear.weight"}
+    learned = {name for name, _ in model.named_parameters() if "norm." in name}
+    assert names_of(model, norms["params"]) == learned and any(name.endswith("norm.weight") for name in learned)
+
+
 def test_every_group_follows_the_schedule_and_the_whitening_bias_its_own() -> None:
     model = build(TINY_MUON)
     optimizers, schedule = build_optimizers(model, TINY_MUON), PiecewiseLinear((0.0, 10.0), (1.0, 0.0))
