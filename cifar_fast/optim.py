@@ -36,6 +36,10 @@ def lr_schedule(recipe: Recipe) -> PiecewiseLinear:
     return PiecewiseLinear(knots, (recipe.start_lr_fraction, 1.0, recipe.final_lr_fraction))
 
 
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""The quintic's coefficients, which favour the slope at zero over convergence to 1. Source: as `orthogonalise`."""
+
+
 @torch.no_grad()
 def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
     """Return the matrices, (B, m, n), with their singular values brought near 1 by `steps` Newton-Schulz iterations,
@@ -44,13 +48,21 @@ def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
     The quintic's coefficients favour the slope at zero over convergence: the singular values end within about 0.5 ...
     1.5. Source: Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = NEWTON_SCHULZ
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     for _ in range(steps):
         gram = x @ x.mT  # (B, m, m) with m <= n: the smaller of the two products
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x if matrices.shape[1] <= matrices.shape[2] else x.mT
+
+
+def newton_schulz(values: Tensor, steps: int, coefficients: tuple[float, float, float] = NEWTON_SCHULZ) -> Tensor:
+    """Return what `steps` iterations make of singular `values`, 0 ... 1, any shape: the polynomial, again and again."""
+    a, b, c = coefficients
+    for _ in range(steps):
+        values = a * values + b * values**3 + c * values**5
+    return values
 
 
 class Muon(torch.optim.Optimizer):
