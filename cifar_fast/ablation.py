@@ -178,6 +178,18 @@ def results_folder() -> Path:
     raise RunError(f"neither {clone} nor {RESULTS} is there; install the package anew, or clone the repository")
 
 
+def filed(name: str) -> list[dict[str, Any]]:
+    """Return the runs in the folder `name` of `results_folder()`, each as `RunResult.to_dict()` gives it.
+
+    Raises `RunError` when there are none; the folder's README tells which of their clocks may be cited.
+    """
+    path = results_folder() / name / "results.jsonl"
+    if not path.exists():
+        there = ", ".join(sorted(file.parent.name for file in results_folder().glob("*/results.jsonl")))
+        raise RunError(f"no runs are filed as {name!r}; there are {there}")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def measured(*arms: str, folder: Path | str | None = None) -> Ablation | None:
     """Return what `benchmarks/ablation.py` has filed of the recipe as it is and of `arms`, or None where one is
     missing.

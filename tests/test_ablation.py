@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 from cifar_fast import recipe as recipes
-from cifar_fast.ablation import tta_ablation
+from cifar_fast.ablation import filed, tta_ablation
 from cifar_fast.data import Dataset
+from cifar_fast.errors import RunError
 from cifar_fast.evaluate import evaluate
 from cifar_fast.train import train
 
@@ -26,3 +27,11 @@ def test_ways_to_evaluate_are_compared_on_the_same_networks(tiny_data: Dataset):
     # The recipe evaluates with flip itself.
     assert [run["loss"] for run in runs.arms["tta=flip"]] == pytest.approx([result.loss for result in results])
     assert runs.arms["tta=none"][0]["loss"] != runs.arms["tta=flip_shift"][0]["loss"]
+
+
+def test_filed_runs_are_read_by_the_name_of_their_folder():
+    runs = filed("apple_8gpu")
+    assert runs and {run["recipe"]["name"] for run in runs} == {"apple_8gpu"}
+    assert all(0.9 < run["accuracy"] < 1 and run["epochs"] for run in runs)
+    with pytest.raises(RunError, match="no runs are filed as 'apple'; there are .*apple_8gpu, .*page_2019"):
+        filed("apple")
