@@ -247,14 +247,15 @@ def pool_positions(convolved: Tensor, *, dataset: str) -> Picture:
     axis = figure.subplots()
     edges, words = torch.linspace(-3, 4, 71), []
     for (position, values), style in zip(seen.items(), SERIES, strict=False):
-        words.append(f"{position}: {100 * (values > 0).double().mean():.1f} % above 0, mean {values.mean() + 0.0:.2f}")
+        above, mean = (values > 0).double().mean(), round(values.mean().item(), 2) + 0.0  # no -0.00
+        words.append(f"{position}: {100 * above:.1f} % above 0, mean {mean:.2f}")
         shares = torch.histogram(values.flatten().cpu(), edges).hist / values.numel()
         axis.stairs(
             100 * shares, edges, color=style["color"], linestyle=style["linestyle"], linewidth=2, label=words[-1]
         )
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set(xlabel="what enters the activation, in standard deviations of what the norm saw", ylabel="share in %")
-    axis.set(xlim=(-3, 4))
+    axis.set(xlim=(-3, 4), ylim=(0, 1.45 * axis.dataLim.y1))  # room for the legend
     axis.legend(fontsize="small", loc="upper right", title="pool_position")
     tidy(axis)
     figure.suptitle(f"data set: {dataset}, {len(x)} images", fontsize="medium")
@@ -313,6 +314,104 @@ def group_statistics(activations: Tensor, group_size: int | None = None, *, data
     figure.suptitle(f"data set: {dataset}, a batch of {n} images, channel {channel}", fontsize="medium")
     found = found or ["the smaller the group, the more its mean and variance scatter"]
     figure.alt = f"Means and variances of groups of {min(sizes)} to {n} images: {found[0]}"
+    return figure
+
+
+def scaled_activation(
+    values: Tensor, scale: float = 0.25, bias: float = -0.1, *, celu_alpha: float = 0.075, dataset: str
+) -> Picture:
+    """Draw what CELU makes of a normalised channel with a scale and without, and what the next batch norm makes of
+    both.
+
+    Args:
+        values: float, any shape: what batch norm puts out before its scale and bias.
+        scale: batch norm's scale.
+        bias: its bias.
+        celu_alpha: alpha of CELU behind them.
+        dataset: name of the data set.
+
+    Returns:
+        The figure. Without a scale, bias and alpha are divided by it instead. Left: the two functions, one `scale`
+        times the other, over a histogram of the values. Right: both minus their mean over the values and divided by
+        their standard deviation: the same.
+
+    Raises:
+        UserError: a scale or an alpha that is not above 0.
+    """
+    if scale <= 0 or celu_alpha <= 0:
+        raise UserError(f"scale={scale} and celu_alpha={celu_alpha} must be above 0")
+    values = values.detach().double().flatten()
+    x = torch.linspace(-3, 3, 121, dtype=torch.float64)
+    figure = Picture(figsize=(9.4, 3.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    ways = {
+        f"scale {scale:.3g}, bias {bias:.3g}, alpha {celu_alpha:.3g}": (scale, bias, celu_alpha),
+        f"scale 1, bias {bias / scale:.3g}, alpha {celu_alpha / scale:.3g} (no scale)": (
+            1.0,
+            bias / scale,
+            celu_alpha / scale,
+        ),
+    }
+    for number, (name, (gamma, beta, alpha)) in enumerate(ways.items()):
+        y, of_values = (F.celu(gamma * one + beta, alpha) for one in (x, values))
+        next_norm = (y - of_values.mean()) / of_values.std(correction=0)
+        style = SERIES[number]
+        line = style | {"marker": "", "linewidth": 2}
+        left.plot(x, y, label=name, **line)
+        # The second curve lies on the first: it is drawn as markers alone.
+        right.plot(x, next_norm, **(style | {"linestyle": "", "markevery": 6} if number else line))
+    passed = (scale * values + bias > 0).double().mean().item()
+    shares = left.twinx()
+    shares.hist(values.clamp(-3, 3), bins=48, range=(-3, 3), color="#CCCCCC")
+    shares.set(yticks=[], ylim=(0, 2.5 * shares.get_ylim()[1]))
+    shares.spines[["top", "right"]].set_visible(False)
+    shares.set_zorder(left.get_zorder() - 1)
+    left.patch.set_visible(False)
+    left.bar(0, 0, color="#CCCCCC", label="how often a value occurs")
+    left.set(xlabel="value after normalisation", ylabel="output of CELU", title="with a scale, and without")
+    right.set(xlabel="value after normalisation", ylabel="in standard deviations", title="after the next norm")
+    for axis in (left, right):
+        tidy(axis)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.suptitle(f"data set: {dataset}; {100 * passed:.0f} % of the values reach above zero", fontsize="medium")
+    figure.alt = f"CELU with {' and with '.join(ways)}: curves of one shape, and after the next norm one curve"
+    return figure
+
+
+def norm_parameters(networks: Mapping[str, nn.Module], which: str = "bias") -> Picture:
+    """Draw the biases, or the scales, of every batch norm of some networks: a dot a channel.
+
+    Args:
+        networks: by name, at most five of the same layers.
+        which: `bias` or `weight`, which is batch norm's scale.
+
+    Returns:
+        The figure; a black bar is the mean of a norm's channels.
+    """
+    figure = Picture(figsize=(9.4, 3.9), layout="constrained")
+    axis = figure.subplots()
+    names: list[str] = []
+    found = []
+    for number, ((title, network), style) in enumerate(zip(networks.items(), SERIES, strict=False)):
+        norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
+        values = [getattr(module, which).detach().float().cpu() for module in norms.values()]
+        names = [name.removeprefix("layers.").removesuffix(".norm").replace(".", "\n") for name in norms]
+        for place, some in enumerate(values):
+            # Channels side by side, so that dots of like values do not hide each other.
+            beside = place - 0.4 + 0.8 * (number + 0.15 + 0.7 * torch.linspace(0, 1, len(some))) / len(networks)
+            axis.scatter(beside, some, s=14, alpha=0.6, linewidth=0, color=style["color"], marker=style["marker"])
+            axis.hlines(some.mean(), beside.min(), beside.max(), color="black", linewidth=1.5, zorder=3)
+        every = torch.cat(values)
+        found.append(f"{title}: mean {every.mean():.3f}, root mean square {every.square().mean().sqrt():.3f}")
+        axis.scatter([], [], color=style["color"], marker=style["marker"], s=24, label=found[-1])
+    word, start = {"bias": ("bias", 0.0), "weight": ("scale", 1.0)}[which]
+    axis.axhline(start, color="black", linewidth=0.8, linestyle="--", label="at the start")
+    axis.set(ylabel=f"{word} of a channel", xlim=(-0.6, len(names) - 0.4))
+    axis.set_xticks(range(len(names)), names, fontsize="small")
+    tidy(axis)
+    figure.legend(loc="outside lower center", ncols=1 + (len(found) > 1), fontsize="small")
+    figure.suptitle(f"the {word} of every channel of every batch norm, from the input to the output", fontsize="medium")
+    figure.alt = f"Learned {word} of each batch norm's channels: {'; '.join(found)}"
     return figure
 
 
@@ -736,7 +835,9 @@ def ablation(runs: Mapping[str, Sequence[RunResult | Mapping[str, Any]]]) -> Pic
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set(xlabel="test accuracy in %", ylim=(len(arms) - 0.35, -0.45))
-    axes[0].set_yticks(range(len(arms)), [textwrap.fill(name, 24) for name in arms])
+    # Too long a name breaks behind its equals sign, not within a word.
+    names = [textwrap.fill(name.replace("=", "= "), 24).replace("= ", "=") for name in arms]
+    axes[0].set_yticks(range(len(arms)), names)
     axes[1].set(xlabel="train_seconds")
     figure.suptitle(f"data set: {first['dataset']['name']}; {hardware(first['environment'])}", fontsize="medium")
     figure.alt = f"Accuracy and train_seconds of {' and '.join(arms)}" + (f"; {'; '.join(words)}" if words else "")

@@ -192,6 +192,20 @@ def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
     )
 
 
+def scaled_activation(values: Tensor, *, dataset: str) -> Explorer:
+    """Explore scale and bias of a batch norm and the alpha of the CELU behind them, on normalised `values`, float."""
+
+    def draw(scale: float, bias: float, celu_alpha: float) -> Picture:
+        return figures.scaled_activation(values, scale, bias, celu_alpha=celu_alpha, dataset=dataset)
+
+    return Explorer(
+        draw,
+        scale=_powers("scale", 0.25, -1.5, 0.5, ".2f"),
+        bias=_real("bias", -0.1, -1.0, 1.0, 0.05),
+        celu_alpha=_real("celu_alpha", 0.075, 0.025, 1.0, 0.025, ".3f"),
+    )
+
+
 def whitening(images: Tensor, *, dataset: str) -> Explorer:
     """Explore spectrum and covariance of the patches of normalised `images` (N, 3, H, W) by patch size and eps."""
 

@@ -196,6 +196,47 @@ def test_a_group_that_does_not_divide_the_batch_is_refused():
         figures.group_statistics(torch.zeros(16, 1, 2, 2), 5, dataset="zeros")
 
 
+# --- scales and biases of batch norm ---
+
+
+def test_without_a_scale_the_curve_is_larger_and_after_the_next_norm_the_same():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    left, right, _ = figures.scaled_activation(values, 0.5, 0.2, celu_alpha=0.1, dataset="noise").axes
+    scaled, unscaled = (line.get_ydata() for line in left.get_lines())
+    x = torch.linspace(-3, 3, 121, dtype=torch.float64)
+    assert scaled == pytest.approx(F.celu(0.5 * x + 0.2, 0.1).numpy())
+    assert unscaled == pytest.approx(F.celu(x + 0.4, 0.2).numpy()) and unscaled == pytest.approx(2 * scaled)
+    outputs = F.celu(values.double() + 0.4, 0.2)
+    expected = (unscaled - outputs.mean().item()) / outputs.std(correction=0).item()
+    assert len(right.get_lines()) == 2
+    for line in right.get_lines():
+        assert line.get_ydata() == pytest.approx(expected)
+    share = (values > -0.4).double().mean().item()
+    assert f"{100 * share:.0f} % of the values reach above zero" in left.get_figure().get_suptitle()
+
+
+def test_a_scale_of_zero_is_refused():
+    with pytest.raises(UserError, match="scale=0.0 and celu_alpha=0.1 must be above 0"):
+        figures.scaled_activation(torch.zeros(2), 0.0, celu_alpha=0.1, dataset="zeros")
+
+
+@pytest.mark.parametrize(("which", "word"), [("bias", "bias"), ("weight", "scale")])
+def test_every_channel_of_every_norm_is_a_dot(which, word):
+    networks = {}
+    for name, value in (("first", 0.5), ("second", -2.0)):
+        networks[name] = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        for norm in (networks[name][0], networks[name][2]):
+            getattr(norm, which).data.copy_(value * torch.arange(norm.num_features))
+    figure = figures.norm_parameters(networks, which)
+    (axes,) = figure.axes
+    dots = [one.get_offsets() for one in axes.collections if len(one.get_offsets()) > 1]
+    drawn = sorted(float(y) for some in dots for y in some[:, 1])
+    assert drawn == sorted(value * i for value in (0.5, -2.0) for count in (3, 4) for i in range(count))
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "2"]
+    assert axes.get_ylabel() == f"{word} of a channel"
+    assert "first: mean 0.643, root mean square 0.824" in figure.alt
+
+
 # --- schedules ---
 
 
@@ -323,6 +364,16 @@ def test_other_seeds_or_more_arms_give_no_difference():
     some = runs([0.9, 0.91], [10, 11])
     for arms in ({"a": some, "b": other}, {"a": some, "b": some, "c": runs([0.9], [10])}):
         assert [axes.get_title() for axes in figures.ablation(arms).axes] == ["", ""]
+
+
+def test_the_name_of_an_arm_breaks_behind_its_equals_sign():
+    names = ["label_smoothing=0", "pool_position=after_activation", "a name of several words in a row"]
+    figure = figures.ablation({name: runs([0.9, 0.91], [10, 11]) for name in names})
+    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [
+        "label_smoothing=0",
+        "pool_position=\nafter_activation",
+        "a name of several words\nin a row",
+    ]
 
 
 def test_results_are_drawn_like_their_lines():

@@ -199,6 +199,15 @@ def test_group_size_marks_other_groups():
     assert "4 group means with groups of 2" in after.alt
 
 
+def test_the_scale_moves_the_curve_and_not_what_the_next_norm_sees():
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    before, after = move(widgets().scaled_activation(values, dataset="noise"), scale=1.0, bias=-0.4, celu_alpha=0.3)
+    first, second = (figure.axes[0].get_lines()[0].get_ydata() for figure in (before, after))
+    assert second == pytest.approx(4 * first)
+    first, second = (figure.axes[1].get_lines()[0].get_ydata() for figure in (before, after))
+    assert second == pytest.approx(first)
+
+
 def test_eps_moves_the_whitened_spectrum(tiny_data):
     mean, std = (value[:, None, None] for value in pixel_statistics(tiny_data.train_images))
     images = (tiny_data.train_images[:20] - mean) / std
