@@ -56,7 +56,7 @@ def torchvision_transform(recipe: Recipe, mean: Tensor, std: Tensor) -> Callable
     return transforms.Compose(steps)
 
 
-def data_loader(data: Dataset, recipe: Recipe, *, workers: int = 0, seed: int = 0) -> DataLoader[tuple[Tensor, Tensor]]:
+def data_loader(data: Dataset, recipe: Recipe, *, workers: int = 0, seed: int = 0) -> DataLoader[tuple[Tensor, int]]:
     """Return a DataLoader over the training set, shuffled, in batches of the recipe's global batch.
 
     `workers`: processes that augment beside this one, which stay from epoch to epoch; 0: this one does it. `seed`: of

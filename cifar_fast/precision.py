@@ -124,3 +124,13 @@ def _evenly(values: Tensor, most: int) -> Tensor:
 def lost(gradients: Tensor, loss_scale: float = 1.0, dtype: torch.dtype = torch.float16) -> float:
     """Return the share of `gradients`, none of them 0, that become 0 in `dtype` when the loss is multiplied first."""
     return (gradients.double() * loss_scale).to(dtype).eq(0).double().mean().item()
+
+
+def rounding_error(gradients: Tensor, loss_scale: float = 1.0, dtype: torch.dtype = torch.float16) -> float:
+    """Return how far rounding to `dtype` moves `gradients`, relative to their length.
+
+    The loss is multiplied by `loss_scale` before, and the gradients are divided by it after the rounding.
+    """
+    wanted = gradients.double()
+    rounded = (wanted * loss_scale).to(dtype).double() / loss_scale
+    return ((rounded - wanted).norm() / wanted.norm()).item()

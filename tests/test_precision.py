@@ -92,3 +92,10 @@ def test_what_is_lost_is_what_rounds_to_zero() -> None:
     assert precision.lost(gradients, 2.0) == 0.25
     assert precision.lost(gradients, 4.0) == 0.0
     assert precision.lost(gradients, dtype=torch.bfloat16) == 0.0
+
+
+def test_a_loss_scale_lets_rounding_move_the_gradients_less() -> None:
+    gradients = torch.tensor([3 * 2.0**-26, 4 * 2.0**-26])  # of length 5 2^-26; 3 2^-26 is rounded to 4 2^-26
+    assert precision.rounding_error(gradients) == pytest.approx(1 / 5)
+    assert precision.rounding_error(gradients, 4.0) == 0.0
+    assert precision.rounding_error(gradients, dtype=torch.bfloat16) == 0.0
