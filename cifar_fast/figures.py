@@ -362,7 +362,7 @@ def scaled_activation(
         right.plot(x, next_norm, **(style | {"linestyle": "", "markevery": 6} if number else line))
     passed = (scale * values + bias > 0).double().mean().item()
     shares = left.twinx()
-    shares.hist(values.clamp(-3, 3), bins=48, range=(-3, 3), color="#CCCCCC")
+    shares.hist(values, bins=48, range=(-3, 3), color="#CCCCCC")
     shares.set(yticks=[], ylim=(0, 2.5 * shares.get_ylim()[1]))
     shares.spines[["top", "right"]].set_visible(False)
     shares.set_zorder(left.get_zorder() - 1)
