@@ -15,7 +15,7 @@ from cifar_fast.recipe import Recipe, changed_fields, ladder
 if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast import exercises, figures, galleries, plan, plots, scales
     from cifar_fast import widgets as widgets
-    from cifar_fast.ablation import Ablation, ablation, full_scale, measured, results_folder
+    from cifar_fast.ablation import Ablation, ablation, filed, full_scale, measured, results_folder
     from cifar_fast.benchmark import Benchmark, benchmark, load_benchmark
     from cifar_fast.data import Dataset, load_cifar10, load_or_synthetic, synthetic
     from cifar_fast.evaluate import evaluate
@@ -40,6 +40,7 @@ __all__ = [
     "evaluate",
     "exercises",
     "figures",
+    "filed",
     "full_scale",
     "galleries",
     "ladder",
@@ -65,6 +66,7 @@ _MODULES = ("exercises", "figures", "galleries", "plan", "plots", "scales", "wid
 _MODULE_OF = {
     "Ablation": "ablation",
     "ablation": "ablation",
+    "filed": "ablation",
     "full_scale": "ablation",
     "measured": "ablation",
     "results_folder": "ablation",

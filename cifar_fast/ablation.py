@@ -13,10 +13,12 @@ from tqdm.auto import tqdm
 
 from cifar_fast.data import Dataset
 from cifar_fast.errors import RunError, UserError
+from cifar_fast.evaluate import evaluate
 from cifar_fast.parallel import Trainer
-from cifar_fast.recipe import Recipe, changed_fields
+from cifar_fast.recipe import CHOICES, Recipe, changed_fields
 from cifar_fast.report import hardware, mean_interval, table
-from cifar_fast.result import EpochResult
+from cifar_fast.result import EpochResult, RunResult
+from cifar_fast.timing import Clock
 
 AS_IT_IS = "as it is"
 """The first arm's name."""
@@ -29,7 +31,7 @@ class Ablation:
     """Finished runs by the name of their arm; the first arm is what the others are compared with."""
 
     arms: dict[str, list[dict[str, Any]]]
-    """Each run as `RunResult.to_dict()` gives it."""
+    """Each run as `RunResult.to_dict()` gives it; clocks are None where other work shared the machine."""
 
     def difference(self, arm: str, field: str = "accuracy") -> tuple[float, tuple[float, float] | None]:
         """Return by how much `arm` exceeds the first arm, seed by seed: the mean, and its 95 % interval from n = 2 on.
@@ -55,13 +57,13 @@ class Ablation:
         rows = [("arm", "n", "accuracy", "train_seconds", "accuracy against the first arm, paired by seed")]
         for number, (name, runs) in enumerate(self.arms.items()):
             accuracies = [100 * run["accuracy"] for run in runs]
-            seconds = [run["train_seconds"] for run in runs]
+            seconds = [run["train_seconds"] for run in runs if run["train_seconds"] is not None]
             rows.append(
                 (
                     name,
                     str(len(runs)),
                     _spread(accuracies, "%"),
-                    _spread(seconds, "s"),
+                    _spread(seconds, "s") if len(seconds) == len(runs) else "not timed",
                     self._against_first(name) if number else "",
                 )
             )
@@ -146,6 +148,24 @@ def ablation(
     return Ablation(runs)
 
 
+def tta_ablation(results: Sequence[RunResult], data: Dataset, *, progress: bool = True) -> Ablation:
+    """Evaluate the networks of `results` in each way that test-time augmentation knows; nothing is trained again.
+
+    The first arm is `tta=none`. Each run is its training's, with accuracy, loss and `evaluate_seconds` of that way.
+    """
+    arms: dict[str, list[dict[str, Any]]] = {f"tta={tta}": [] for tta in CHOICES["tta"]}
+    with tqdm(total=len(results) * len(arms), desc=f"TTA on {data.name}", unit="way", disable=not progress) as bar:
+        for result in results:
+            for tta in CHOICES["tta"]:
+                clock = Clock(next(result.model.parameters()).device)
+                with clock.running():
+                    found = evaluate(result.model, data.test_images, data.test_labels, tta=tta)
+                now = {"accuracy": found.accuracy, "loss": found.loss, "evaluate_seconds": clock.seconds}
+                arms[f"tta={tta}"].append(result.to_dict() | now)
+                bar.update()
+    return Ablation(arms)
+
+
 def results_folder() -> Path:
     """Return the folder with what was measured at full scale: benchmarks/results of the clone, or the package's copy.
 
@@ -156,6 +176,18 @@ def results_folder() -> Path:
         if folder.is_dir():
             return folder
     raise RunError(f"neither {clone} nor {RESULTS} is there; install the package anew, or clone the repository")
+
+
+def filed(name: str) -> list[dict[str, Any]]:
+    """Return the runs in the folder `name` of `results_folder()`, each as `RunResult.to_dict()` gives it.
+
+    Raises `RunError` when there are none; the folder's README tells which of their clocks may be cited.
+    """
+    path = results_folder() / name / "results.jsonl"
+    if not path.exists():
+        there = ", ".join(sorted(file.parent.name for file in results_folder().glob("*/results.jsonl")))
+        raise RunError(f"no runs are filed as {name!r}; there are {there}")
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def measured(*arms: str, folder: Path | str | None = None) -> Ablation | None:

@@ -27,6 +27,40 @@ class Evaluation:
     """int64 (classes, classes): how many images of class [row] were taken for class [column]."""
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How sure a network is of its predictions beside how often they are right, by bins of its confidence."""
+
+    confidence: Tensor
+    """float64 (bins,): mean probability of the predicted class; not a number where the bin is empty."""
+    accuracy: Tensor
+    """float64 (bins,): share of these predictions that are right; likewise."""
+    count: Tensor
+    """int64 (bins,): images in the bin."""
+
+    @property
+    def error(self) -> float:
+        """Mean distance over the images between their bins' confidence and accuracy, 0 ... 1."""
+        return (
+            (self.confidence - self.accuracy).abs().nan_to_num() * self.count
+        ).sum().item() / self.count.sum().item()
+
+
+def calibration(probabilities: Tensor, labels: Tensor, n_bins: int = 10) -> Calibration:
+    """Compare the confidence of predictions, float (N, classes), with how often they hit int64 `labels` (N,).
+
+    The bins are equally wide. `error` is the expected calibration error of Guo, Pleiss, Sun and Weinberger, "On
+    calibration of modern neural networks", arXiv 1706.04599.
+    """
+    confidence, predicted = probabilities.double().max(1)
+    hits = (predicted == labels).double()
+    place = (confidence * n_bins).long().clamp(max=n_bins - 1)
+    count = torch.bincount(place, minlength=n_bins)
+    sums = (torch.bincount(place, weights=values, minlength=n_bins) for values in (confidence, hits))
+    mean_confidence, accuracy = (each / count for each in sums)
+    return Calibration(mean_confidence, accuracy, count)
+
+
 def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
     """Yield the views of `images` (N, C, H, W) that test-time augmentation averages, each with its weight; the weights
     sum to 1.

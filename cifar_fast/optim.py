@@ -36,6 +36,10 @@ def lr_schedule(recipe: Recipe) -> PiecewiseLinear:
     return PiecewiseLinear(knots, (recipe.start_lr_fraction, 1.0, recipe.final_lr_fraction))
 
 
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""The quintic's coefficients, which favour the slope at zero over convergence to 1. Source: as `orthogonalise`."""
+
+
 @torch.no_grad()
 def orthogonalise(matrices: Tensor, steps: int = 3, dtype: torch.dtype | None = None) -> Tensor:
     """Return the matrices, (B, m, n), with their singular values brought near 1 by `steps` Newton-Schulz iterations,
@@ -44,13 +48,21 @@ def orthogonalise(matrices: Tensor, steps: int = 3, dtype: torch.dtype | None = 
     The quintic's coefficients favour the slope at zero over convergence: the singular values end within about 0.5 ...
     1.5. Source: Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    a, b, c = NEWTON_SCHULZ
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     x = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype or matrices.dtype)  # none above 1
     for _ in range(steps):
         gram = x @ x.mT  # (B, m, m) with m <= n: the smaller of the two products
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x if matrices.shape[1] <= matrices.shape[2] else x.mT).to(matrices.dtype)
+
+
+def newton_schulz(values: Tensor, steps: int, coefficients: tuple[float, float, float] = NEWTON_SCHULZ) -> Tensor:
+    """Return what `steps` iterations make of singular `values`, 0 ... 1, any shape: the polynomial, again and again."""
+    a, b, c = coefficients
+    for _ in range(steps):
+        values = a * values + b * values**3 + c * values**5
+    return values
 
 
 class Muon(torch.optim.Optimizer):
@@ -115,8 +127,9 @@ def build_optimizers(model: nn.Module, recipe: Recipe, dtype: torch.dtype | None
     """Return the recipe's optimisers; each parameter group has its `peak_lr`, and those of the whitening bias
     `stop_epoch`.
 
-    Weights and biases are groups of their own. Under `muon` the convolutions' filters are Muon's, the rest SGD's; on a
-    GPU its Newton-Schulz iterations are computed in `dtype` if that is given, and SGD is one kernel.
+    Weights and biases are groups of their own. Under `muon` the convolutions' filters are Muon's, the rest SGD's, and
+    batch norm's scales, where they are learned, go with its biases. On a GPU Newton-Schulz iterations are computed in
+    `dtype` if that is given, and SGD is one kernel.
     """
     on_gpu = all(p.is_cuda for p in model.parameters())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -124,13 +137,15 @@ def build_optimizers(model: nn.Module, recipe: Recipe, dtype: torch.dtype | None
     whitening = [p for name, p in trained.items() if name.endswith("whiten.bias")]
     biases = [p for name, p in trained.items() if name.endswith("bias") and not name.endswith("whiten.bias")]
     filters = [p for p in weights if p.ndim == 4] if recipe.optimizer == "muon" else []
-    others = [p for p in weights if not any(p is f for f in filters)]
+    # Beside Muon `peak_lr` is the rate of the head alone, at which scales end training within a few steps.
+    scales = [p for p in weights if p.ndim == 1] if recipe.optimizer == "muon" else []
+    others = [p for p in weights if not any(p is taken for taken in (*filters, *scales))]
     slow = {"lr": recipe.peak_lr, "weight_decay": recipe.weight_decay}
     fast = {
         "lr": recipe.peak_lr * recipe.bias_lr_scale,
         "weight_decay": recipe.weight_decay * recipe.bias_weight_decay_scale,
     }
-    groups: list[dict[str, Any]] = [{"params": others, **slow}, {"params": biases, **fast}]
+    groups: list[dict[str, Any]] = [{"params": others, **slow}, {"params": [*biases, *scales], **fast}]
     if whitening:
         groups.append({"params": whitening, **fast, "stop_epoch": recipe.whitening_bias_epochs})
     optimizers: list[torch.optim.Optimizer] = [

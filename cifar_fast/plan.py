@@ -117,6 +117,25 @@ def link_all_reduce_seconds(n_bytes: float, world_size: int, link: Link) -> floa
     return link.latency_seconds + _ring_share(world_size) * n_bytes / link.bytes_per_second
 
 
+@torch.no_grad()
+def ring_all_reduce(gradients: Sequence[Tensor]) -> Iterator[int]:
+    """Replace the gradient of each of N workers, (numel,), by the sum of all, each worker sending to the next one only.
+
+    For study: plain tensors of one process stand for the workers. Yields after each of the 2 (N - 1) rounds how many
+    numbers a worker has sent in it, at most.
+    """
+    n = len(gradients)
+    pieces = [gradient.tensor_split(n) for gradient in gradients]  # views: what is done to a piece is done to the whole
+    for step in range(2 * (n - 1)):
+        summing = step < n - 1  # first each piece gathers its sum on a way round the ring, then the sums go round
+        travelling = [(rank - step) % n for rank in range(n)]  # the piece that each worker passes on
+        sent = [pieces[rank][travelling[rank]].clone() for rank in range(n)]  # all at the same moment
+        for rank in range(n):
+            received = pieces[(rank + 1) % n][travelling[rank]]
+            received.copy_(received + sent[rank] if summing else sent[rank])
+        yield max(map(len, sent))
+
+
 # --- the step: what is measured here ---
 
 

@@ -153,6 +153,9 @@ def _dots(
 ) -> None:
     """Draw values as stacked dots over a baseline, their mean with its interval below, and vertical lines."""
     shown = [*values, *(place for place, _, _ in lines)]
+    interval = mean_interval(values)
+    if interval and len(values) > 2:  # that of two runs can be so wide that the runs would be one dot
+        shown += [end for end in interval if end > 0]
     low, high = min(shown), max(shown)
     if axis.get_xscale() == "log":
         low, high = low / (high / low) ** 0.07, high * (high / low) ** 0.07
@@ -175,7 +178,7 @@ def _dots(
     step = min(diameter, room / max(1, *levels))  # less than a diameter: the dots of a stack overlap
     heights = [diameter / 2 + 2 + step * level for level in levels]
     handles: list[Any] = [axis.scatter(values, heights, s=diameter**2, label="one run", **DOT)]
-    if (interval := mean_interval(values)) is not None:
+    if interval is not None:
         start, end = interval
         mean = (start + end) / 2
         label = f"mean {mean:.2f} {unit}, 95 % interval {start:.2f} to {end:.2f} {unit}"

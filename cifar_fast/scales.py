@@ -31,6 +31,12 @@ class Scale:
     """The recipe that is trained many times, with and without a trick."""
     seeds: tuple[int, ...]
     """Seeds of an ablation's runs, the same for each arm."""
+    benchmark_recipe: Recipe
+    """The recipe of the timing cell, which is trained `benchmark_runs` times."""
+    benchmark_runs: int
+    """Runs of the timing cell."""
+    benchmark_world_size: int | None = None
+    """Processes of the timing cell; None: all GPUs that the recipe's shards can be divided among, or one process."""
     world_size: int = 1
     """Processes that share a training where the recipe has as many shards."""
     n_train: int | None = None
@@ -119,13 +125,16 @@ def here(name: str | None = None) -> Scale:
 
 
 def _smoke(why: str) -> Scale:
-    recipe = replace(recipes.smoke(), n_shards=1, ghost_batch_size=40, epochs=4.0)
+    recipe = replace(recipes.smoke(), n_shards=1, ghost_batch_size=40)
     return Scale(
         name="smoke",
         why=why,
         recipe=recipe,
         ablation_recipe=recipe,
         seeds=(0, 1),
+        benchmark_recipe=recipes.smoke(),  # in eight shards, so that eight processes show what eight GPUs do
+        benchmark_runs=3,
+        benchmark_world_size=8,
         n_train=4_000,
         n_test=1_000,
         most_epochs=2.0,
@@ -142,6 +151,8 @@ def _laptop(why: str) -> Scale:
         recipe=recipe,
         ablation_recipe=replace(recipe, epochs=2.0),
         seeds=(0, 1, 2),
+        benchmark_recipe=recipe,
+        benchmark_runs=3,
         most_epochs=2.0,
         most_images_per_step=512,
         narrower=2,
@@ -150,9 +161,27 @@ def _laptop(why: str) -> Scale:
 
 def _gpu(why: str) -> Scale:
     recipe = recipes.speedrun()
-    return Scale(name="gpu", why=why, recipe=recipe, ablation_recipe=recipe, seeds=tuple(range(5)))
+    return Scale(
+        name="gpu",
+        why=why,
+        recipe=recipe,
+        ablation_recipe=recipe,
+        seeds=tuple(range(5)),
+        benchmark_recipe=recipes.apple_8gpu() if torch.cuda.device_count() > 1 else recipe,
+        benchmark_runs=50,
+    )
 
 
 def _eight_gpus(why: str) -> Scale:
     recipe = recipes.apple_8gpu()
-    return Scale(name="8gpu", why=why, recipe=recipe, ablation_recipe=recipe, seeds=tuple(range(5)), world_size=8)
+    return Scale(
+        name="8gpu",
+        why=why,
+        recipe=recipe,
+        ablation_recipe=recipe,
+        seeds=tuple(range(5)),
+        benchmark_recipe=recipe,
+        benchmark_runs=50,
+        benchmark_world_size=8,
+        world_size=8,
+    )

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 
 import psutil
 import torch
+
+from cifar_fast.report import table
 
 
 def synchronize(device: torch.device) -> None:
@@ -41,6 +44,44 @@ class Clock:
         finally:
             synchronize(self.device)
             self.seconds += time.perf_counter() - start
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[], object]], *, rounds: int = 5, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """Return the seconds that each way of doing the same work took, round by round.
+
+    The ways take turns, so that a machine which slows down slows all of them; a round before the first does not count.
+    `device` is synchronised at both ends of each call; None: the CPU, which needs no waiting for.
+    """
+    for work in ways.values():
+        work()
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, work in ways.items():
+            clock = Clock(device or torch.device("cpu"))
+            with clock.running():
+                work()
+            seconds[name].append(clock.seconds)
+    return seconds
+
+
+def speeds(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Return how many times as fast as the first way each way was, in each round of what `in_turns` measured."""
+    first = next(iter(seconds.values()))
+    return {name: [a / b for a, b in zip(first, now, strict=True)] for name, now in seconds.items()}
+
+
+def turns_table(seconds: Mapping[str, Sequence[float]], n_images: int) -> str:
+    """Return a line a way: images per second, and the speed against the first way, median and range of the rounds.
+
+    `n_images`: images that each call handled.
+    """
+    rows = [("way", "images/s", "times as fast as the first", "round by round")]
+    for name, now in speeds(seconds).items():
+        rate = n_images / median(seconds[name])
+        rows.append((name, f"{rate:,.1f}", f"{median(now):.2f}", f"{min(now):.2f} to {max(now):.2f}"))
+    return table(rows)
 
 
 def process_start() -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from typing import Any
@@ -15,7 +15,7 @@ from cifar_fast.model import Network
 from cifar_fast.plots import Picture, learning_curve
 from cifar_fast.recipe import CHOICES, Recipe
 from cifar_fast.report import percent
-from cifar_fast.result import EpochResult
+from cifar_fast.result import EpochResult, RunResult
 
 try:
     import ipywidgets
@@ -149,6 +149,15 @@ def label_smoothing(logits: Tensor, label: int, classes: Sequence[str]) -> Explo
     )
 
 
+def calibration(logits: Mapping[str, Tensor], labels: Tensor, *, dataset: str) -> Explorer:
+    """Explore confidence and accuracy over the temperature: networks' logits, float (N, K), by name; int64 (N,)."""
+
+    def draw(temperature: float) -> Picture:
+        return figures.calibration(logits, labels, dataset=dataset, temperature=temperature)
+
+    return Explorer(draw, temperature=_powers("temperature", 1.0, -1, 1, ".2f"))
+
+
 def activations() -> Explorer:
     """Explore the activations, and where max-pool may stand, over the alpha of CELU."""
     return Explorer(figures.activation_curves, celu_alpha=_real("celu_alpha", 0.3, 0.025, 1.0, 0.025, ".3f"))
@@ -157,6 +166,15 @@ def activations() -> Explorer:
 def number_formats() -> Explorer:
     """Explore what float16, bfloat16 and float32 make of a number."""
     return Explorer(figures.number_formats, value=_powers("number", 1e-5, -12, 8, ".3g"))
+
+
+def loss_scale(gradients: Mapping[str, Tensor]) -> Explorer:
+    """Explore which of the gradients of layers, float (n,) each, float16 loses when the loss is multiplied first."""
+
+    def draw(loss_scale: int) -> Picture:
+        return figures.gradient_sizes(gradients, loss_scale)
+
+    return Explorer(draw, loss_scale=_select("loss scale", 1, [2**power for power in range(0, 33, 2)]))
 
 
 def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
@@ -171,6 +189,20 @@ def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
         draw,
         group_size=_select("group_size, images", sizes[len(sizes) // 2], sizes),
         channel=_whole("channel", 0, 0, channels - 1),
+    )
+
+
+def scaled_activation(values: Tensor, *, dataset: str) -> Explorer:
+    """Explore scale and bias of a batch norm and the alpha of the CELU behind them, on normalised `values`, float."""
+
+    def draw(scale: float, bias: float, celu_alpha: float) -> Picture:
+        return figures.scaled_activation(values, scale, bias, celu_alpha=celu_alpha, dataset=dataset)
+
+    return Explorer(
+        draw,
+        scale=_powers("scale", 0.25, -1.5, 0.5, ".2f"),
+        bias=_real("bias", -0.1, -1.0, 1.0, 0.05),
+        celu_alpha=_real("celu_alpha", 0.075, 0.025, 1.0, 0.025, ".3f"),
     )
 
 
@@ -205,16 +237,65 @@ def schedule(recipe: Recipe) -> Explorer:
     )
 
 
-def averaging(decay: float = 0.95, every: int = 5, *, values: Sequence[float] | None = None) -> Explorer:
-    """Explore how far back an exponential moving average looks, on a random curve or on `values`, one a step."""
+def newton_schulz(matrices: Mapping[str, Tensor]) -> Explorer:
+    """Explore what Newton-Schulz iterations make of the singular values of `matrices`, float (m, n), by their names."""
 
-    def draw(decay: float, every: int) -> Picture:
-        return figures.ema_horizon(decay, every, values=values)
+    def draw(matrix: str, steps: int) -> Picture:
+        return figures.newton_schulz(matrices[matrix], steps)
 
     return Explorer(
         draw,
-        decay=_real("ema_decay", decay, 0.0, 0.999, 0.001, ".3f"),
+        matrix=_control(ipywidgets.Dropdown, "matrix", value=next(iter(matrices)), options=list(matrices)),
+        steps=_whole("iterations", 3, 0, 10),
+    )
+
+
+def averaging(decay: float = 0.99, every: int = 5, *, values: Sequence[float] | None = None) -> Explorer:
+    """Explore how far back an exponential moving average looks, on a random curve or on `values`, one a step.
+
+    `decay` is a recipe's `ema_decay`, of one step: an update after `every` steps keeps `decay**every`.
+    """
+
+    def draw(decay: float, every: int) -> Picture:
+        return figures.ema_horizon(decay**every, every, values=values)
+
+    return Explorer(
+        draw,
+        decay=_real("ema_decay, a step", decay, 0.0, 0.999, 0.001, ".3f"),
         every=_whole("ema_every, steps", every, 1, 50),
+    )
+
+
+def averages_on_a_bowl(ema_decay: float = 0.9, lookahead_alpha: float = 0.5, every: int = 5) -> Explorer:
+    """Explore what EMA and Lookahead do to the way of two weights under noisy gradients."""
+    return Explorer(
+        figures.averages_on_a_bowl,
+        ema_decay=_real("ema_decay, a step", ema_decay, 0.0, 0.99, 0.01),
+        lookahead_alpha=_real("lookahead_alpha", lookahead_alpha, 0.05, 1.0, 0.05),
+        every=_whole("every, steps", every, 1, 20),
+        seed=_whole("seed of the noise", 0, 0, 20),
+    )
+
+
+def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Explorer:
+    """Explore when `runs` first reach a target accuracy, by the clock that DAWNBench counts."""
+    epochs = [e for run in runs.values() for e in (run.to_dict() if isinstance(run, RunResult) else run)["epochs"]]
+    best = 100 * max(epoch["test_accuracy"] for epoch in epochs)
+
+    def draw(target: float) -> Picture:
+        return figures.time_to_accuracy(runs, target / 100)
+
+    return Explorer(draw, target=_real("target, %", round(0.9 * best, 1), 0.0, 100.0, 0.1, ".1f"))
+
+
+def share_intervals(share: float = 0.82, n: int = 50) -> Explorer:
+    """Explore how well the share of runs that reach a target is known after n runs; the start is Apple's 41 of 50."""
+
+    def draw(share: float, n: int) -> Picture:
+        return figures.share_intervals(share / 100, n)
+
+    return Explorer(
+        draw, share=_real("at the target, %", 100 * share, 0.0, 100.0, 1.0, ".0f"), n=_whole("runs", n, 1, 500)
     )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_fast import recipe as recipes
-from cifar_fast.evaluate import evaluate, margins, predict_logits, predict_probabilities, views
+from cifar_fast.evaluate import calibration, evaluate, margins, predict_logits, predict_probabilities, views
 from cifar_fast.model import Network, build_model
 
 TTA = ["none", "flip", "flip_shift"]
@@ -172,3 +172,17 @@ def test_a_gpu_finds_what_a_cpu_finds(model: Network, images: Tensor, tta: str) 
     assert on_gpu.is_cuda
     # cuDNN may convolve in TF32: three decimal digits.
     torch.testing.assert_close(on_gpu.cpu(), predict_logits(model, images, tta=tta), rtol=1e-2, atol=1e-2)
+
+
+def test_a_network_that_is_right_as_often_as_it_says_is_calibrated():
+    probabilities = torch.tensor([[0.75, 0.25]] * 4 + [[0.0, 1.0]] * 2)
+    found = calibration(probabilities, torch.tensor([0, 0, 0, 1, 1, 1]), n_bins=5)
+    assert found.count.tolist() == [0, 0, 0, 4, 2]
+    assert found.confidence[3:].tolist() == found.accuracy[3:].tolist() == [0.75, 1.0]
+    assert found.confidence[:3].isnan().all() and found.error == 0
+
+
+def test_the_calibration_error_weighs_each_bin_by_its_images():
+    probabilities = torch.tensor([[0.9, 0.1]] * 3 + [[0.4, 0.6]])
+    found = calibration(probabilities, torch.tensor([0, 1, 1, 1]))
+    assert found.error == pytest.approx((3 * (0.9 - 1 / 3) + 1 * (1 - 0.6)) / 4)

@@ -22,6 +22,7 @@ from cifar_fast.optim import (
     build_optimizers,
     keep_learning_rates_on,
     lr_schedule,
+    newton_schulz,
     orthogonalise,
     set_learning_rates,
 )
@@ -138,6 +139,15 @@ def test_muon_takes_the_filters_and_sgd_the_rest() -> None:
     weights, _, whitening = sgd.param_groups
     assert names_of(model, weights["params"]) == {"layers.linear.weight"}
     assert names_of(model, whitening["params"]) == {"layers.whiten.bias"}
+
+
+def test_beside_muon_learned_scales_go_with_the_biases_and_not_at_the_rate_of_the_head() -> None:
+    model = build(replace(TINY_MUON, freeze_bn_scale=False))
+    sgd, _ = build_optimizers(model, replace(TINY_MUON, freeze_bn_scale=False))
+    head, norms, _ = sgd.param_groups
+    assert names_of(model, head["params"]) == {"layers.linear.weight"}
+    learned = {name for name, _ in model.named_parameters() if "norm." in name}
+    assert names_of(model, norms["params"]) == learned and any(name.endswith("norm.weight") for name in learned)
 
 
 def test_every_group_follows_the_schedule_and_the_whitening_bias_its_own() -> None:
@@ -264,6 +274,19 @@ def test_orthogonalising_does_not_depend_on_the_scale() -> None:
     matrices = random_matrices(2, 6, 20)
     torch.testing.assert_close(orthogonalise(1e-3 * matrices), orthogonalise(matrices), rtol=1e-2, atol=1e-3)
     assert not orthogonalise(torch.zeros(1, 4, 9)).any()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 6])
+def test_orthogonalising_iterates_a_polynomial_of_the_singular_values(steps: int) -> None:
+    matrix = random_matrices(6, 20).double()
+    u, values, vh = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
+    expected = u @ torch.diag(newton_schulz(values, steps)) @ vh
+    torch.testing.assert_close(orthogonalise(matrix[None], steps)[0], expected, rtol=0, atol=1e-5)
+
+
+def test_the_textbooks_cubic_leads_to_one() -> None:
+    values = torch.tensor([0.01, 0.3, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(newton_schulz(values, 20, (1.5, -0.5, 0.0)), torch.ones_like(values))
 
 
 def filter_banks() -> list[nn.Parameter]:

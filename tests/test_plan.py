@@ -16,7 +16,15 @@ from cifar_fast.batches import TrainBatches, pixel_statistics
 from cifar_fast.errors import RecipeError, UserError
 from cifar_fast.evaluate import views
 from cifar_fast.model import build_model, whiten_first_layer
-from cifar_fast.plan import ALL_REDUCE_TIMES, Link, StepCosts, StepPoint, predict
+from cifar_fast.plan import (
+    ALL_REDUCE_TIMES,
+    Link,
+    StepCosts,
+    StepPoint,
+    link_all_reduce_seconds,
+    predict,
+    ring_all_reduce,
+)
 from cifar_fast.plots import predicted_scaling
 from cifar_fast.recipe import Recipe
 
@@ -75,6 +83,20 @@ def test_an_all_reduce_by_hand():
     assert plan.link_all_reduce_seconds(1e6, 2, LINK) == pytest.approx(1e-3 + 1e-3)
     assert plan.link_all_reduce_seconds(1e6, 4, LINK) == pytest.approx(1e-3 + 1.5e-3)
     assert plan.link_all_reduce_seconds(1e6, 1, LINK) == 0
+
+
+@pytest.mark.parametrize(("n_workers", "size"), [(2, 6), (3, 7), (8, 64), (8, 5), (1, 4)])
+def test_a_ring_sums_and_sends_what_the_link_is_charged_for(n_workers, size):
+    random = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(size, generator=random, dtype=torch.float64) for _ in range(n_workers)]
+    total = torch.stack(gradients).sum(0)
+    sent = list(ring_all_reduce(gradients))
+    assert len(sent) == 2 * (n_workers - 1)
+    for gradient in gradients:
+        torch.testing.assert_close(gradient, total)
+    if size % n_workers == 0:
+        charged = link_all_reduce_seconds(size, n_workers, replace(LINK, latency_seconds=0.0, bytes_per_second=1.0))
+        assert sum(sent) == pytest.approx(charged)
 
 
 def test_an_unknown_link_names_those_there_are():

@@ -167,6 +167,13 @@ def test_any_number_of_runs_is_drawn_within_the_axes(tmp_path, n, seconds):
         assert ("logarithmic" in figure.axes[1].get_xlabel()) == (seconds > 100)
 
 
+def test_the_interval_of_a_mean_is_drawn_whole():
+    figure = accuracy_and_time(made_up([0.9396, 0.9403, 0.9418], [586.0, 575.2, 576.8]))
+    low, high = mean_interval([93.96, 94.03, 94.18]) or (0, 0)
+    left, right = figure.axes[0].get_xlim()
+    assert left < low and high < right
+
+
 def test_accuracies_far_from_the_target_stay_on_a_linear_axis():
     assert accuracy_and_time(made_up([0.0, 0.2, 0.1], [7.0, 8.0, 9.0])).axes[0].get_xscale() == "linear"
 

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_fast.recipe import apple_8gpu
+from cifar_fast.recipe import apple_8gpu, ladder
 from cifar_fast.report import (
     APPLE_2019,
     CIFAR10_FINGERPRINT,
+    LADDER_2019,
+    RECORDS,
     comparison_table,
     excludes,
     hardware,
@@ -229,6 +231,17 @@ def test_published_figures_are_those_of_the_paper_trail():
     assert (APPLE_2019.min_accuracy, APPLE_2019.median_accuracy) == (0.9374, 0.9419)
     assert (APPLE_2019.mean_seconds, APPLE_2019.max_seconds) == (7.81, 10.31)
     assert "1 of 50 (2.0 %" in comparison_table(summarise(RUNS, 0.94), replace(APPLE_2019, at_target=1))
+
+
+def test_the_published_ladder_and_the_records_agree_with_the_recipes():
+    names = [rung.recipe.name for rung in ladder()]
+    assert [name for name in names if name in LADDER_2019] == list(LADDER_2019)  # all are rungs, in their order
+    assert sorted(LADDER_2019.values(), reverse=True) == list(LADDER_2019.values())
+    by_recipe = {record.added.split(": ")[-1]: record.seconds for record in RECORDS}
+    assert {name: by_recipe[name] for name in ("baseline_2018", "page_2019")} == {
+        name: LADDER_2019[name] for name in ("baseline_2018", "page_2019")
+    }
+    assert [record.year for record in RECORDS] == sorted(record.year for record in RECORDS)
 
 
 def test_official_cifar10_has_the_fingerprint_that_the_comparison_asks_for(real_data):

@@ -62,3 +62,21 @@ def test_a_cpu_needs_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_process_start_is_a_fixed_moment_before_now() -> None:
     assert process_start() == process_start() < time.time()
+
+
+def test_ways_take_turns_after_a_round_that_does_not_count(hand: list[float]) -> None:
+    called: list[str] = []
+
+    def work(name: str, seconds: list[float]) -> None:
+        called.append(name)
+        hand[0] += seconds.pop(0)
+
+    slow, fast = [100.0, 6.0, 8.0], [50.0, 3.0, 2.0]
+    ways = {"slow": lambda: work("slow", slow), "fast": lambda: work("fast", fast)}
+    seconds = timing.in_turns(ways, rounds=2)
+    assert called == ["slow", "fast"] * 3
+    assert seconds == {"slow": [6, 8], "fast": [3, 2]}
+    assert timing.speeds(seconds) == {"slow": [1, 1], "fast": [2, 4]}
+    _, first, second = timing.turns_table(seconds, 700).splitlines()
+    assert first.split() == ["slow", "100.0", "1.00", "1.00", "to", "1.00"]
+    assert second.split() == ["fast", "280.0", "3.00", "2.00", "to", "4.00"]

@@ -160,6 +160,16 @@ def test_label_smoothing_moves_the_bars():
     assert targets == [pytest.approx([0.9, 0.1]), pytest.approx([0.75, 0.25])]
 
 
+def test_temperature_moves_the_confidence():
+    logits = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    explorer = widgets().calibration({"noise": logits}, logits.argmax(1), dataset="noise")
+    before, after = move(explorer, temperature=10.0)
+    assert [figure.get_suptitle().split()[-1] for figure in (before, after)] == ["1.00", "10.00"]
+    sure = [100 * (logits / temperature).softmax(1).amax(1).mean().item() for temperature in (1, 10)]
+    for figure, expected in zip((before, after), sure, strict=True):
+        assert f"noise: sure {expected:.1f} %, right 100.0 %" in figure.alt
+
+
 def test_alpha_moves_celu():
     before, after = move(widgets().activations(), celu_alpha=0.8)
     lowest = [figure.axes[0].get_lines()[1].get_ydata().min() for figure in (before, after)]
@@ -172,6 +182,13 @@ def test_the_number_is_rounded_anew():
     assert titles == ["float16: 1e-05 becomes 1.001e-05", "float16: 1e+06 becomes inf"]
 
 
+def test_the_loss_scale_moves_the_gradients():
+    explorer = widgets().loss_scale({"a": torch.tensor([1e-9, 1.0, 1.0, 1.0])})
+    before, after = move(explorer, loss_scale=2**10)
+    titles = [figure.axes[0].get_lines()[0].get_label() for figure in (before, after)]
+    assert titles == ["a: 25.0 % become 0", "a: 0.0 % become 0"]
+
+
 def test_group_size_marks_other_groups():
     activations = torch.randn(8, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     explorer = widgets().ghost_batches(activations, dataset="noise")
@@ -180,6 +197,15 @@ def test_group_size_marks_other_groups():
     titles = [figure.get_suptitle() for figure in (before, after)]
     assert titles == [f"data set: noise, a batch of 8 images, channel {channel}" for channel in (0, 1)]
     assert "4 group means with groups of 2" in after.alt
+
+
+def test_the_scale_moves_the_curve_and_not_what_the_next_norm_sees():
+    values = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    before, after = move(widgets().scaled_activation(values, dataset="noise"), scale=1.0, bias=-0.4, celu_alpha=0.3)
+    first, second = (figure.axes[0].get_lines()[0].get_ydata() for figure in (before, after))
+    assert second == pytest.approx(4 * first)
+    first, second = (figure.axes[1].get_lines()[0].get_ydata() for figure in (before, after))
+    assert second == pytest.approx(first)
 
 
 def test_eps_moves_the_whitened_spectrum(tiny_data):
@@ -201,10 +227,41 @@ def test_the_schedule_keeps_the_recipe_s_and_moves_its_own():
     assert "flat_epochs=8.0 leaves no time" in explorer.message.value
 
 
+def test_iterations_move_the_singular_values():
+    matrices = {
+        name: torch.randn(rows, 12, generator=torch.Generator().manual_seed(0)) for name, rows in (("a", 4), ("b", 6))
+    }
+    before, after = move(widgets().newton_schulz(matrices), matrix="b", steps=0)
+    assert "4 x 12" in before.get_suptitle() and "6 x 12" in after.get_suptitle()
+    first, then = (line.get_ydata() for line in after.axes[1].get_lines()[1:3])
+    assert list(first) == pytest.approx(list(then), abs=1e-5)  # no iteration, no change
+
+
 def test_the_horizon_follows_the_decay():
     before, after = move(widgets().averaging(0.9, 2), decay=0.98)
     ages = [abs(figure.axes[0].get_lines()[0].get_xdata()[0]) for figure in (before, after)]
-    assert ages == [pytest.approx(18), pytest.approx(98)]
+    # The decay is a step's, and an average that is moved after every second one keeps its square.
+    assert ages == [pytest.approx(2 * kept / (1 - kept)) for kept in (0.9**2, 0.98**2)]
+
+
+def test_the_bowl_follows_its_sliders():
+    before, after = move(widgets().averages_on_a_bowl(), lookahead_alpha=1.0)
+    ways = [figure.axes[1].get_lines()[1].get_ydata().tolist() for figure in (before, after)]
+    assert ways[0] != ways[1] and ways[1] == pytest.approx(after.axes[1].get_lines()[0].get_ydata().tolist(), abs=1e-5)
+
+
+def test_a_lower_target_is_reached_earlier():
+    accuracies = [{"train_seconds": 2.0 * i, "test_accuracy": 0.2 * i} for i in (1, 2, 3)]
+    line = {"epochs": accuracies, "dataset": {"name": "CIFAR-10"}, "environment": {"gpu": "V100"}}
+    before, after = move(widgets().time_to_accuracy({"a": line}), target=30.0)
+    assert "a: after 6.0 s of 6.0 s" in before.alt and "a: after 4.0 s of 6.0 s" in after.alt
+    assert "target 30.00 %" in after.axes[0].texts[0].get_text()
+
+
+def test_more_runs_narrow_the_interval():
+    before, after = move(widgets().share_intervals(), n=200)
+    assert "82.00 % of 50 runs: 95 % interval 69.2 to 90.2 %" in before.alt
+    assert "82.00 % of 200 runs: 95 % interval 76.1 to 86.7 %" in after.alt
 
 
 def test_workers_and_latency_move_the_prediction():
