@@ -357,11 +357,15 @@ class Doctor:
         from cifar_fast import __version__, winograd
         from cifar_fast.data import status
         from cifar_fast.device import choose_numerics, environment, select_device
+        from cifar_fast.graph import choose_launch
 
         device = select_device()
         machine = environment(device)
         recipe, why = base_recipe(None, None)
         numerics = choose_numerics(recipe, device)
+        launch = choose_launch(recipe, device)
+        words = launch.describe()
+        launched = [words["launch"], "compiled" if launch.compile else "not compiled", *launch.reasons]
         compiled, detail = winograd.available()
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         place = status()[0]
@@ -378,6 +382,7 @@ class Doctor:
             ("precision", f"{numerics.dtype}".removeprefix("torch.")),
             ("convolution", "winograd" if numerics.winograd else "direct"),
             ("because", numerics.reason),
+            ("launch", ", ".join(launched)),
             ("Winograd kernels", "compiled" if compiled else f"not compiled: {detail}"),
             ("data set", f"{place.origin}: {place.finding}"),
         ]
@@ -640,6 +645,8 @@ def result_table(result: RunResult, folder: Path) -> str:
     from cifar_fast import __version__
 
     machine, data = result.environment, result.dataset
+    prepared = machine.get("compiled") or machine.get("launch") == "cuda graph"
+    warm_up = f", {result.warm_up_seconds:.2f} s of it warm-up" if prepared else ""
     where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}"
     rows = [
         ("recipe", result.recipe.name),
@@ -648,7 +655,7 @@ def result_table(result: RunResult, folder: Path) -> str:
         ("train_seconds", f"{result.train_seconds:.2f}"),
         ("evaluate_seconds", f"{result.evaluate_seconds:.2f}"),
         ("total_seconds", f"{result.total_seconds:.2f}"),
-        ("first step", f"{result.first_step_seconds:.2f} s after the command"),
+        ("first step", f"{result.first_step_seconds:.2f} s after the command{warm_up}"),
         ("peak memory", f"{result.peak_memory_gb:.2f} GB"),
         ("hardware", f"{where}; {machine['precision']}, {machine['convolution']} convolution"),
         ("versions", f"cifar_fast {__version__}, torch {machine['torch']}, Python {machine['python']}"),

@@ -23,6 +23,8 @@ from cifar_fast.recipe import Recipe
 
 WARM_UPS = 3
 """Times that a function is called before it is recorded, so that all it loads, chooses or allocates once is there."""
+COMPILATIONS = 64
+"""Networks, each with and without a frozen bias, that one process may compile: a series of ablations has dozens."""
 COMPILERS = ("gcc", "clang", "cc")
 """Triton builds the launcher of each kernel with one of these, or with what CC names."""
 
@@ -90,6 +92,8 @@ def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callabl
     """
     # Inductor and Triton both look there. Whoever has set it already has a place of their own.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
+    # Each recipe that a process trains is compiled anew, and beyond this number would be refused.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
@@ -111,10 +115,12 @@ class Recorded:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with _measured_convolutions():
-                with torch.cuda.stream(stream):
-                    for _ in range(WARM_UPS):
-                        function(*inputs)
-                torch.cuda.current_stream().wait_stream(stream)
+                try:
+                    with torch.cuda.stream(stream):
+                        for _ in range(WARM_UPS):
+                            function(*inputs)
+                finally:  # whoever takes back what an unfinished call has done comes after it, too
+                    torch.cuda.current_stream().wait_stream(stream)
                 self.graph = torch.cuda.CUDAGraph()
                 # Other threads may go on: NCCL's watchdog asks after events meanwhile.
                 with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):

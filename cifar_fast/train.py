@@ -237,22 +237,22 @@ def prepare_steps(
     if not (launch.compile or launch.cuda_graph):
         return steps, launch
     make: Callable[..., tuple[Tensor, Tensor]] = partial(batches.make, batches.side)
+    made_there = batches.home == batches.device  # else on the CPU, and sent
     chosen = [values[0].clone() for values in vars(batches.choices(0)).values()]  # of one batch
     if launch.compile:
-        fused, why = replace(take, forward=compiled(take.model)), ""
-        fused_make = compiled(make)
+        fused, fused_make, why = compiled(take.model), compiled(make) if made_there else make, ""
         with undone(take.model, take.optimizers):
             try:
                 for frozen in sorted(variants):
                     freeze_whitening_bias(take.model, frozen)
-                    forward_backward(take.model, *fused_make(*chosen), take.recipe, take.dtype, fused.forward)
+                    images, labels = fused_make(*chosen)
+                    forward_backward(take.model, images, labels, take.recipe, take.dtype, fused)
             except Exception as error:  # a compiler fails in many ways, and none need end a training
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
             take.clear_gradients()
         if take.peers.all(not why):
-            take, make = fused, fused_make
-            steps = dict.fromkeys(variants, take)
-            batches.prepared = make
+            take, make = replace(take, forward=fused), fused_make
+            steps, batches.prepared = dict.fromkeys(variants, take), make
         else:
             launch = launch.without("compile", why or "another rank failed to")
             warnings.warn(f"torch.compile is done without: {why or 'another rank failed to'}", stacklevel=3)
@@ -260,13 +260,12 @@ def prepare_steps(
         keep_learning_rates_on(batches.device, take.optimizers)
         try:
             with undone(take.model, take.optimizers):
-                if batches.home.type != "cpu":
-                    make = Recorded(make, *chosen)
-                batch = make(*chosen)
+                recorded_make = Recorded(make, *chosen) if made_there else make
+                images, labels = recorded_make(*chosen)
                 for frozen in sorted(variants):
                     freeze_whitening_bias(take.model, frozen)
-                    steps[frozen] = Recorded(take, *batch)
-            batches.prepared = make
+                    steps[frozen] = Recorded(take, images, labels)
+            batches.prepared = recorded_make
         except RuntimeError as error:
             why = str(error).splitlines()[0]
             if take.peers.world_size > 1:  # nobody knows which collective the others are in
