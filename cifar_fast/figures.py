@@ -529,7 +529,8 @@ def turns(seconds: Mapping[str, Sequence[float]], *, where: str) -> Picture:
     values = [value for now in found.values() for value in now]
     low, high = min(0.8, *values), max(1.25, *values)
     axis.set_xlim(low / 1.15, high * 1.35)
-    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    subs = (1, 2, 5) if high > 6 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    ticks = [sub * 10**power for power in range(-3, 4) for sub in subs if low / 1.1 <= sub * 10**power <= 1.1 * high]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_yticks(range(len(found)), list(found))
