@@ -592,7 +592,7 @@ def newton_schulz(matrix: Tensor, steps: int = 3) -> Picture:
     matrix = matrix.detach().double().cpu()
     before = torch.linalg.svdvals(matrix / matrix.norm())
     after = torch.linalg.svdvals(orthogonalise(matrix[None], steps)[0])
-    figure = Picture(figsize=(9.4, 3.8), layout="constrained")
+    figure = Picture(figsize=(9.4, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     values = torch.logspace(-3, 0, 301, dtype=torch.float64)
     for axis in (left, right):
@@ -609,14 +609,13 @@ def newton_schulz(matrix: Tensor, steps: int = 3) -> Picture:
     mapped = optim.newton_schulz(before, steps)
     left.scatter(before, mapped, s=20, color=BLUE, edgecolor="black", linewidth=0.6, zorder=3, label="this matrix")
     left.set(xlabel="singular value before", ylabel=f"after {steps} iterations", xscale="log", xlim=(1e-3, 1.05))
-    left.legend(fontsize="small", loc="upper left", framealpha=1)
     numbers = range(1, len(before) + 1)
     right.plot(numbers, before, label="before", linewidth=0.8, markersize=4, **SERIES[1])
     # The polynomial is not monotonic: sorted values are not in the order of those before.
     right.plot(numbers, after, label=f"after {steps} iterations", linewidth=0.8, markersize=4, **SERIES[0])
     right.set(xlabel="number, the largest first", ylabel="singular value")
-    right.legend(fontsize="small", loc="upper right", framealpha=1)
-    for axis in (left, right):
+    for axis in (left, right):  # the legends stand below: the curves use all of the height
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
         tidy(axis)
     figure.suptitle(
         f"a matrix of {matrix.shape[0]} x {matrix.shape[1]}, over its norm; grey: 0.5 ... 1.5", fontsize="medium"
