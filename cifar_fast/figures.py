@@ -529,7 +529,8 @@ def turns(seconds: Mapping[str, Sequence[float]], *, where: str) -> Picture:
     values = [value for now in found.values() for value in now]
     low, high = min(0.8, *values), max(1.25, *values)
     axis.set_xlim(low / 1.15, high * 1.35)
-    ticks = [tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= tick <= high]
+    subs = (1, 2, 5) if high > 6 * low else (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    ticks = [sub * 10**power for power in range(-3, 4) for sub in subs if low / 1.1 <= sub * 10**power <= 1.1 * high]
     axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_yticks(range(len(found)), list(found))
@@ -591,7 +592,7 @@ def newton_schulz(matrix: Tensor, steps: int = 3) -> Picture:
     matrix = matrix.detach().double().cpu()
     before = torch.linalg.svdvals(matrix / matrix.norm())
     after = torch.linalg.svdvals(orthogonalise(matrix[None], steps)[0])
-    figure = Picture(figsize=(9.4, 3.8), layout="constrained")
+    figure = Picture(figsize=(9.4, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     values = torch.logspace(-3, 0, 301, dtype=torch.float64)
     for axis in (left, right):
@@ -608,14 +609,13 @@ def newton_schulz(matrix: Tensor, steps: int = 3) -> Picture:
     mapped = optim.newton_schulz(before, steps)
     left.scatter(before, mapped, s=20, color=BLUE, edgecolor="black", linewidth=0.6, zorder=3, label="this matrix")
     left.set(xlabel="singular value before", ylabel=f"after {steps} iterations", xscale="log", xlim=(1e-3, 1.05))
-    left.legend(fontsize="small", loc="upper left", framealpha=1)
     numbers = range(1, len(before) + 1)
     right.plot(numbers, before, label="before", linewidth=0.8, markersize=4, **SERIES[1])
     # The polynomial is not monotonic: sorted values are not in the order of those before.
     right.plot(numbers, after, label=f"after {steps} iterations", linewidth=0.8, markersize=4, **SERIES[0])
     right.set(xlabel="number, the largest first", ylabel="singular value")
-    right.legend(fontsize="small", loc="upper right", framealpha=1)
-    for axis in (left, right):
+    for axis in (left, right):  # the legends stand below: the curves use all of the height
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
         tidy(axis)
     figure.suptitle(
         f"a matrix of {matrix.shape[0]} x {matrix.shape[1]}, over its norm; grey: 0.5 ... 1.5", fontsize="medium"

@@ -128,7 +128,7 @@ def accuracy_and_time(benchmark: Benchmark, published: Published = APPLE_2019) -
         seconds.append((published.mean_seconds, dashed, f"{name} mean {published.mean_seconds:.2f} s"))
         seconds.append((published.max_seconds, dotted, f"{name} maximum {published.max_seconds:.2f} s"))
     else:
-        title += "\nnot CIFAR-10: the published figures cannot be compared with these and are not drawn"
+        title += "\nnot the whole of CIFAR-10: the published figures cannot be compared with these and are not drawn"
     times = [run["train_seconds"] for run in benchmark.runs]
     if max(times) > 4 * published.mean_seconds and seconds:
         right.set_xscale("log")  # on a linear axis the faster of the two would be one blot

@@ -305,8 +305,8 @@ def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_20
         rule = "!" * 100
         banner = [
             rule,
-            f"NOT COMPARABLE: these runs are of the data set {summary['dataset']['name']}, which is not CIFAR-10. "
-            "Neither their accuracies nor their times say anything about the published ones.",
+            f"NOT COMPARABLE: these runs are of the data set {_data_set(summary['dataset'])}, which is not the whole "
+            "of CIFAR-10. Neither their accuracies nor their times say anything about the published ones.",
             rule,
         ]
     return "\n".join([*banner, table(rows), *notes])

@@ -19,11 +19,22 @@ from cifar_fast.result import EpochResult, RunResult
 
 try:
     import ipywidgets
+    from traitlets import Unicode
 except ImportError as error:
     raise UserError(
         "cifar_fast.widgets needs ipywidgets, which is not installed: pip install 'cifar_fast[notebooks]' (in a clone: "
         "pip install -e '.[notebooks]'), then restart the kernel"
     ) from error
+
+
+class Shown(ipywidgets.Image):
+    """A PNG as wide as there is room for, with a tooltip for those who cannot see it."""
+
+    description = Unicode("").tag(sync=True)  # the browser's part of ipywidgets fails at a tooltip without one
+
+    def __init__(self) -> None:
+        """Start without a picture."""
+        super().__init__(format="png", layout={"max_width": "100%", "object_fit": "contain"})
 
 
 class Explorer(ipywidgets.VBox):
@@ -37,7 +48,7 @@ class Explorer(ipywidgets.VBox):
         """Take the function and, for each of its arguments, a widget with a `value`."""
         self.draw, self.controls = draw, controls
         self.figure: Picture | None = None
-        self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+        self.picture = Shown()
         self.message = ipywidgets.HTML()
         self.reset = ipywidgets.Button(description="start values", icon="undo")
         first = {name: control.value for name, control in controls.items()}
@@ -76,7 +87,7 @@ class LiveCurve(ipywidgets.VBox):
     def __init__(self) -> None:
         """Start without an epoch."""
         self.epochs: list[EpochResult] = []
-        self.picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+        self.picture = Shown()
         self.message = ipywidgets.HTML("The curve appears after the first epoch.")
         super().__init__([self.message, self.picture])
 

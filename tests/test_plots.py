@@ -145,7 +145,7 @@ def test_the_subtitle_names_data_set_hardware_and_n():
 
 def test_nothing_published_stands_beside_another_data_set():
     figure = accuracy_and_time(made_up([0.5, 0.6, 0.7], [1.0, 1.1, 1.2], fingerprint="0" * 16))
-    assert "not CIFAR-10" in figure.get_suptitle()
+    assert "not the whole of CIFAR-10" in figure.get_suptitle()
     assert not [label for axes in figure.axes for label in legend_of(axes) if "published" in label]
 
 

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cifar_fast"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted([*MODULES, *PACKAGE.rglob("*.c")])
-CONDA_NAMES = {"torch": "pytorch"}  # where conda-forge calls a package otherwise than PyPI does
+# Where conda-forge calls a package otherwise than PyPI does.
+CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
 
 
 def project() -> dict:
@@ -103,6 +104,28 @@ def test_ci_fails_loudly_when_the_readme_has_no_test_command(tmp_path, readme):
     assert "no fenced code block" in result.stdout
 
 
+@pytest.mark.parametrize("user, exit_status", [("0", 0), ("0", 1), ("1000", 0)])
+def test_ci_installs_a_browser_where_it_can_and_tests_without_one_where_it_cannot(tmp_path, user, exit_status):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "env", "awk", "dirname", "timeout"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    stubs = {"id": f"echo {user}", "apt-get": f'echo "$@" >> {tmp_path}/asked\nexit {exit_status}'}
+    for name, does in stubs.items():
+        (tools / name).write_text(f"#!{shutil.which('bash')}\n{does}\n")
+        (tools / name).chmod(0o755)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
+    (tmp_path / "README.md").write_text("# Test\n```\necho the tests ran\n```\n")
+    command = [shutil.which("bash"), tmp_path / ".ci" / "run"]
+    result = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.endswith("+ echo the tests ran\nthe tests ran\n")
+    asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
+    assert ("update" in asked) == (user == "0")
+    assert ("install -y --no-install-recommends chromium" in asked) == (user == "0" and exit_status == 0)
+    assert ("so the browser tests skip" in result.stdout) == (user == "0" and exit_status != 0)
+
+
 def test_readme_commands_use_what_pyproject_offers():
     train, test = readme_command("Train"), readme_command("Test")
     for command in (train, test):
@@ -112,6 +135,11 @@ def test_readme_commands_use_what_pyproject_offers():
     assert "'.[all]'" in test and "cifar_fast[notebooks,test]" in project()["optional-dependencies"]["all"]
     for check in ("ruff check .", "ruff format --check .", "mypy cifar_fast", "python -m pytest"):
         assert f".venv/bin/{check}" in test
+    # The notebooks last, compared and not lax, at the scale that they are stored with.
+    *_, on_notebooks = test.split(" && ")
+    assert on_notebooks.startswith("CIFAR_FAST_SCALE=smoke .venv/bin/python -m pytest ")
+    assert on_notebooks.endswith(" --nbval --nbval-sanitize-with notebooks/sanitize.cfg notebooks")
+    assert (ROOT / "notebooks" / "sanitize.cfg").exists()
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)

@@ -69,6 +69,7 @@ def test_a_slider_redraws_the_picture_in_place():
     assert explorer.picture is shown and bytes(shown.value) != before
     assert bytes(shown.value) == explorer.figure.png()
     assert shown.tooltip == "a line through [0, 5]"
+    assert shown.get_state()["description"] == ""  # what the browser asks for before it shows a tooltip
     assert Image.open(io.BytesIO(shown.value)).format == "PNG"
 
 
