@@ -143,10 +143,9 @@ def whitening_filters(images: Tensor, size: int, eps: float) -> Tensor:
     largest weight of each filter is positive. Sources: David Page, "How to train your ResNet 8", 2019; tysam-code,
     hlb-CIFAR10, 2023.
     """
-    # On the CPU: so small a matrix is done there before a GPU's solver has been loaded.
-    eigenvalues, eigenvectors = torch.linalg.eigh(patch_covariance(images, size).double().cpu())
+    eigenvalues, eigenvectors = torch.linalg.eigh(patch_covariance(images, size).double())
     # An eigenvector's sign is free, and the solver's depends on rounding, so on the number of threads.
     largest = eigenvectors.gather(0, eigenvectors.abs().argmax(0, keepdim=True))
     eigenvectors = eigenvectors * largest.sign()
     filters = (eigenvectors / torch.sqrt(eigenvalues.clamp(min=0) + eps)).T.flip(0)  # (C * size**2, C * size**2)
-    return filters.to(images).reshape(-1, images.shape[1], size, size)
+    return filters.to(images.dtype).reshape(-1, images.shape[1], size, size)

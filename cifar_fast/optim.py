@@ -41,20 +41,20 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 @torch.no_grad()
-def orthogonalise(matrices: Tensor, steps: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
     """Return the matrices, (B, m, n), with their singular values brought near 1 by `steps` Newton-Schulz iterations,
-    all at once, computed in `dtype` (None: theirs).
+    all at once.
 
     The quintic's coefficients favour the slope at zero over convergence: the singular values end within about 0.5 ...
     1.5. Source: Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
     a, b, c = NEWTON_SCHULZ
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    x = (wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype or matrices.dtype)  # none above 1
+    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     for _ in range(steps):
         gram = x @ x.mT  # (B, m, m) with m <= n: the smaller of the two products
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if matrices.shape[1] <= matrices.shape[2] else x.mT).to(matrices.dtype)
+    return x if matrices.shape[1] <= matrices.shape[2] else x.mT
 
 
 def newton_schulz(values: Tensor, steps: int, coefficients: tuple[float, float, float] = NEWTON_SCHULZ) -> Tensor:
@@ -72,12 +72,9 @@ class Muon(torch.optim.Optimizer):
     `orthogonalise`, and airbench94_muon for the norm of sqrt(K).
     """
 
-    def __init__(
-        self, params: list[nn.Parameter], lr: float, momentum: float, dtype: torch.dtype | None = None
-    ) -> None:
-        """Take filter banks of shape (K, C, H, W), whose updates are orthogonalised in `dtype` (None: theirs)."""
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
+        """Take filter banks of shape (K, C, H, W)."""
         super().__init__(params, {"lr": lr, "momentum": momentum})
-        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -87,9 +84,7 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 by_shape[p.shape].append(p)
             for filters in by_shape.values():
-                updates = orthogonalise(
-                    torch.stack([self._nesterov(p, group["momentum"]).flatten(1) for p in filters]), dtype=self.dtype
-                )
+                updates = orthogonalise(torch.stack([self._nesterov(p, group["momentum"]).flatten(1) for p in filters]))
                 for p, update in zip(filters, updates, strict=True):
                     p.mul_(len(p) ** 0.5 / p.norm())
                     p.sub_(group["lr"] * update.view_as(p))
@@ -123,15 +118,13 @@ class Lookahead:
             fast.copy_(slow)
 
 
-def build_optimizers(model: nn.Module, recipe: Recipe, dtype: torch.dtype | None = None) -> list[torch.optim.Optimizer]:
+def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Return the recipe's optimisers; each parameter group has its `peak_lr`, and those of the whitening bias
     `stop_epoch`.
 
     Weights and biases are groups of their own. Under `muon` the convolutions' filters are Muon's, the rest SGD's, and
-    batch norm's scales, where they are learned, go with its biases. On a GPU Newton-Schulz iterations are computed in
-    `dtype` if that is given, and SGD is one kernel.
+    batch norm's scales, where they are learned, go with its biases.
     """
-    on_gpu = all(p.is_cuda for p in model.parameters())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights = [p for name, p in trained.items() if not name.endswith("bias")]
     whitening = [p for name, p in trained.items() if name.endswith("whiten.bias")]
@@ -149,12 +142,10 @@ def build_optimizers(model: nn.Module, recipe: Recipe, dtype: torch.dtype | None
     if whitening:
         groups.append({"params": whitening, **fast, "stop_epoch": recipe.whitening_bias_epochs})
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=on_gpu or None)
+        torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     ]
     if filters:
-        optimizers.append(
-            Muon(filters, lr=recipe.muon_lr, momentum=recipe.muon_momentum, dtype=dtype if on_gpu else None)
-        )
+        optimizers.append(Muon(filters, lr=recipe.muon_lr, momentum=recipe.muon_momentum))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -180,3 +171,11 @@ def keep_learning_rates_on(device: torch.device, optimizers: list[torch.optim.Op
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+
+
+def fuse(optimizers: list[torch.optim.Optimizer]) -> None:
+    """Have torch's own optimisers step with one kernel a group; only that one reads a learning rate on a GPU."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "fused" in group:
+                group["fused"] = True

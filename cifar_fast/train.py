@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ from cifar_fast.evaluate import at_least_float32, evaluate
 from cifar_fast.graph import Launch, Recorded, choose_launch, compiled, undone
 from cifar_fast.layers import GhostBatchNorm
 from cifar_fast.model import Network, build_model, whiten_first_layer
-from cifar_fast.optim import Lookahead, build_optimizers, keep_learning_rates_on, lr_schedule, set_learning_rates
+from cifar_fast.optim import Lookahead, build_optimizers, fuse, keep_learning_rates_on, lr_schedule, set_learning_rates
 from cifar_fast.peers import ALONE, Peers, flat_gradients
 from cifar_fast.recipe import Recipe
 from cifar_fast.result import EpochResult, RunFolder, RunResult
@@ -100,8 +101,9 @@ def train(
         whiten_first_layer(model, recipe, images[:WHITENING_IMAGES].to(on))
         del images
         peers.start_together(model)
-        optimizers = build_optimizers(model, recipe, numerics.dtype if numerics.dtype in HALF else None)
-        schedule = lr_schedule(recipe)
+        optimizers, schedule = build_optimizers(model, recipe), lr_schedule(recipe)
+        if on.type == "cuda":
+            fuse(optimizers)
         ema = EMA(model, recipe.ema_decay**recipe.ema_every) if recipe.ema_decay else None
         lookahead = Lookahead(model, recipe.lookahead_alpha) if recipe.lookahead_alpha else None
 
@@ -206,16 +208,16 @@ class TrainingStep:
     peers: Peers
     gradients: Tensor | None = None
     """The buffer of `flat_gradients`, where they lie in one."""
-    forward: Callable[[Tensor], Tensor] | None = None
-    """Computes what the model does, if not the model itself."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take the step; return what `forward_backward` does."""
         half_precision = self.dtype in HALF
-        loss, hits = forward_backward(self.model, images, labels, self.recipe, self.dtype, self.forward)
+        loss, hits = forward_backward(self.model, images, labels, self.recipe, self.dtype)
         self.peers.average_gradients(self.model, half_precision=half_precision, scale=len(images), flat=self.gradients)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        # A GPU multiplies the matrices of Muon's Newton-Schulz iterations in half precision, too.
+        with torch.autocast(images.device.type, self.dtype, enabled=images.is_cuda and half_precision):
+            for optimizer in self.optimizers:
+                optimizer.step()
         self.clear_gradients()
         return loss, hits
 
@@ -240,18 +242,19 @@ def prepare_steps(
     made_there = batches.home == batches.device  # else on the CPU, and sent
     chosen = [values[0].clone() for values in vars(batches.choices(0)).values()]  # of one batch
     if launch.compile:
-        fused, fused_make, why = compiled(take.model), compiled(make) if made_there else make, ""
+        fused: Any = compiled(take.model)  # a module around the model, with its parameters
+        fused_make, why = compiled(make) if made_there else make, ""
         with undone(take.model, take.optimizers):
             try:
                 for frozen in sorted(variants):
                     freeze_whitening_bias(take.model, frozen)
                     images, labels = fused_make(*chosen)
-                    forward_backward(take.model, images, labels, take.recipe, take.dtype, fused)
+                    forward_backward(fused, images, labels, take.recipe, take.dtype)
             except Exception as error:  # a compiler fails in many ways, and none need end a training
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
             take.clear_gradients()
         if take.peers.all(not why):
-            take, make = replace(take, forward=fused), fused_make
+            take, make = replace(take, model=fused), fused_make
             steps, batches.prepared = dict.fromkeys(variants, take), make
         else:
             launch = launch.without("compile", why or "another rank failed to")
@@ -279,20 +282,13 @@ def prepare_steps(
 
 
 def forward_backward(
-    model: Network,
-    images: Tensor,
-    labels: Tensor,
-    recipe: Recipe,
-    dtype: torch.dtype,
-    forward: Callable[[Tensor], Tensor] | None = None,
+    model: Network, images: Tensor, labels: Tensor, recipe: Recipe, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Leave the gradients of the batch's mean loss in the parameters; return that loss and the number of images hit.
 
     `images`: (N, 3, H, W), normalised; `labels`: int64 (N,). The convolutions compute in `dtype`. With
-    `micro_batch_size` only that many images' activations exist at a time; the gradients add up to the same. `forward`
-    computes what `model` does, if not the model itself.
+    `micro_batch_size` only that many images' activations exist at a time; the gradients add up to the same.
     """
-    forward = model if forward is None else forward
     size = recipe.micro_batch_size or len(images)
     # A mean loss has gradients too small for float16; those of the sum, which the original recipes took, are not.
     loss_scale = len(images) if dtype == torch.float16 else 1
@@ -301,7 +297,7 @@ def forward_backward(
     for number, (part, target) in enumerate(parts, start=1):
         expect_part(model, number, len(parts))
         with torch.autocast(images.device.type, dtype, enabled=dtype in HALF):
-            logits = at_least_float32(forward(part))
+            logits = at_least_float32(model(part))
         smoothing = recipe.label_smoothing
         part_loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing) / len(images)
         (part_loss * loss_scale).backward()

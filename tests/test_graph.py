@@ -296,14 +296,13 @@ def test_what_is_compiled_is_kept_in_the_packages_cache(tmp_path: Path, monkeypa
 
 
 def test_a_compiler_that_fails_is_done_without(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def break_down(*_: Tensor) -> Tensor:
-        raise ZeroDivisionError("in the middle of it\nand more")
+    class Broken(torch.nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            raise ZeroDivisionError("in the middle of it\nand more")
 
     plain = run(SGD, data)
     monkeypatch.setattr(training, "choose_launch", lambda *_: Launch(compile=True))
-    monkeypatch.setattr(
-        training, "compiled", lambda function: break_down if isinstance(function, Network) else function
-    )
+    monkeypatch.setattr(training, "compiled", lambda function: Broken() if isinstance(function, Network) else function)
     with pytest.warns(UserWarning, match="torch.compile is done without: ZeroDivisionError: in the middle of it$"):
         result = run(SGD, data)
     assert result.environment["compiled"] is False

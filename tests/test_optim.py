@@ -20,6 +20,7 @@ from cifar_fast.optim import (
     Muon,
     PiecewiseLinear,
     build_optimizers,
+    fuse,
     keep_learning_rates_on,
     lr_schedule,
     newton_schulz,
@@ -259,10 +260,10 @@ def test_orthogonalising_a_batch_is_orthogonalising_one_by_one_and_the_transpose
     torch.testing.assert_close(orthogonalise(matrices.mT), together.mT, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_orthogonalising_in_half_precision_brings_the_singular_values_near_one_too(dtype: torch.dtype) -> None:
+def test_orthogonalising_with_products_in_half_precision_brings_the_singular_values_near_one_too() -> None:
     matrices = random_matrices(3, 64, 216)
-    found = orthogonalise(matrices, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16):  # as a GPU's step does it
+        found = orthogonalise(matrices)
     assert found.dtype == torch.float32
     values = torch.linalg.svdvals(found)
     assert 0.5 < values.min() and values.max() < 1.5
@@ -354,16 +355,18 @@ def test_lookahead_with_alpha_one_changes_nothing() -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_updates_are_orthogonalised_in_half_precision_and_sgd_is_fused() -> None:
+def test_a_fused_step_with_learning_rates_on_the_gpu_is_the_plain_one() -> None:
     on_cpu, on_gpu = build(TINY_MUON), build(TINY_MUON).cuda()
     on_gpu.load_state_dict(on_cpu.state_dict())
-    pairs = [(model, build_optimizers(model, TINY_MUON, torch.float16)) for model in (on_cpu, on_gpu)]
-    assert [muon.dtype for _, (_, muon) in pairs] == [None, torch.float16]
+    pairs = [(model, build_optimizers(model, TINY_MUON)) for model in (on_cpu, on_gpu)]
+    fuse(pairs[1][1])
+    keep_learning_rates_on(torch.device("cuda"), pairs[1][1])
+    assert all(group["fused"] for group in pairs[1][1][0].param_groups)
     for model, optimizers in pairs:
         for number, p in enumerate(model.parameters()):
             p.grad = random_matrices(*p.shape, seed=number).to(p.device)
+        set_learning_rates(optimizers, lr_schedule(TINY_MUON), 0.5)
         for optimizer in optimizers:
             optimizer.step()
-    assert pairs[1][1][0].param_groups[0]["fused"]
     for name, value in on_gpu.state_dict().items():
-        torch.testing.assert_close(value.cpu(), on_cpu.state_dict()[name], rtol=2e-2, atol=2e-2, msg=name)
+        torch.testing.assert_close(value.cpu(), on_cpu.state_dict()[name], rtol=1e-3, atol=1e-3, msg=name)
