@@ -89,6 +89,14 @@ def test_what_a_part_has_found_is_kept_when_others_fail(
     assert again["parts"]["start"]["earlier"] == report["parts"]["start"]
 
 
+def test_a_dry_run_passes_no_verdict(gpu: ModuleType, tmp_path: Path, scripted: dict[str, str]) -> None:
+    scripted["start"] = "open('{out}/start.json', 'w').write('{\"first\": {\"total_seconds\": 3.0}}')"
+    dry = ["--out", str(tmp_path), "--device", "cpu", "--recipe", "smoke", "--parts", "start"]
+    assert gpu.main(dry) == 0
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert report["parts"]["start"]["state"] == "done" and report["verdicts"] == []
+
+
 def test_a_part_that_takes_too_long_is_ended_with_all_it_has_started(gpu: ModuleType, tmp_path: Path) -> None:
     child = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])"
     code = f"{child}; open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); time.sleep(600)"
