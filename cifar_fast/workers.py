@@ -189,7 +189,7 @@ class Workers:
                     for kind, content in self._received(rank):
                         rank.hear(kind, content)
                     if not rank.done and rank.failure is None:
-                        raise WorkerError(f"rank {rank.number} {_how_it_ended(process.exitcode)} while {doing}")
+                        raise WorkerError(f"rank {rank.number} {_how_it_ended(process.exitcode, doing)}")
         failed = [rank for rank in ranks if rank.failure is not None]
         first = [rank for rank in failed if not rank.failure.waiting]  # type: ignore[union-attr]
         # A rank that failed while it waited for others most likely lost one of them: who that is will show in a second.
@@ -313,14 +313,14 @@ def seconds_in_run_queue(pid: int) -> dict[str, float]:
     return waited
 
 
-def _how_it_ended(exitcode: int) -> str:
+def _how_it_ended(exitcode: int, doing: str) -> str:
     if exitcode == 0:
-        return "exited with status 0 without a result"
+        return f"exited with status 0 without a result while {doing}"
     if exitcode > 0:
-        return f"exited with status {exitcode} and no word"
+        return f"exited with status {exitcode} and no word while {doing}"
     name = signal.Signals(-exitcode).name
     hint = "; the system does that when memory runs out" if name == "SIGKILL" else ""
-    return f"was ended by {name}{hint}"
+    return f"was ended by {name} while {doing}{hint}"
 
 
 @contextmanager

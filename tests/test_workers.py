@@ -124,8 +124,8 @@ def test_close_leaves_nothing():
 FAULTS = {
     "raise": r"rank 1 failed:.*Traceback.*tasks\.py.*ZeroDivisionError: thrown on purpose",
     "raise what cannot travel": r"rank 1 failed:.*Stubborn",
-    "kill": "rank 1 was ended by SIGKILL; the system does that when memory runs out",
-    "exit 0": "rank 1 exited with status 0 without a result",
+    "kill": "rank 1 was ended by SIGKILL while working; the system does that when memory runs out$",
+    "exit 0": "rank 1 exited with status 0 without a result while working",
     "sys.exit": r"rank 1 failed:.*SystemExit: 0",
     "stop": "rank 1 has stopped answering",
     "sleep": "rank 1 has hung",
