@@ -134,35 +134,39 @@ class Peers:
             value.copy_(there)
 
     @torch.no_grad()
-    def average_gradients(
-        self, model: nn.Module, *, half_precision: bool = False, scale: float = 1.0, flat: Tensor | None = None
-    ) -> None:
+    def average_gradients(self, model: nn.Module, *, half_precision: bool = False, scale: float = 1.0) -> None:
         """Replace every gradient by its mean over the ranks: one flat buffer, one all-reduce.
 
         Arguments:
             model: a network whose gradients are there on every rank.
             half_precision: send float16, half the bytes; then `scale` lifts the gradients above its smallest numbers.
             scale: factor on the gradients while they travel, for instance the number of images behind their mean.
-            flat: the buffer of `flat_gradients`, where they are views of one; nothing is gathered and scattered then.
         """
-        if flat is not None:
-            flat.copy_(self._mean(flat, half_precision, scale))
-            return
         if self.world_size == 1:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         # In each gradient's own memory order, channels-last or not, so that nothing is moved about to flatten it.
-        gathered = torch.cat([_in_memory_order(gradient) for gradient in gradients])
-        parts = self._mean(gathered, half_precision, scale).split([gradient.numel() for gradient in gradients])
-        for gradient, mean in zip(gradients, parts, strict=True):
-            _in_memory_order(gradient).copy_(mean)
-
-    def _mean(self, flat: Tensor, half_precision: bool, scale: float) -> Tensor:
+        flat = torch.cat([_in_memory_order(gradient) for gradient in gradients])
         # Divided before they are added: a sum could leave float16's range where the mean does not.
         buffer = flat.mul_(scale / self.world_size).to(torch.float16 if half_precision else flat.dtype)
         with self._together():
             dist.all_reduce(buffer)
-        return buffer.to(flat.dtype).div_(scale) if scale != 1.0 or half_precision else buffer
+        if scale != 1.0 or half_precision:
+            buffer = buffer.to(flat.dtype).div_(scale)
+        parts = buffer.split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, parts, strict=True):
+            _in_memory_order(gradient).copy_(mean)
+
+    @torch.no_grad()
+    def average_buffer(self, flat: Tensor, *, half_precision: bool = False, scale: float = 1.0) -> None:
+        """Do the same for gradients that are views of `flat`, as `flat_gradients` lays them: nothing to gather first.
+
+        Of one process too, if it has a backend: a step is recorded as it is, whatever the number of ranks.
+        """
+        buffer = flat.mul_(scale / self.world_size).to(torch.float16 if half_precision else flat.dtype)
+        with self._together():
+            dist.all_reduce(buffer)
+        flat.copy_(buffer).div_(scale)
 
     @torch.no_grad()
     def average_statistics(self, model: nn.Module) -> None:

@@ -213,7 +213,10 @@ class TrainingStep:
         """Take the step; return what `forward_backward` does."""
         half_precision = self.dtype in HALF
         loss, hits = forward_backward(self.model, images, labels, self.recipe, self.dtype)
-        self.peers.average_gradients(self.model, half_precision=half_precision, scale=len(images), flat=self.gradients)
+        if self.gradients is None:
+            self.peers.average_gradients(self.model, half_precision=half_precision, scale=len(images))
+        else:
+            self.peers.average_buffer(self.gradients, half_precision=half_precision, scale=len(images))
         # A GPU multiplies the matrices of Muon's Newton-Schulz iterations in half precision, too.
         with torch.autocast(images.device.type, self.dtype, enabled=images.is_cuda and half_precision):
             for optimizer in self.optimizers:

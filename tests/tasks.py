@@ -108,7 +108,10 @@ def average_in_one_buffer(peers: Peers, half_precision: bool, scale: float) -> b
         for p in model.parameters():
             value = gradient(p.shape, peers.rank)
             p.grad = torch.empty_like(p).copy_(value) if p.grad is None else p.grad.copy_(value)
-        peers.average_gradients(model, half_precision=half_precision, scale=scale, flat=flat)
+        if flat is None:
+            peers.average_gradients(model, half_precision=half_precision, scale=scale)
+        else:
+            peers.average_buffer(flat, half_precision=half_precision, scale=scale)
         means.append([p.grad for p in model.parameters()])
         if flat is not None:
             places = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}

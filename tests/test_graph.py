@@ -277,7 +277,7 @@ def test_a_frozen_bias_stays_although_its_gradient_is_a_zero_in_the_buffer(data:
 class Silent(Peers):
     """Averages over itself alone."""
 
-    def average_gradients(self, *_: Any, **__: Any) -> None:
+    def average_buffer(self, *_: Any, **__: Any) -> None:
         pass
 
 
