@@ -84,7 +84,7 @@ def tidy(notebook: Any) -> None:
         joined: list[Any] = []
         for output in cell.outputs:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
-            last = joined[-1] if joined else {}
+            last: Any = joined[-1] if joined else {}
             if output.output_type == "stream" and last.get("name") == output.name:
                 last.text += output.text  # where a stream was cut differs from run to run
             else:
