@@ -484,7 +484,7 @@ def test_doctor_says_what_this_machine_would_get_and_why(capsys):
 def test_lab_without_notebooks_or_jupyterlab(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(notebooks, "FOLDER", tmp_path / "notebooks")
     assert status_of("lab") == 2
-    assert "notebooks come with a checkout" in capsys.readouterr().err
+    assert "they come with a checkout" in capsys.readouterr().err
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "00_first.ipynb").touch()
     monkeypatch.setitem(sys.modules, "jupyterlab.labapp", None)

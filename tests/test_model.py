@@ -109,7 +109,7 @@ def test_convnet6_has_three_blocks_of_two_convolutions() -> None:
 def test_convnet6_without_whitening_learns_a_first_convolution_of_the_same_shape() -> None:
     model = build(replace(recipes.speedrun(), whitening_size=0))
     assert output_shapes(model, random_batch(1))["first"] == (24, 31, 31)
-    assert all(p.requires_grad for p in model.parameters())
+    assert all(p.requires_grad for p in model.layers.get_submodule("first").parameters())
 
 
 # --- Equivalences ---

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -234,10 +234,10 @@ def choose_theme(page: Any, theme: str) -> None:
         page.locator(f"body[data-jp-theme-light={wanted}]").wait_for(state="attached")  # of no size of its own
 
 
-def photograph(page: Any, name: str) -> None:
-    """Save screenshots of the whole notebook, a screenful a file, in both themes."""
+def photograph(page: Any, name: str, themes: Iterable[str] = tuple(THEMES)) -> None:
+    """Save screenshots of the whole notebook, a screenful a file, in each of the themes."""
     SCREENSHOTS.mkdir(exist_ok=True)
-    for theme in THEMES:
+    for theme in themes:
         choose_theme(page, theme)
         for old in SCREENSHOTS.glob(f"{name}_{theme}_*.png"):
             old.unlink()
@@ -245,7 +245,7 @@ def photograph(page: Any, name: str) -> None:
         height = panel.evaluate("panel => panel.clientHeight")
         panel.evaluate("panel => panel.scrollTop = 0")
         for number in range(1, 40):
-            page.wait_for_timeout(300)  # a cell is drawn when it comes into view
+            page.wait_for_timeout(200)  # a cell is drawn when it comes into view
             page.screenshot(path=SCREENSHOTS / f"{name}_{theme}_{number:02d}.png")
             before = panel.evaluate("panel => panel.scrollTop")
             panel.evaluate(f"panel => panel.scrollTop += {height - 60}")
@@ -313,11 +313,11 @@ def test_a_reader_runs_all_moves_a_slider_and_interrupts_a_training(page, lab, n
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_stored_picture_is_shown_in_both_themes(page, lab, path):
+def test_every_stored_picture_is_shown(page, lab, path):
     outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", [])]
     stored = sum("image/png" in output.get("data", {}) for output in outputs)
     open_notebook(page, lab, path)
     shown = "images => images.filter(image => image.complete && image.naturalWidth).length"
     images = page.locator(".jp-RenderedImage img")
     until(page, lambda: images.evaluate_all(shown) == stored, f"{stored} stored pictures are shown")
-    photograph(page, f"{path.stem}_stored")
+    photograph(page, f"{path.stem}_stored", ["dark"])  # where a picture without a ground of its own could not be read
