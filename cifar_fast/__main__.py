@@ -1,6 +1,6 @@
 """`python -m cifar_fast` is the command line."""
 
-from cifar_fast.cli import main
+from cifar_fast.cli import main_and_exit
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main_and_exit()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import tyro
 from tyro import conf
@@ -508,6 +508,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our output, `head` for instance, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def main_and_exit() -> NoReturn:
+    """Run this process's command and end the process with its status."""
+    status = main()
+    if "cifar_fast.peers" in sys.modules:  # without it no rank was joined, and torch need not be imported
+        from cifar_fast.peers import end_rank, joined_torchrun
+
+        if joined_torchrun():
+            end_rank(status)
+    raise SystemExit(status)
 
 
 def parse(argv: Sequence[str]) -> Command:

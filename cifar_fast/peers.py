@@ -5,12 +5,13 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -268,6 +269,23 @@ def join_torchrun(device: str | None, backend: str | None) -> Peers:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise UserError(f"rank {rank} of {world_size} cannot meet the others at {where}: {error}") from error
     return Peers(rank, world_size, chosen, on)
+
+
+def joined_torchrun() -> bool:
+    """Say whether this process is one of a launcher's ranks and has met the others."""
+    return under_torchrun() and dist.is_initialized()
+
+
+def end_rank(status: int) -> NoReturn:
+    """End a rank of torchrun's, all work done, with `status`, and without taking the interpreter down.
+
+    Once torch.optim has been imported, torch 2.15's group outlives destroy_process_group; seldom, its threads then
+    abort the process while the interpreter ends, and torchrun calls the whole training failed.
+    """
+    _leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _leave() -> None:

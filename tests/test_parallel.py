@@ -307,6 +307,19 @@ def test_torchrun_is_joined(arguments, tmp_path):
     assert done.stdout.count("train_seconds") == 1, "rank 0 alone prints"
 
 
+def test_a_rank_of_torchrun_ends_without_taking_the_interpreter_down(arguments):
+    """The process group's threads outlive it and may abort a process whose interpreter ends."""
+    program = "import atexit; atexit.register(print, 'taken down'); from cifar_fast.cli import main_and_exit"
+    command = [sys.executable, "-c", f"{program}; main_and_exit()", *arguments]
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(**rank))
+    assert done.returncode == 0, done.stderr
+    assert "test accuracy" in done.stdout and "taken down" not in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True, env=environment(**rank))
+    assert again.returncode == 2, "the run folder exists"
+    assert "error:" in again.stderr
+
+
 def test_two_machines_are_joined(arguments, tmp_path):
     """Two torchrun agents on the loopback interface, as on two machines."""
     port = free_port()
