@@ -26,7 +26,8 @@ The first hour on a GPU checks, in this order:
     no warning, and `launch`, `compiled` and `launch_reason` in result.json as asked for. Where a warning gives a
     reason, that comes first.
  3. `--parts profile`: which of the two pays; the gaps (none above a few microseconds inside a graph); the kernels at
-    the top. If batch norm or the augmentation is among them although compiled, they were not fused.
+    the top. If batch norm or the augmentation is among them although compiled, they were not fused. `orthogonalise_us`:
+    if by shape is the faster, so be it (`optim.orthogonalise_all`).
  4. `--parts speedrun airbench`: mean accuracy at least 94.0 %, mean train_seconds at most 0.9, three times airbench's
     speed. Short of accuracy: n_shards=1 (batch norm over all 1536 images, as Hiverge has it), then epochs=10. Accurate
     to spare: fewer epochs. float16 against bfloat16 (`--precision bfloat16`) at the same number of epochs.
@@ -66,7 +67,9 @@ from cifar_fast.batches import steps_per_epoch
 from cifar_fast.data import SYNTHETIC, Dataset, load_cifar10, synthetic
 from cifar_fast.device import environment, select_device
 from cifar_fast.errors import UserError
+from cifar_fast.graph import Recorded
 from cifar_fast.model import build_model
+from cifar_fast.optim import orthogonalise_by_shape, orthogonalise_padded
 from cifar_fast.recipe import Recipe
 from cifar_fast.report import summarise
 from cifar_fast.result import RunResult, write_json
@@ -107,6 +110,8 @@ def part_profile(options: argparse.Namespace) -> None:
         write_json(path, found)
         return
     found["limit"] = matrix_limit(torch.device(options.device or "cuda"))
+    write_json(path, found)
+    found["orthogonalise_us"] = orthogonalising(recipe, torch.device(options.device or "cuda"))
     write_json(path, found)
     kernels = profiled_kernels(recipe, data, options.device)
     found["step"] = analyse(kernels, PROFILED_STEPS)
@@ -252,6 +257,32 @@ def matrix_limit(device: torch.device, side: int = 8192, repeats: int = 20) -> d
             seconds.append(start.elapsed_time(end) / 1e3)
         tflops[str(dtype).removeprefix("torch.")] = 2 * side**3 / min(seconds) / 1e12
     return {"side": side, "repeats": repeats, "tflops": tflops}
+
+
+def orthogonalising(recipe: Recipe, device: torch.device, repeats: int = 50) -> dict[str, float]:
+    """Return how long each way to orthogonalise a step's filters takes, recorded: the median in microseconds."""
+    model = build_model(recipe, 10, torch.zeros(3), torch.ones(3))
+    filters = [p for p in model.parameters() if p.requires_grad and p.ndim == 4]
+    matrices = [torch.randn(len(p), p[0].numel(), device=device) for p in filters]
+    ways = {"all at once, padded": orthogonalise_padded, "by shape": orthogonalise_by_shape}
+    recorded: dict[str, Recorded] = {}
+    for name, way in ways.items():
+
+        def half(*given: torch.Tensor, way: Callable = way) -> list[torch.Tensor]:
+            with torch.autocast("cuda", torch.float16):
+                return way(list(given))
+
+        recorded[name] = Recorded(half, *matrices)
+    seconds: defaultdict[str, list[float]] = defaultdict(list)
+    for _ in range(repeats):
+        for name, replay in recorded.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            replay(*matrices)
+            end.record()
+            torch.cuda.synchronize(device)
+            seconds[name].append(start.elapsed_time(end) * 1e3)
+    return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def profiled_kernels(recipe: Recipe, data: Dataset, device: str | None) -> list[tuple[str, float, float]]:

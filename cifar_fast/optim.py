@@ -57,6 +57,37 @@ def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
     return x if matrices.shape[1] <= matrices.shape[2] else x.mT
 
 
+def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
+    """Return `orthogonalise` of each of `matrices`, (m, n), whose shapes may differ, in as few batches as pay.
+
+    A GPU, to which many small kernels cost more than arithmetic, takes all at once; a CPU those of one shape.
+    """
+    return orthogonalise_padded(matrices) if matrices[0].is_cuda else orthogonalise_by_shape(matrices)
+
+
+def orthogonalise_by_shape(matrices: list[Tensor]) -> list[Tensor]:
+    """Do so for the matrices of each shape together."""
+    places: defaultdict[torch.Size, list[int]] = defaultdict(list)
+    for place, matrix in enumerate(matrices):
+        places[matrix.shape].append(place)
+    found = list(matrices)
+    for same in places.values():
+        for place, update in zip(same, orthogonalise(torch.stack([matrices[i] for i in same])), strict=True):
+            found[place] = update
+    return found
+
+
+def orthogonalise_padded(matrices: list[Tensor]) -> list[Tensor]:
+    """Do so for all at once, filled up with zeros to the largest: these stay zero, and add nothing to any product."""
+    wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT for matrix in matrices]
+    rows, columns = (max(matrix.shape[side] for matrix in wide) for side in (0, 1))
+    padded = wide[0].new_zeros(len(wide), rows, columns)
+    for place, matrix in zip(padded, wide, strict=True):
+        place[: matrix.shape[0], : matrix.shape[1]] = matrix
+    found = [each[: m.shape[0], : m.shape[1]] for each, m in zip(orthogonalise(padded), wide, strict=True)]
+    return [each if each.shape == matrix.shape else each.mT for each, matrix in zip(found, matrices, strict=True)]
+
+
 def newton_schulz(values: Tensor, steps: int, coefficients: tuple[float, float, float] = NEWTON_SCHULZ) -> Tensor:
     """Return what `steps` iterations make of singular `values`, 0 ... 1, any shape: the polynomial, again and again."""
     a, b, c = coefficients
@@ -78,24 +109,26 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """Update all filter banks; those of one shape are orthogonalised together."""
+        """Update all filter banks."""
         for group in self.param_groups:
-            by_shape: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
-            for p in group["params"]:
-                by_shape[p.shape].append(p)
-            for filters in by_shape.values():
-                updates = orthogonalise(torch.stack([self._nesterov(p, group["momentum"]).flatten(1) for p in filters]))
-                for p, update in zip(filters, updates, strict=True):
-                    p.mul_(len(p) ** 0.5 / p.norm())
-                    p.sub_(group["lr"] * update.view_as(p))
+            filters, rate = group["params"], group["lr"]
+            updates = orthogonalise_all([each.flatten(1) for each in self._nesterov(filters, group["momentum"])])
+            for p, norm, update in zip(filters, torch._foreach_norm(filters), updates, strict=True):
+                p.mul_(len(p) ** 0.5 / norm)
+                p.sub_((rate * update).view_as(p))
 
-    def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
-        assert p.grad is not None
-        state = self.state[p]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        average = state["momentum_buffer"].mul_(momentum).add_(p.grad)
-        return p.grad.add(average, alpha=momentum)
+    def _nesterov(self, filters: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
+        gradients, averages = [], []
+        for p in filters:
+            assert p.grad is not None
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            gradients.append(p.grad)
+            averages.append(self.state[p]["momentum_buffer"])
+        # A GPU does each of these for all filters in one kernel.
+        torch._foreach_mul_(averages, momentum)
+        torch._foreach_add_(averages, gradients)
+        return torch._foreach_add(gradients, averages, alpha=momentum)
 
 
 class Lookahead:

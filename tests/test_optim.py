@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,8 @@ from cifar_fast.optim import (
     lr_schedule,
     newton_schulz,
     orthogonalise,
+    orthogonalise_by_shape,
+    orthogonalise_padded,
     set_learning_rates,
 )
 from cifar_fast.recipe import Recipe
@@ -288,6 +291,19 @@ def test_orthogonalising_iterates_a_polynomial_of_the_singular_values(steps: int
 def test_the_textbooks_cubic_leads_to_one() -> None:
     values = torch.tensor([0.01, 0.3, 1.0], dtype=torch.float64)
     torch.testing.assert_close(newton_schulz(values, 20, (1.5, -0.5, 0.0)), torch.ones_like(values))
+
+
+SHAPES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=5)
+
+
+@pytest.mark.parametrize("all_of_them", [orthogonalise_by_shape, orthogonalise_padded])
+@given(SHAPES)
+def test_orthogonalising_matrices_of_any_shapes_is_orthogonalising_each(
+    all_of_them: Callable[[list[Tensor]], list[Tensor]], shapes: list[tuple[int, int]]
+) -> None:
+    matrices = [random_matrices(*shape, seed=seed).double() for seed, shape in enumerate(shapes)]
+    for matrix, found in zip(matrices, all_of_them(matrices), strict=True):
+        torch.testing.assert_close(found, orthogonalise(matrix[None])[0])
 
 
 def filter_banks() -> list[nn.Parameter]:
