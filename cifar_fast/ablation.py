@@ -16,7 +16,7 @@ from cifar_fast.errors import RunError, UserError
 from cifar_fast.evaluate import evaluate
 from cifar_fast.parallel import Trainer
 from cifar_fast.recipe import CHOICES, Recipe, changed_fields
-from cifar_fast.report import hardware, mean_interval, table
+from cifar_fast.report import data_set, hardware, mean_interval, table
 from cifar_fast.result import EpochResult, RunResult
 from cifar_fast.timing import Clock
 
@@ -71,7 +71,7 @@ class Ablation:
         data, recipe = first["dataset"], first["recipe"]
         return (
             f"{table(rows)}\n\n"
-            f"data set: {data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images); "
+            f"data set: {data_set(data)}; "
             f"recipe {recipe['name']!r}, {recipe['epochs']:g} epochs\n"
             f"hardware: {hardware(first['environment'])}; torch {first['environment']['torch']}"
         )

@@ -22,7 +22,7 @@ from cifar_fast import notebooks
 from cifar_fast import recipe as recipes
 from cifar_fast.errors import TrainingError, UserError, WorkerError
 from cifar_fast.recipe import Recipe, changed_fields
-from cifar_fast.report import percent, table
+from cifar_fast.report import data_set, hardware, percent, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -658,17 +658,16 @@ def result_table(result: RunResult, folder: Path) -> str:
     machine, data = result.environment, result.dataset
     prepared = machine.get("compiled") or machine.get("launch") == "cuda graph"
     warm_up = f", {result.warm_up_seconds:.2f} s of it warm-up" if prepared else ""
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}"
     rows = [
         ("recipe", result.recipe.name),
-        ("data set", f"{data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images)"),
+        ("data set", data_set(data)),
         ("accuracy", f"{percent(result.accuracy)} (TTA: {result.recipe.tta})"),
         ("train_seconds", f"{result.train_seconds:.2f}"),
         ("evaluate_seconds", f"{result.evaluate_seconds:.2f}"),
         ("total_seconds", f"{result.total_seconds:.2f}"),
         ("first step", f"{result.first_step_seconds:.2f} s after the command{warm_up}"),
         ("peak memory", f"{result.peak_memory_gb:.2f} GB"),
-        ("hardware", f"{where}; {machine['precision']}, {machine['convolution']} convolution"),
+        ("hardware", f"{hardware(machine)}; {machine['precision']}, {machine['convolution']} convolution"),
         ("versions", f"cifar_fast {__version__}, torch {machine['torch']}, Python {machine['python']}"),
         ("n", f"1 run, seed {result.seed}"),
         ("run folder", str(folder)),

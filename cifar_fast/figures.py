@@ -28,7 +28,7 @@ from cifar_fast.optim import NEWTON_SCHULZ, Lookahead, lr_schedule, orthogonalis
 from cifar_fast.plan import Prediction, ring_all_reduce
 from cifar_fast.plots import TERMS, Picture
 from cifar_fast.recipe import Recipe, Rung
-from cifar_fast.report import LADDER_2019, Record, hardware, mean_interval, percent, reaches, wilson_interval
+from cifar_fast.report import LADDER_2019, Record, data_set, hardware, mean_interval, percent, reaches, wilson_interval
 from cifar_fast.result import RunResult
 from cifar_fast.timing import speeds
 
@@ -839,7 +839,7 @@ def ablation(runs: Mapping[str, Sequence[RunResult | Mapping[str, Any]]]) -> Pic
     names = [textwrap.fill(name.replace("=", "= "), 24).replace("= ", "=") for name in arms]
     axes[0].set_yticks(range(len(arms)), names)
     axes[1].set(xlabel="train_seconds")
-    figure.suptitle(f"data set: {first['dataset']['name']}; {hardware(first['environment'])}", fontsize="medium")
+    figure.suptitle(f"data set: {data_set(first['dataset'])}; {hardware(first['environment'])}", fontsize="medium")
     figure.alt = f"Accuracy and train_seconds of {' and '.join(arms)}" + (f"; {'; '.join(words)}" if words else "")
     return figure
 
@@ -888,7 +888,7 @@ def clocks(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Picture:
     tidy(axis)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
     first = next(iter(lines.values()))
-    figure.suptitle(f"data set: {first['dataset']['name']}; {hardware(first['environment'])}", fontsize="medium")
+    figure.suptitle(f"data set: {data_set(first['dataset'])}; {hardware(first['environment'])}", fontsize="medium")
     figure.alt = "; ".join(
         f"{name}: {line['train_seconds']:.1f} s of training in {line['total_seconds']:.1f} s"
         for name, line in lines.items()
@@ -932,7 +932,7 @@ def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]], target: 
     tidy(axis)
     figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
     first = next(iter(lines.values()))
-    figure.suptitle(f"data set: {first['dataset']['name']}; {hardware(first['environment'])}", fontsize="medium")
+    figure.suptitle(f"data set: {data_set(first['dataset'])}; {hardware(first['environment'])}", fontsize="medium")
     figure.alt = f"Test accuracy over train_seconds; {percent(target)} is reached by " + "; ".join(words)
     return figure
 

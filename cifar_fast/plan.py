@@ -27,6 +27,7 @@ from cifar_fast.model import Network, build_model, whiten_first_layer
 from cifar_fast.optim import PiecewiseLinear, build_optimizers, set_learning_rates
 from cifar_fast.peers import Peers, choose_backend
 from cifar_fast.recipe import Recipe
+from cifar_fast.report import hardware
 from cifar_fast.timing import Clock, synchronize
 from cifar_fast.train import WHITENING_IMAGES, forward_backward, freeze_whitening_bias
 from cifar_fast.workers import Workers
@@ -315,7 +316,7 @@ def measure_step(
         points.append(_measure_point(step_of(stream), size, on))
 
     machine, words = environment(on), numerics.describe()
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    where = hardware(machine)
     return StepCosts(
         points=tuple(points),
         n_parameters=n_parameters,

@@ -12,7 +12,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
-from cifar_fast.report import APPLE_2019, Published, comparable, mean_interval, percent, summarise, wilson_interval
+from cifar_fast.report import (
+    APPLE_2019,
+    Published,
+    comparable,
+    data_set,
+    hardware,
+    mean_interval,
+    percent,
+    summarise,
+    wilson_interval,
+)
 
 if TYPE_CHECKING:
     from cifar_fast.benchmark import Benchmark
@@ -93,10 +103,8 @@ def _smooths(run: RunResult | Sequence[EpochResult]) -> bool:
 
 
 def _title(run: RunResult) -> str:
-    machine = run.environment
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
     reached = f"{100 * run.accuracy:.2f} % (TTA: {run.recipe.tta})"
-    return f"{run.recipe.name}, data set: {run.dataset['name']}, {reached}\n{where}"
+    return f"{run.recipe.name}, data set: {data_set(run.dataset)}, {reached}\n{hardware(run.environment)}"
 
 
 DOT: dict[str, Any] = {"color": "#0072B2", "edgecolor": "white", "linewidth": 0.4, "zorder": 3}
@@ -119,7 +127,7 @@ def accuracy_and_time(benchmark: Benchmark, published: Published = APPLE_2019) -
     share = f"{found['at_target']} of {found['n']} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
     lines = [(100 * found["target"], TARGET, f"target {percent(found['target'])}, reached by {share}")]
     seconds: list[tuple[float, dict[str, Any], str]] = []
-    title = f"{found['recipe']}, data set: {found['dataset']['name']}, n = {found['n']}\n{found['hardware']}"
+    title = f"{found['recipe']}, data set: {data_set(found['dataset'])}, n = {found['n']}\n{found['hardware']}"
     if comparable(found["dataset"]):
         name = f"published ({published.name}, n = {published.runs})"
         dashed, dotted = PUBLISHED | {"linestyle": "--"}, PUBLISHED | {"linestyle": ":"}

@@ -219,6 +219,11 @@ def hardware(environment: Mapping[str, Any]) -> str:
     return f"{environment['cpu']}, {environment['cpu_capability']}{together}, {threads}{each}"
 
 
+def data_set(data: Mapping[str, Any]) -> str:
+    """Return the name and the size of the data set that `Dataset.describe` describes, in words."""
+    return f"{data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images)"
+
+
 def comparable(dataset: Mapping[str, Any]) -> bool:
     """Return whether figures of this data set may stand beside published ones: it is CIFAR-10 to the last pixel."""
     return dataset["fingerprint"] == CIFAR10_FINGERPRINT
@@ -238,7 +243,7 @@ def run_log(runs: Sequence[Mapping[str, Any]], target: float) -> str:
     tta, data = runs[0]["recipe"]["tta"], found["dataset"]
     lines = [
         f"recipe: {found['recipe']}",
-        f"data set: {_data_set(data)}, fingerprint {data['fingerprint']}",
+        f"data set: {data_set(data)}, fingerprint {data['fingerprint']}",
         f"hardware: {found['hardware']}; {found['numerics']}",
         f"versions: {_versions(found)}",
         "train: last epoch, images as they were trained on (augmented, with the recipe's label smoothing)",
@@ -275,7 +280,7 @@ def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_20
     )
     rows = [
         ("", "here", f"published: {published.name}"),
-        ("data set", _data_set(summary["dataset"]), "CIFAR-10" + ("" if same_data else ": NOT COMPARABLE")),
+        ("data set", data_set(summary["dataset"]), "CIFAR-10" + ("" if same_data else ": NOT COMPARABLE")),
         ("hardware", summary["hardware"], published.hardware),
         ("recipe", f"{summary['recipe']} ({summary['numerics']})", "the one that apple_8gpu repeats"),
         ("versions", _versions(summary), "not published"),
@@ -305,15 +310,11 @@ def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_20
         rule = "!" * 100
         banner = [
             rule,
-            f"NOT COMPARABLE: these runs are of the data set {_data_set(summary['dataset'])}, which is not the whole "
+            f"NOT COMPARABLE: these runs are of the data set {data_set(summary['dataset'])}, which is not the whole "
             "of CIFAR-10. Neither their accuracies nor their times say anything about the published ones.",
             rule,
         ]
     return "\n".join([*banner, table(rows), *notes])
-
-
-def _data_set(data: Mapping[str, Any]) -> str:
-    return f"{data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images)"
 
 
 def _versions(summary: Mapping[str, Any]) -> str:
