@@ -21,7 +21,12 @@ settings.register_profile(
 settings.load_profile("cifar_fast")
 
 
+LONGEST = ("test_lab.py", "test_benchmark.py", "test_workers.py", "test_parallel.py", "test_notebooks.py")
+"""Files of minutes, which start first: else one test process is still at the last of them when the other has ended."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
