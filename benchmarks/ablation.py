@@ -9,6 +9,7 @@ networks of the recipe as it is are evaluated in each way. Draws the table of al
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from train_seeds import commit
@@ -87,12 +88,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=float, help="shorten the recipe to so many")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--busy", action="store_true", help="other work shares the machine: file no clocks")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     results, recipe, data = options.out / "results.jsonl", recipes.named(options.recipe), load_cifar10()
+    if options.epochs is not None:
+        recipe = replace(recipe, epochs=options.epochs)
     for arm in options.arms:
         for seed in options.seeds:
             if (arm, seed) in done(results, recipe):
