@@ -207,10 +207,19 @@ def measured(*arms: str, folder: Path | str | None = None) -> Ablation | None:
     return Ablation(found) if all(found.values()) else None
 
 
-def full_scale(*arms: str, folder: Path | str | None = None) -> str:
-    """Return the table of what is `measured` at full scale, or a sentence that says it has not been measured yet."""
-    found = measured(*arms, folder=folder)
-    missing = (
-        f"full scale: not measured yet for {', '.join(arms)}; benchmarks/ablation.py does it, in hours on two cores"
-    )
-    return found.table() if found else missing
+FULL_SCALE = ("ablation", "ablation_2_epochs")
+"""Folders of `results_folder()` with ablations on all of CIFAR-10, whole trainings first."""
+
+
+def full_scale(*arms: str, results: Path | str | None = None) -> str:
+    """Return the table of the longest trainings on all of CIFAR-10 that are filed for `arms`, and what is missing.
+
+    `arms`: the names under which `benchmarks/ablation.py` files them. `results`: another folder than
+    `results_folder()`.
+    """
+    root = Path(results) if results else results_folder()
+    whole, short = (measured(*arms, folder=root / name) for name in FULL_SCALE)
+    if whole:
+        return whole.table()
+    missing = f"not measured yet for {', '.join(arms)}; benchmarks/ablation.py does it, in hours on two cores"
+    return f"{short.table()}\nwhole trainings: {missing}" if short else f"full scale: {missing}"

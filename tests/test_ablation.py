@@ -144,18 +144,31 @@ def test_the_table_names_arms_spreads_data_and_hardware():
     assert "5.00 s" in untimed and "not timed" in untimed
 
 
-def test_what_is_filed_is_found_by_its_arms_and_the_rest_is_said_not_to_be_measured(tmp_path):
-    filed_runs = {AS_IT_IS: [run(0, 0.9), run(1, 0.91)], "tta=none": [run(0, 0.8)]}
-    lines = [json.dumps({"arm": arm, "commit": "0", **each}) for arm, runs in filed_runs.items() for each in runs]
-    assert measured("tta=none", folder=tmp_path) is None
-    (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
-    found = measured("tta=none", folder=tmp_path)
+def file_runs(folder: Path, arms: dict[str, list[dict]]) -> None:
+    lines = [json.dumps({"arm": arm, "commit": "0", **each}) for arm, runs in arms.items() for each in runs]
+    folder.mkdir()
+    (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_what_is_filed_is_found_by_its_arms(tmp_path):
+    folder = tmp_path / "ablation"
+    assert measured("tta=none", folder=folder) is None
+    file_runs(folder, {AS_IT_IS: [run(0, 0.9), run(1, 0.91)], "tta=none": [run(0, 0.8)]})
+    found = measured("tta=none", folder=folder)
     assert found is not None and list(found.arms) == [AS_IT_IS, "tta=none"]
     assert [each["accuracy"] for each in found.arms[AS_IT_IS]] == [0.9, 0.91]
-    assert full_scale("tta=none", folder=tmp_path) == found.table()
-    assert measured("tta=none", "preload=False", folder=tmp_path) is None
-    said = full_scale("tta=none", "preload=False", folder=tmp_path)
-    assert said.startswith("full scale: not measured yet for tta=none, preload=False;")
+    assert measured("tta=none", "preload=False", folder=folder) is None
+
+
+def test_whole_trainings_are_shown_before_short_ones_and_what_is_missing_is_said(tmp_path):
+    missing = "not measured yet for tta=none; benchmarks/ablation.py"
+    assert full_scale("tta=none", results=tmp_path).startswith(f"full scale: {missing}")
+    file_runs(tmp_path / "ablation_2_epochs", {AS_IT_IS: [run(0, 0.9)], "tta=none": [run(0, 0.8)]})
+    short = full_scale("tta=none", results=tmp_path)
+    assert "80.00" in short and f"\nwhole trainings: {missing}" in short
+    file_runs(tmp_path / "ablation", {AS_IT_IS: [run(0, 0.95)], "tta=none": [run(0, 0.94)]})
+    whole = full_scale("tta=none", results=tmp_path)
+    assert "94.00" in whole and "80.00" not in whole and missing not in whole
 
 
 # --- benchmarks/ablation.py ---
