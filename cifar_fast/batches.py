@@ -144,7 +144,7 @@ class TrainBatches:
         self.mean, self.std = (value.to(self.home)[:, None, None] for value in (mean, std))  # (C, 1, 1)
         self.prepared: Callable[..., tuple[Tensor, Tensor]] | None = None
         """What takes the place of `make`, at the images' own resolution, where that was compiled or recorded."""
-        self._drawn: tuple[int, list[Choices]] | None = None  # of one epoch, for each shard
+        self._drawn: tuple[int, Choices] | None = None  # of one epoch, as `choices` returns them
 
     def resolution(self, epoch: int) -> int:
         """Return the side in pixels of the training images in `epoch`, counted from 0."""
@@ -156,10 +156,11 @@ class TrainBatches:
         chosen = self.choices(epoch)
         make = self.prepared if self.prepared and self.resolution(epoch) == self.side else None
         make = make or partial(self.make, self.resolution(epoch))
-        for now in zip(*vars(chosen).values(), strict=True):
+        is_last = (epoch + 1) * self.steps_per_epoch >= self.total_steps()
+        for number, now in enumerate(zip(*vars(chosen).values(), strict=True), start=1):
+            if number == self.steps_per_epoch and self.home.type == "cuda" and not is_last:
+                self.choices(epoch + 1)  # while the GPU has steps in its queue: after the last one its loss is read
             yield make(*now)
-        if self.home.type == "cuda":
-            self._drawn = epoch + 1, self._draw(epoch + 1)  # while the GPU has steps in its queue
 
     def _draw(self, epoch: int) -> list[Choices]:
         return [
@@ -170,19 +171,24 @@ class TrainBatches:
     def choices(self, epoch: int) -> Choices:
         """Return what is chosen for each image of `epoch`, where the images are: (steps, B) each; `index` counts over
         all shards."""
-        if self._drawn is None or self._drawn[0] != epoch:
-            self._drawn = epoch, self._draw(epoch)
-        size, steps = self.recipe.local_batch_size, self.steps_per_epoch
+        if self._drawn is not None and self._drawn[0] == epoch:
+            return self._drawn[1]
+        size, steps, drawn = self.recipe.local_batch_size, self.steps_per_epoch, self._draw(epoch)
         together = []
         for field in fields(Choices):
-            of_shards = [getattr(choices, field.name)[: steps * size].view(steps, size) for choices in self._drawn[1]]
+            of_shards = [getattr(choices, field.name)[: steps * size].view(steps, size) for choices in drawn]
             if field.name == "index":
                 of_shards = [index + start for index, start in zip(of_shards, self.starts, strict=True)]
             values = torch.cat(of_shards, 1)  # (steps, B): the local batches of all shards one after the other
             if self.home.type == "cuda":
                 values = values.pin_memory()  # else the copy waits for all that the GPU has been told to do
             together.append(values.to(self.home, non_blocking=True))
-        return Choices(*together)
+        self._drawn = epoch, Choices(*together)
+        return self._drawn[1]
+
+    def forget_choices(self) -> None:
+        """Have the next epoch's drawn anew; they will be the same."""
+        self._drawn = None
 
     def make(self, side: int, *chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normalised images (B, C, side, side) and labels (B,) of the choices for one batch, (B,) each."""

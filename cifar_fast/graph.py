@@ -8,12 +8,14 @@ are inputs; learning rates are numbers in the device's memory.
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +64,9 @@ def choose_launch(recipe: Recipe, device: torch.device, backend: str | None = No
     elif recipe.resolutions:
         against_both = f"resolutions={recipe.resolutions} changes the images' size, and a recorded step has one"
     against_graph = against_compile = against_both
-    if not against_both and backend == "gloo":
+    if not against_both and Recorded.refused:
+        against_graph = f"this process could not record a step before ({Recorded.refused}); start it again"
+    elif not against_both and backend == "gloo":
         against_graph = "gloo averages gradients on the CPU, which no graph records; use NCCL"
     if not against_both and launch.compile:
         against_compile = _no_compiler()
@@ -103,6 +107,10 @@ class Recorded:
     It returns the same tensors each time, with new content: whoever keeps a result keeps a copy of it.
     """
 
+    refused: ClassVar[str] = ""
+    """Why recording has failed in this process, if it has: torch's allocator may then refuse any other."""
+    alive: ClassVar[weakref.WeakSet[Recorded]] = weakref.WeakSet()
+
     def __init__(self, function: Callable[..., Any], *inputs: Tensor) -> None:
         """Call `function` a few times with `inputs`, on whose device it works, then record it.
 
@@ -112,19 +120,26 @@ class Recorded:
         self.inputs = inputs
         with torch.cuda.device(inputs[0].device):
             # The same side stream for both, so that what libraries keep for each stream is there when it is recorded.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with _measured_convolutions():
+            stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(before)
+            gc.collect()  # what an earlier backward pass has left belongs to other streams
+            with measured_convolutions():
                 try:
                     with torch.cuda.stream(stream):
                         for _ in range(WARM_UPS):
                             function(*inputs)
                 finally:  # whoever takes back what an unfinished call has done comes after it, too
-                    torch.cuda.current_stream().wait_stream(stream)
+                    before.wait_stream(stream)
                 self.graph = torch.cuda.CUDAGraph()
                 # Other threads may go on: NCCL's watchdog asks after events meanwhile.
-                with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                    self.outputs = function(*inputs)
+                try:
+                    with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                        self.outputs = function(*inputs)
+                except BaseException as error:
+                    torch.cuda.set_stream(before)  # before torch 2.15 the recording's stays the current one
+                    Recorded.refused = str(error).partition("\n")[0]
+                    raise
+        Recorded.alive.add(self)
 
     def __call__(self, *arguments: Tensor) -> Any:
         """Run it once more, on the current stream."""
@@ -135,9 +150,19 @@ class Recorded:
         return self.outputs
 
 
+def forget_recordings() -> None:
+    """Give up every recording of this process: NCCL waits without end for those that hold one of its operations."""
+    for recorded in list(Recorded.alive):
+        recorded.graph.reset()
+    Recorded.alive.clear()
+
+
 @contextmanager
-def _measured_convolutions() -> Iterator[None]:
-    """Have cuDNN measure which of its algorithms is fastest when it meets a convolution for the first time."""
+def measured_convolutions() -> Iterator[None]:
+    """Have cuDNN measure which of its algorithms is fastest when it meets a convolution for the first time.
+
+    Only then: a process keeps what was chosen first, measured or guessed, for each shape.
+    """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from cifar_fast.device import cores
 from cifar_fast.errors import UserError
+from cifar_fast.graph import forget_recordings
 from cifar_fast.layers import GhostBatchNorm
 
 T = TypeVar("T")
@@ -282,7 +283,8 @@ def end_rank(status: int) -> NoReturn:
     Once torch.optim has been imported, torch 2.15's group outlives destroy_process_group; seldom, its threads then
     abort the process while the interpreter ends, and torchrun calls the whole training failed.
     """
-    _leave()
+    if status == 0:  # one that fails alone might wait there for the others, and torchrun would not see it end
+        _leave()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -290,6 +292,7 @@ def end_rank(status: int) -> NoReturn:
 
 def _leave() -> None:
     if dist.is_initialized():
+        forget_recordings()
         dist.destroy_process_group()
 
 

@@ -24,7 +24,7 @@ from cifar_fast.device import HALF, choose_numerics, environment, keep_freed_mem
 from cifar_fast.ema import EMA
 from cifar_fast.errors import TrainingError, UserError
 from cifar_fast.evaluate import at_least_float32, evaluate
-from cifar_fast.graph import Launch, Recorded, choose_launch, compiled, undone
+from cifar_fast.graph import Launch, Recorded, choose_launch, compiled, measured_convolutions, undone
 from cifar_fast.layers import GhostBatchNorm
 from cifar_fast.model import Network, build_model, whiten_first_layer
 from cifar_fast.optim import Lookahead, build_optimizers, fuse, keep_learning_rates_on, lr_schedule, set_learning_rates
@@ -226,8 +226,11 @@ class TrainingStep:
 
     def clear_gradients(self) -> None:
         """Make room for the next ones: none are there, or zeros in the buffer where they all lie."""
+        if self.gradients is not None:
+            self.gradients.zero_()
+            return
         for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=self.gradients is None)
+            optimizer.zero_grad(set_to_none=True)
 
 
 def prepare_steps(
@@ -244,10 +247,11 @@ def prepare_steps(
     make: Callable[..., tuple[Tensor, Tensor]] = partial(batches.make, batches.side)
     made_there = batches.home == batches.device  # else on the CPU, and sent
     chosen = [values[0].clone() for values in vars(batches.choices(0)).values()]  # of one batch
+    batches.forget_choices()  # the clock of training counts them
     if launch.compile:
         fused: Any = compiled(take.model)  # a module around the model, with its parameters
         fused_make, why = compiled(make) if made_there else make, ""
-        with undone(take.model, take.optimizers):
+        with undone(take.model, take.optimizers), measured_convolutions():
             try:
                 for frozen in sorted(variants):
                     freeze_whitening_bias(take.model, frozen)

@@ -31,6 +31,7 @@ import torch.multiprocessing as mp
 from filelock import FileLock, Timeout
 
 from cifar_fast.errors import UserError, WorkerError
+from cifar_fast.graph import forget_recordings
 from cifar_fast.peers import PATIENCE, Peers, rank_device, set_threads
 
 HEARTBEAT_SECONDS = 0.5
@@ -412,6 +413,7 @@ def _work(rank: int, ends: list[Connection], device: str, backend: str, folder: 
                 function, args = pickle.loads(coded)
                 value = function(peers, *args)
             say("done", value)
+        forget_recordings()
         dist.destroy_process_group()
     except BaseException as error:
         say("failed", _Failure(_portable(error), traceback.format_exc(), peers.waiting))

@@ -9,6 +9,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -19,10 +20,10 @@ from cifar_fast import recipe as recipes
 from cifar_fast.batches import TrainBatches, pixel_statistics
 from cifar_fast.data import Dataset
 from cifar_fast.errors import TrainingError
-from cifar_fast.graph import Launch, choose_launch, compiled, undone
+from cifar_fast.graph import Launch, choose_launch, compiled, forget_recordings, undone
 from cifar_fast.layers import GhostBatchNorm
 from cifar_fast.model import Network, build_model, whiten_first_layer
-from cifar_fast.optim import build_optimizers
+from cifar_fast.optim import build_optimizers, fuse
 from cifar_fast.peers import ALONE, Peers, flat_gradients
 from cifar_fast.recipe import Recipe
 from cifar_fast.result import RunResult
@@ -122,6 +123,29 @@ def test_what_the_compiler_lacks_is_said(all_there: None, monkeypatch: pytest.Mo
     assert "Triton is missing" in choose_launch(AUTO, GPU).reasons[0]
 
 
+def test_after_a_recording_has_failed_the_process_tries_no_other(
+    all_there: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph.Recorded, "refused", "operation not permitted")
+    launch = choose_launch(AUTO, GPU)
+    assert (launch.cuda_graph, launch.compile) == (False, True)
+    assert "(operation not permitted); start it again" in launch.reasons[0]
+
+
+def test_what_is_recorded_is_given_up_once_and_those_that_are_gone_are_not_asked() -> None:
+    class Stub:
+        def __init__(self) -> None:
+            self.graph = Mock()
+
+    kept, gone = Stub(), Stub()
+    graph.Recorded.alive.update((kept, gone))
+    asked = gone.graph.reset
+    del gone
+    forget_recordings()
+    forget_recordings()
+    assert kept.graph.reset.call_count == 1 and asked.call_count == 0
+
+
 def test_auto_on_a_cpu_is_silent_and_on_is_not(data: Dataset) -> None:
     recipe = replace(SGD, epochs=0.2, flat_epochs=0.0)
     plain = run(replace(recipe, cuda_graph="off"), data)
@@ -211,7 +235,10 @@ def step_of(recipe: Recipe, data: Dataset, device: torch.device = CPU) -> tuple[
     model = build_model(recipe, 10, mean, std).to(device, torch.float64, memory_format=torch.channels_last)
     whiten_first_layer(model, recipe, data.train_images.to(device))
     batches = TrainBatches(data.train_images, data.train_labels, recipe, device=device, dtype=torch.float64)
-    return TrainingStep(model, build_optimizers(model, recipe), recipe, torch.float64, ALONE), batches
+    optimizers = build_optimizers(model, recipe)
+    if device.type == "cuda":
+        fuse(optimizers)
+    return TrainingStep(model, optimizers, recipe, torch.float64, ALONE), batches
 
 
 def test_among_several_ranks_one_that_cannot_record_ends_all(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -371,6 +398,7 @@ def test_the_recorded_step_gives_the_eager_steps_weights(recipe: Recipe, preload
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)  # compiling, with nothing on disk yet
 @pytest.mark.parametrize("recipe", [MUON, SGD], ids=["muon", "sgd"])
 @pytest.mark.parametrize("cuda_graph", ["off", "on"])
 def test_the_compiled_step_agrees_with_the_eager_one(
@@ -386,6 +414,7 @@ def test_the_compiled_step_agrees_with_the_eager_one(
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 def test_a_recorded_and_compiled_training_learns_in_half_precision(precision: str, tiny_data: Dataset) -> None:
     recipe = replace(
@@ -432,6 +461,7 @@ def nccl(tmp_path: Path) -> Iterator[Peers]:
     device = torch.device("cuda", 0)
     torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
     yield Peers(0, 1, "nccl", device)
+    forget_recordings()
     torch.distributed.destroy_process_group()
 
 

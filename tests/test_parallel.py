@@ -35,6 +35,7 @@ APPLE = replace(
     epochs=2.0,
     flat_epochs=0.2,
     precision="float64",
+    compile="off",  # on a GPU every process would compile in float64, which takes minutes
 )
 MUON = replace(
     recipes.smoke(), widths=(4, 8, 8), n_shards=2, global_batch_size=64, precision="float64", ema_decay=0.9, ema_every=2
