@@ -131,7 +131,7 @@ def _smoke(why: str) -> Scale:
         why=why,
         recipe=recipe,
         ablation_recipe=recipe,
-        seeds=(0, 1),
+        seeds=(0, 1, 2),
         benchmark_recipe=recipes.smoke(),  # in eight shards, so that eight processes show what eight GPUs do
         benchmark_runs=3,
         benchmark_world_size=8,
