@@ -339,8 +339,9 @@ def test_the_bowl_draws_the_ways_and_says_their_losses():
 
 def runs(accuracies: list[float], seconds: list[float]) -> list[dict[str, Any]]:
     machine = {"gpu": None, "cpu": "Some Processor", "cpu_capability": "AVX512", "threads": 2}
+    data = {"name": "CIFAR-10", "n_train": 50_000, "n_test": 10_000}
     return [
-        {"seed": i, "accuracy": a, "train_seconds": s, "dataset": {"name": "CIFAR-10"}, "environment": machine}
+        {"seed": i, "accuracy": a, "train_seconds": s, "dataset": data, "environment": machine}
         for i, (a, s) in enumerate(zip(accuracies, seconds, strict=True))
     ]
 
@@ -356,7 +357,9 @@ def test_every_run_is_a_dot_and_the_difference_is_paired_by_seed():
         mean = sum(differences) / 3
         assert axes.get_title() == f"difference: {mean:+.2f} (95 % interval {low:+.2f} to {high:+.2f}) {unit}"
     assert figure.axes[0].get_xlabel() == "test accuracy in %" and figure.axes[1].get_xlabel() == "train_seconds"
-    assert figure.get_suptitle() == "data set: CIFAR-10; Some Processor, AVX512, 2 threads"
+    assert figure.get_suptitle() == (
+        "data set: CIFAR-10 (50,000 training and 10,000 test images); Some Processor, AVX512, 2 threads"
+    )
 
 
 def test_other_seeds_or_more_arms_give_no_difference():

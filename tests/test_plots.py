@@ -27,9 +27,13 @@ EPOCHS = [EPOCH, replace(EPOCH, epoch=2, train_accuracy=0.7, test_accuracy=0.75,
 
 
 def finished_run(gpu: str | None) -> Any:
-    machine = {"gpu": gpu, "cpu": "Some Processor", "threads": 2}
+    machine = {"gpu": gpu, "cpu": "Some Processor", "cpu_capability": "AVX512", "threads": 1}
     return SimpleNamespace(
-        epochs=EPOCHS, recipe=smoke(), dataset={"name": "synthetic"}, environment=machine, accuracy=0.75
+        epochs=EPOCHS,
+        recipe=smoke(),
+        dataset={"name": "synthetic", "n_train": 4000, "n_test": 1000},
+        environment=machine,
+        accuracy=0.75,
     )
 
 
@@ -51,11 +55,12 @@ def test_curves_differ_without_colour():
         assert axes.get_legend() is not None
 
 
-@pytest.mark.parametrize(("gpu", "hardware"), [("Some GPU", "Some GPU"), (None, "Some Processor, 2 threads")])
+@pytest.mark.parametrize(("gpu", "hardware"), [("Some GPU", "Some GPU"), (None, "Some Processor, AVX512, 1 thread")])
 def test_the_title_names_recipe_data_and_hardware(gpu, hardware):
     title = learning_curve(finished_run(gpu)).get_suptitle()
-    for word in ("smoke", "data set: synthetic", "75.00 %", hardware):
+    for word in ("smoke", "data set: synthetic (4,000 training and 1,000 test images)", "75.00 %"):
         assert word in title
+    assert title.endswith(f"\n{hardware}")
 
 
 def test_it_draws_into_axes_that_are_given_and_leaves_pyplot_alone(tmp_path):
@@ -84,7 +89,7 @@ def made_up(accuracies: list[float], seconds: list[float], *, fingerprint: str =
     common = {
         "version": "0.1.0",
         "recipe": {"name": "apple_8gpu"},
-        "dataset": {"name": "CIFAR-10", "fingerprint": fingerprint},
+        "dataset": {"name": "CIFAR-10", "fingerprint": fingerprint, "n_train": 50_000, "n_test": 10_000},
         "environment": machine | {"precision": "float32", "convolution": "direct"},
     }
     runs = [

@@ -253,7 +253,11 @@ def test_the_bowl_follows_its_sliders():
 
 def test_a_lower_target_is_reached_earlier():
     accuracies = [{"train_seconds": 2.0 * i, "test_accuracy": 0.2 * i} for i in (1, 2, 3)]
-    line = {"epochs": accuracies, "dataset": {"name": "CIFAR-10"}, "environment": {"gpu": "V100"}}
+    line = {
+        "epochs": accuracies,
+        "dataset": {"name": "CIFAR-10", "n_train": 50_000, "n_test": 10_000},
+        "environment": {"gpu": "V100"},
+    }
     before, after = move(widgets().time_to_accuracy({"a": line}), target=30.0)
     assert "a: after 6.0 s of 6.0 s" in before.alt and "a: after 4.0 s of 6.0 s" in after.alt
     assert "target 30.00 %" in after.axes[0].texts[0].get_text()
