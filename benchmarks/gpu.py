@@ -17,6 +17,9 @@ Parts, each a command of its own that is ended after 8 minutes, with what it has
     recipes   every named recipe, in rounds of one run each
 
 `gpu.json` in the folder is written anew, whole or not at all, after each part; `PART.log` has what the part printed.
+What is filed in benchmarks/results/gpu is what notebooks 03, 11 and 12 show and what the README says of GPUs, which is
+rewritten after each part; a dry run (another device, recipe or data set than the parts are about) is not filed there.
+What was measured elsewhere and copied there gets into the README by `--out benchmarks/results/gpu --readme`.
 
 The first hour on a GPU checks, in this order:
 
@@ -37,7 +40,7 @@ The first hour on a GPU checks, in this order:
  6. `--parts apple`: 41 of 50 runs at 94 % and a median of 94.19 % were published.
  7. `--parts start`: under 20 s the first time, under 12 s after.
  8. With several GPUs: the parallel tests, then speedrun and apple on all; each rank's graph holds the all-reduce.
- 9. `--parts recipes`, as often as it takes for three rounds; then the README's table and what reads gpu.json.
+ 9. `--parts recipes`, as often as it takes for three rounds; then `cifar-fast notebooks 03 11 12 --execute`.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ from typing import Any
 import torch
 
 import cifar_fast as cf
+from cifar_fast import gpu_results
 from cifar_fast.batches import steps_per_epoch
 from cifar_fast.data import SYNTHETIC, Dataset, load_cifar10, synthetic
 from cifar_fast.device import environment, select_device
@@ -86,7 +90,14 @@ PROFILED_STEPS = 10
 KERNELS_SHOWN = 25
 TARGET = 0.94
 REPOSITORY = Path(__file__).resolve().parents[1]
-RESULT = "gpu.json"
+FILED = REPOSITORY / "benchmarks" / "results" / "gpu"
+"""What is filed here is what the README and the notebooks tell."""
+README = REPOSITORY / "README.md"
+BEGIN, END = "<!-- gpu.json: begin -->\n", "\n<!-- gpu.json: end -->"
+"""Around what this script writes in the README."""
+RESULT = gpu_results.FILE
+ANEW = ("tests", "profile", "airbench", "start")
+"""Parts that begin from nothing each time; the others go on with the runs that are there."""
 
 
 class OutOfTime(UserError):
@@ -99,7 +110,7 @@ class OutOfTime(UserError):
 def part_profile(options: argparse.Namespace) -> None:
     """Compare graph and compiler in turns, then look at the kernels of a few steps."""
     recipe, data = chosen("speedrun", options), load(options)
-    found: dict[str, Any] = {"recipe": recipe.to_dict(), "ways": {}}
+    found: dict[str, Any] = {"recipe": recipe.to_dict(), "dataset": data.describe(), "ways": {}}
     path = options.out / "profile.json"
     for graph, compiler in (("auto", "auto"), ("auto", "off"), ("off", "auto"), ("off", "off")):
         way = replace(recipe, cuda_graph=graph, compile=compiler)
@@ -165,12 +176,14 @@ def part_airbench(options: argparse.Namespace) -> None:
 
     import airbench
 
-    found["version"] = version("airbench")
     data, end = load(options), time.monotonic() + options.seconds - STOP_EARLY
+    found |= {"version": version("airbench"), "recipe": {"name": "train94"}, "dataset": data.describe()}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         lay_out_for_airbench(data, Path("cifar10"))
+        start = time.monotonic()
         airbench.warmup94()
+        found["warm_up_seconds"] = time.monotonic() - start
         for number in range(options.runs):
             if time.monotonic() > end:
                 break
@@ -197,7 +210,10 @@ def part_start(options: argparse.Namespace) -> None:
             subprocess.run(command, check=True, env=compiled)
             keys = ("total_seconds", "warm_up_seconds", "first_step_seconds", "train_seconds", "evaluate_seconds")
             result = json.loads((out / "result.json").read_text())
-            found[which] = {key: result[key] for key in keys} | {"command_seconds": time.monotonic() - start}
+            # As the command saw them: without CIFAR-10 it trains on the synthetic set, and it takes every GPU it can.
+            found |= {key: result[key] for key in ("recipe", "dataset", "environment")}
+            found[which] = {key: result[key] for key in ("accuracy", *keys)}
+            found[which]["command_seconds"] = time.monotonic() - start
             write_json(options.out / "start.json", found)
 
 
@@ -233,10 +249,13 @@ def brief(result: RunResult) -> dict[str, Any]:
 
 def repeat(recipe: Recipe, options: argparse.Namespace, out: Path, runs: int, world_size: int | None) -> None:
     """Benchmark a recipe, going on with what is there; leave with `OutOfTime` when another run would take too long."""
-    end, started = options.end - STOP_EARLY, [time.monotonic()]
+    end, started, revision = options.end - STOP_EARLY, [time.monotonic()], commit()
 
     def look(line: dict[str, Any]) -> None:
         started.append(time.monotonic())
+        if revision not in commits(out):  # a later call may go on with these runs at another commit
+            with (out / COMMITS).open("a") as file:
+                file.write(revision + "\n")
         print(f"{recipe.name}: run {line['run']}: {line['accuracy']:.2%} in {line['train_seconds']:.3f} s", flush=True)
         if line["run"] + 1 < runs and started[-1] + (started[-1] - started[-2]) > end:
             raise OutOfTime(f"{line['run'] + 1} of {runs} runs of {recipe.name} are filed; run the part again")
@@ -247,6 +266,15 @@ def repeat(recipe: Recipe, options: argparse.Namespace, out: Path, runs: int, wo
         recipe, load(options), runs=runs, world_size=world_size, device=options.device, out=out, progress=False,
         on_run=look, target=TARGET,
     )  # fmt: skip
+
+
+COMMITS = "commits.txt"
+
+
+def commits(folder: Path) -> list[str]:
+    """Return the commits at which the runs in a benchmark folder were measured."""
+    path = folder / COMMITS
+    return path.read_text().split() if path.exists() else []
 
 
 def matrix_limit(device: torch.device, side: int = 8192, repeats: int = 20) -> dict[str, Any]:
@@ -393,6 +421,7 @@ def filed(folder: Path) -> dict[str, Any] | None:
     return {
         "summary": summarise(runs, TARGET),
         "warm_up_seconds_mean": warm_up,
+        "commits": commits(folder),
         **{word: machine.get(word) for word in words},
     }
 
@@ -510,12 +539,40 @@ def command_of(part: str, options: argparse.Namespace) -> list[str]:
 
 
 def commit() -> str:
-    """Return the commit that is checked out, marked when the package differs from it."""
+    """Return the commit that is checked out, marked when the package differs from it; `unknown` where there is none."""
     git = ["git", "-C", str(REPOSITORY)]
-    revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    try:
+        revision = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return "unknown"
     return revision + (
         "-changed" if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "cifar_fast"]).returncode else ""
     )
+
+
+def dry_run(options: argparse.Namespace) -> list[str]:
+    """Return in what a call differs from measuring the recipes on CIFAR-10 on a GPU; nothing where it does not."""
+    device = select_device(options.device).type
+    return [
+        *([f"device {device}"] if device != "cuda" else []),
+        *([f"recipe {options.recipe}"] if options.recipe else []),
+        *([f"data {SYNTHETIC}"] if options.data == SYNTHETIC else []),
+    ]
+
+
+def write_readme(readme: Path, folder: Path) -> None:
+    """Replace what stands between the README's markers by what `folder`'s gpu.json says; raise `UserError` without."""
+    text = readme.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{readme.name} has no lines {BEGIN.strip()} and {END.strip()} for what was measured")
+    new = before + begin + gpu_results.readme_block(folder) + end + after
+    partial = readme.with_name(readme.name + ".part")
+    partial.write_text(new)
+    os.replace(partial, readme)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -524,8 +581,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     path = options.out / RESULT
     report = read_json(path) or {"parts": {}}
     n_gpus = torch.cuda.device_count()
-    report["environment"] = environment(select_device(options.device))
-    report["gpus"] = [torch.cuda.get_device_name(number) for number in range(n_gpus)]
+    machine = {
+        "environment": environment(select_device(options.device)),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(n_gpus)],
+        "dry_run": dry_run(options),
+    }
+    report |= machine  # of this call; each part keeps that of its own
     for part in options.parts:
         log = options.out / f"{part}.log"
         print(f"{part}: at most {options.seconds:.0f} s, what it prints is in {log}", flush=True)
@@ -537,17 +598,26 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "seconds": round(seconds, 1),
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "commit": commit(),
+            **machine,
         }
         try:
             entry["found"] = collect(part, options.out)
         except Exception as error:  # nothing that one part has left behind may cost the others their place
             entry |= {"found": None, "trouble": f"{type(error).__name__}: {error}"}
-        if entry["found"] is None and part in report["parts"]:
-            entry["earlier"] = report["parts"][part]
+        before = report["parts"].get(part)
+        if before and before.get("found") is None:
+            before = before.get("earlier")  # an attempt that found nothing is not worth keeping
+        if before and (entry["found"] is None or (part in ANEW and state != "done")):
+            entry["earlier"] = before  # what this attempt did not get to may be there
         report["parts"][part] = entry
         # A dry run is of another recipe or other data than the verdicts are about.
         report["verdicts"] = [] if options.recipe or options.data == SYNTHETIC else verdicts(report["parts"])
         write_json(path, report)
+        if options.out == FILED:
+            try:
+                write_readme(README, FILED)
+            except (OSError, UserError) as error:  # what is measured next is worth more
+                print(f"warning: the README was not rewritten: {error}", file=sys.stderr, flush=True)
         print(f"{part}: {state}, {seconds:.0f} s", flush=True)
     return report
 
@@ -562,6 +632,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", help="cuda, or cpu for a dry run")
     parser.add_argument("--recipe", help="recipe in the place of every other, for a dry run")
     parser.add_argument("--data", help="folder of CIFAR-10, or synthetic")
+    parser.add_argument("--readme", action="store_true", help="measure nothing; have the README tell what is in --out")
     parser.add_argument("--child", choices=tuple(WORK), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -569,7 +640,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure; the exit status is 0 when every part ended well, 1 when one did not, 2 when there is no GPU."""
     options = parse(sys.argv[1:] if argv is None else argv)
-    options.out = options.out.absolute()
+    options.out = options.out.resolve()
     if options.data and options.data != SYNTHETIC:
         options.data = str(Path(options.data).absolute())
     options.end = time.monotonic() + options.seconds
@@ -580,10 +651,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(note)
             return OUT_OF_TIME
         return 0
+    if options.readme:
+        write_readme(README, options.out)
+        return 0
     if options.device is None and not torch.cuda.is_available():
         print(
             "error: there is no GPU that torch can use, so nothing was measured; a dry run of the machinery is "
             "--device cpu --recipe smoke --data synthetic --runs 2 --parts speedrun",
+            file=sys.stderr,
+        )
+        return 2
+    if options.out == FILED and (dry := dry_run(options)):
+        print(
+            f"error: this is a dry run ({', '.join(dry)}), and {FILED.relative_to(REPOSITORY)} is for what the README "
+            "tells of GPUs; name another --out",
             file=sys.stderr,
         )
         return 2

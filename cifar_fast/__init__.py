@@ -13,7 +13,7 @@ from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe, changed_fields, ladder
 
 if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
-    from cifar_fast import exercises, figures, galleries, plan, plots, scales
+    from cifar_fast import exercises, figures, galleries, gpu_results, plan, plots, scales
     from cifar_fast import widgets as widgets
     from cifar_fast.ablation import Ablation, ablation, filed, full_scale, measured, results_folder
     from cifar_fast.benchmark import Benchmark, benchmark, load_benchmark
@@ -43,6 +43,7 @@ __all__ = [
     "filed",
     "full_scale",
     "galleries",
+    "gpu_results",
     "ladder",
     "launch",
     "load_benchmark",
@@ -62,7 +63,7 @@ __all__ = [
 ]
 
 # `widgets` is not in __all__: without the extra `notebooks` it cannot be imported, and says so.
-_MODULES = ("exercises", "figures", "galleries", "plan", "plots", "scales", "widgets")
+_MODULES = ("exercises", "figures", "galleries", "gpu_results", "plan", "plots", "scales", "widgets")
 _MODULE_OF = {
     "Ablation": "ablation",
     "ablation": "ablation",

@@ -88,13 +88,23 @@ def test_what_a_part_has_found_is_kept_when_others_fail(
     assert again["parts"]["start"]["found"] is None
     assert again["parts"]["start"]["earlier"] == report["parts"]["start"]
 
+    # So it stays while attempts fail, also one that got half as far; one that ends well leaves nothing to be kept.
+    for code, state in (("raise SystemExit(1)", "failed with status 1"), ("", "done")):
+        scripted["start"] = f"open('{{out}}/start.json', 'w').write('{{\"dataset\": {{}}}}'); {code}"
+        gpu.main(["--out", str(tmp_path), "--device", "cpu", "--parts", "start"])
+        entry = json.loads((tmp_path / "gpu.json").read_text())["parts"]["start"]
+        assert entry["state"] == state and entry["found"] == {"dataset": {}}
+        assert entry.get("earlier") == (None if state == "done" else report["parts"]["start"])
+
 
 def test_a_dry_run_passes_no_verdict(gpu: ModuleType, tmp_path: Path, scripted: dict[str, str]) -> None:
     scripted["start"] = "open('{out}/start.json', 'w').write('{\"first\": {\"total_seconds\": 3.0}}')"
     dry = ["--out", str(tmp_path), "--device", "cpu", "--recipe", "smoke", "--parts", "start"]
     assert gpu.main(dry) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert report["parts"]["start"]["state"] == "done" and report["verdicts"] == []
+    start = report["parts"]["start"]
+    assert start["state"] == "done" and report["verdicts"] == []
+    assert start["dry_run"] == ["device cpu", "recipe smoke"] and start["environment"]["gpu"] is None
 
 
 def test_a_part_that_takes_too_long_is_ended_with_all_it_has_started(gpu: ModuleType, tmp_path: Path) -> None:
@@ -130,18 +140,54 @@ def quick(gpu: ModuleType, tiny_data: Dataset, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gpu, "load", lambda options: tiny_data)
 
 
-def test_runs_are_filed_and_gone_on_with(gpu: ModuleType, quick: None, tmp_path: Path) -> None:
+def test_runs_are_filed_and_gone_on_with(
+    gpu: ModuleType, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "commit", lambda: "one")
     options = options_of(gpu, tmp_path, "--runs", "2")
     gpu.part_speedrun(options)
     found = gpu.collect("speedrun", tmp_path)["speedrun"]
     assert found["summary"]["n"] == 2 and found["launch"] == "kernel by kernel" and found["compiled"] is False
-    assert found["warm_up_seconds_mean"] >= 0
+    assert found["warm_up_seconds_mean"] >= 0 and found["commits"] == ["one"]
+    monkeypatch.setattr(gpu, "commit", lambda: "another")
     options.end = time.monotonic() - 1
     with pytest.raises(gpu.OutOfTime, match="run the part again"):
         gpu.part_speedrun(options)
     options = options_of(gpu, tmp_path, "--runs", "3")
     gpu.part_speedrun(options)
-    assert gpu.collect("speedrun", tmp_path)["speedrun"]["summary"]["n"] == 3
+    found = gpu.collect("speedrun", tmp_path)["speedrun"]
+    assert found["summary"]["n"] == 3 and found["commits"] == ["one", "another"]
+
+
+def test_without_a_checkout_the_commit_is_unknown(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert gpu.commit() == "unknown"
+    monkeypatch.setenv("PATH", "")
+    assert gpu.commit() == "unknown"
+
+
+def test_a_fresh_command_is_filed_with_what_it_trained_on(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks = dict.fromkeys(
+        ("total_seconds", "warm_up_seconds", "first_step_seconds", "train_seconds", "evaluate_seconds"), 1.0
+    )
+    about = {"recipe": {"name": "smoke"}, "dataset": {"name": "synthetic"}, "environment": {"gpu": None}}
+
+    def run(command: list[str], **_: Any) -> None:
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir()
+        (out / "result.json").write_text(json.dumps(about | clocks | {"accuracy": 0.5, "seed": 0}))
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    gpu.part_start(options_of(gpu, tmp_path))
+    found = gpu.collect("start", tmp_path)
+    assert {key: found[key] for key in about} == about
+    for which in ("first", "second"):
+        assert set(found[which]) == {"accuracy", "command_seconds", *clocks}
 
 
 def test_a_run_that_would_not_end_in_time_is_not_started(
@@ -161,6 +207,7 @@ def test_the_ways_are_compared_on_a_cpu_too(gpu: ModuleType, quick: None, tmp_pa
     found = gpu.collect("profile", tmp_path)
     assert len(found["ways"]) == 4 and all(len(runs) == 2 for runs in found["ways"].values())
     assert found["step"] == "not profiled: there is no GPU"
+    assert found["dataset"]["name"] == "synthetic" and found["recipe"]["name"] == "smoke"
 
 
 def test_without_airbench_or_a_gpu_the_part_says_so(
