@@ -783,13 +783,13 @@ def text_of(report: dict[str, Any]) -> str:
         "float32 for Newton-Schulz; `direct` above 100 % is Winograd's saving",
         "convolutions hold the transforms of Winograd, and the max-pool that it does before a tile leaves the "
         "registers; `pooling` is what is pooled otherwise; backward, freeing what a layer had kept and adding up its "
-        "gradients count for it; `autograd` is what lies before the first layer; `rest` is what no part claims",
+        "gradients count for it; `autograd` is what comes before the first of them; `rest` is what no part claims",
         "MB at least: inputs, weights and outputs once; backward the output's gradient, inputs and weights, and the "
         "gradients of those that have one; optimiser: 5 times the trained weights; least ms: the longer of what is "
         "multiplied at the matrix limit and these bytes at the bandwidth",
         f"allocation is no part of its own but spread over all: without `keep_freed_memory` it takes {more:,.1f}"
-        " ms more; page faults and system time of both are above; the first loss shows that all sides began with "
-        "the same weights and images",
+        " ms more; page faults and system time of both are above; by their first loss the sides began with "
+        "the same weights and images, but for the split, which goes on where ours is",
         "the reference's time begins with a batch that is there, ours with the choices for one; ours / reference is "
         f"once taken so, once without the batch; {report['reference']}",
         "the learning rates are 0; EMA, Lookahead and each epoch's random draws are not in the step",
@@ -798,8 +798,8 @@ def text_of(report: dict[str, Any]) -> str:
         [
             f"A step of {report['recipe']['name']}: {report['images']:,} images, {machine['precision']}, "
             f"{machine['convolution']} convolution",
-            f"{hardware(machine)}; torch {machine['torch']}; {report['data']}; {report['rounds']} rounds of "
-            f"{report['steps']} steps; commit {report['commit'][:12]}",
+            f"{hardware(machine)}; torch {machine['torch']}; {report['data']}; {report['rounds']} rounds, "
+            f"{report['steps']} step{'s' * (report['steps'] > 1)} a turn; commit {report['commit'][:12]}",
             "",
             f"matrix limit: {flops}",
             f"bandwidth: {limits['bandwidth'] / 1e9:.1f} GB/s ({swept})",
