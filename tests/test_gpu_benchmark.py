@@ -293,7 +293,7 @@ def test_verdicts_compare_what_was_found_with_what_is_required(gpu: ModuleType) 
 
 def test_the_tests_that_did_not_pass_are_named(gpu: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "tests.xml").write_text(
-        "<testsuites><testsuite><testcase name='a'/><testcase name='b'><failure>no</failure></testcase>"
-        "<testcase name='c'><skipped/></testcase></testsuite></testsuites>"
+        "<testsuites><testsuite><testcase classname='x' name='a'/><testcase classname='y' name='a'><failure/>"
+        "</testcase><testcase classname='x' name='c'><skipped/></testcase></testsuite></testsuites>"
     )
-    assert gpu.collect("tests", tmp_path) == {"passed": 1, "failure": ["b"], "error": [], "skipped": ["c"]}
+    assert gpu.collect("tests", tmp_path) == {"passed": 1, "failure": ["y::a"], "error": [], "skipped": ["x::c"]}
