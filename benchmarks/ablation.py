@@ -1,6 +1,7 @@
 """Trains a recipe with each trick switched off (or on, where the recipe lacks it), one at a time, and files the runs.
 
     python benchmarks/ablation.py --recipe laptop --seeds 0 1 2 --out benchmarks/results/ablation
+    python benchmarks/ablation.py --epochs 2 --out benchmarks/results/ablation_2_epochs  # as notebooks at scale laptop
 
 Appends a line a run to results.jsonl as it ends (`arm`, commit, and what `RunResult.to_dict` gives); what is filed is
 not trained again, so it can be stopped and started again. Test-time augmentation needs no training of its own: the

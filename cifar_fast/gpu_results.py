@@ -15,7 +15,7 @@ from typing import Any
 from cifar_fast import recipe as recipes
 from cifar_fast.ablation import results_folder
 from cifar_fast.errors import RunError
-from cifar_fast.report import comparable, hardware, percent, spread, table, wilson_interval
+from cifar_fast.report import comparable, data_set, hardware, percent, spread, table, wilson_interval
 
 MISSING = "not yet measured on a GPU"
 COMMAND = "python benchmarks/gpu.py --out benchmarks/results/gpu"
@@ -188,9 +188,7 @@ class _Filed:
                         self._note(f"part {part}: what its newest attempt did not find is of {when}")
                     data = _data_set(attempt, value)
                     if recipe and data:
-                        self.data_set = (
-                            f"{data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images)"
-                        )
+                        self.data_set = data_set(data)
                     return _Piece(value, attempt)
                 self._note(f"part {part}: {against}, so it is not shown")
             attempt, newest = attempt.get("earlier"), False

@@ -137,7 +137,7 @@ class Recorded:
                         self.outputs = function(*inputs)
                 except BaseException as error:
                     torch.cuda.set_stream(before)  # before torch 2.15 the recording's stays the current one
-                    Recorded.refused = str(error).partition("\n")[0]
+                    Recorded.refused = f"{type(error).__name__}: {error}".partition("\n")[0]
                     raise
         Recorded.alive.add(self)
 
