@@ -32,7 +32,8 @@ ARMS: dict[str, dict[str, object]] = {
     "freeze_bn_scale=False": {"freeze_bn_scale": False},
     "activation=relu": {"activation": "relu"},
     "pool_position=after_activation": {"pool_position": "after_activation"},
-    "ema_decay=0.99": {"ema_decay": 0.99},
+    "ema_decay=0.99": {"ema_decay": 0.99},  # Page's; a horizon of 99 steps, for trainings of many more
+    "ema_decay=0.8": {"ema_decay": 0.8},
     "preload=False": {"preload": False},
 }
 

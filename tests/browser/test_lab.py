@@ -34,7 +34,7 @@ THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-RUN_ALL_SECONDS, REDRAW_SECONDS = 400, 60  # most that may pass: a machine may be slow, but never stand still
+WAIT_SECONDS = 400  # most that may pass: a machine may be slow and busy with other tests, but never stand still
 
 pytestmark = [
     pytest.mark.browser,
@@ -44,7 +44,7 @@ pytestmark = [
 ]
 
 
-def until(page: Any, holds: Callable[[], Any], what: str, seconds: float = REDRAW_SECONDS) -> Any:
+def until(page: Any, holds: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> Any:
     """Wait until `holds()` is true, and return it; a picture of what was there instead stays with the screenshots."""
     deadline = time.monotonic() + seconds
     while not (value := holds()):
@@ -103,6 +103,7 @@ def lab_over(folder: Path, private: Path, data: Path | None) -> Iterator[Lab]:
     options = ["--no-browser", "--allow-root", f"--ServerApp.root_dir={folder}", "--ServerApp.ip=127.0.0.1"]
     options += ["--LabApp.extension_manager=readonly", "--LabApp.news_url=None"]
     options += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    options += ["--LabApp.expose_app_in_browser=True"]  # as window.jupyterapp
     with open(private / "log", "w") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *options],
@@ -144,8 +145,8 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture
-def page(browser: Any, lab: Lab) -> Iterator[Any]:
+@contextmanager
+def new_page(browser: Any, lab: Lab) -> Iterator[Any]:
     """A page that reaches the server and nothing else, and that fails when it asks for anything else."""
     asked: list[str] = []
     context = browser.new_context(viewport={"width": 1400, "height": 1600})
@@ -166,6 +167,21 @@ def page(browser: Any, lab: Lab) -> Iterator[Any]:
     assert not asked, f"JupyterLab asked the network for {asked}"
 
 
+@pytest.fixture
+def page(browser: Any, lab: Lab) -> Iterator[Any]:
+    with new_page(browser, lab) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def one_page(browser: Any, lab: Lab) -> Iterator[Any]:
+    """A page of JupyterLab in which one test after another opens a notebook: each load anew would take seconds."""
+    with new_page(browser, lab) as page:
+        page.goto(f"{lab.url}lab/workspaces/one?token={lab.token}")
+        page.locator(".jp-Launcher").wait_for()
+        yield page
+
+
 # --- what a reader does ---
 
 
@@ -179,6 +195,22 @@ def open_notebook(page: Any, lab: Lab, path: Path) -> None:
     # A workspace of its own: JupyterLab opens what was open when the last one was left.
     page.goto(f"{lab.url}lab/workspaces/n{path.name[:2]}/tree/{path.name}?token={lab.token}")
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+
+
+@contextmanager
+def only_look_at(page: Any, path: Path) -> Iterator[None]:
+    """Open a notebook without a kernel, and leave it again."""
+    page.evaluate(
+        """async path => {
+            const kernelPreference = {shouldStart: false, canStart: false, autoStartDefault: false};
+            await window.jupyterapp.commands.execute("docmanager:open", {path, kernelPreference});
+        }""",
+        path.name,
+    )
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    yield
+    page.evaluate("window.jupyterapp.shell.currentWidget.dispose()")  # which, unlike `close`, never asks
+    page.locator(".jp-Notebook").wait_for(state="detached")
 
 
 def await_kernel(page: Any, lab: Lab) -> None:
@@ -204,7 +236,7 @@ def run_all(page: Any, n: int) -> None:
     until(page, lambda: len(prompts(page)) == n, f"all {n} code cells are there")
     menu(page, "Run", "Run All Cells")
     done = [f"[{number}]:" for number in range(1, n + 1)]
-    until(page, lambda: prompts(page) == done, f"all {n} cells have run", RUN_ALL_SECONDS)
+    until(page, lambda: prompts(page) == done, f"all {n} cells have run")
 
 
 def errors(page: Any) -> list[str]:
@@ -254,7 +286,6 @@ def photograph(page: Any, name: str, themes: Iterable[str]) -> None:
             panel.evaluate(f"panel => panel.scrollTop += {height - 60}")
             if panel.evaluate("panel => panel.scrollTop") == before:
                 break
-    choose_theme(page, "light")
 
 
 # --- the tests ---
@@ -317,11 +348,12 @@ def test_a_reader_runs_all_moves_a_slider_and_interrupts_a_training(page, lab, n
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_stored_picture_is_shown(page, lab, path):
+def test_every_stored_picture_is_shown(one_page, lab, path):
     outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", [])]
     stored = sum("image/png" in output.get("data", {}) for output in outputs)
-    open_notebook(page, lab, path)
-    shown = "images => images.filter(image => image.complete && image.naturalWidth).length"
-    images = page.locator(".jp-RenderedImage img")
-    until(page, lambda: images.evaluate_all(shown) == stored, f"{stored} stored pictures are shown")
-    photograph(page, f"{path.stem}_stored", ["dark"])  # where a picture without a ground of its own could not be read
+    with only_look_at(one_page, path):
+        shown = "images => images.filter(image => image.complete && image.naturalWidth).length"
+        images = one_page.locator(".jp-RenderedImage img")
+        until(one_page, lambda: images.evaluate_all(shown) == stored, f"{stored} stored pictures are shown")
+        photograph(one_page, f"{path.stem}_stored", ["dark"])  # where a picture without a ground of its own shows it
+    assert lab.kernels(one_page) == []
