@@ -369,7 +369,7 @@ def test_twenty_launches_at_the_same_moment_do_not_collide():
     answers: list[list] = []
 
     def launch() -> None:
-        with Workers(2, device="cpu", backend="gloo", timeout=100.0) as pair:
+        with Workers(2, device="cpu", backend="gloo", timeout=400.0) as pair:
             answers.append([rank for rank, *_ in pair.call(tasks.add_ranks)])
 
     main = sys.modules["__main__"]
