@@ -30,6 +30,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 SCREENSHOTS = Path(__file__).parent / "screenshots"
+STORED = "stored"  # a folder of copies that nobody runs: JupyterLab saves those that somebody does, every two minutes
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -127,8 +128,10 @@ def lab_over(folder: Path, private: Path, data: Path | None) -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory, user_data_root: Path | None) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("notebooks")
+    (folder / STORED).mkdir()
     for notebook in NOTEBOOKS:
         shutil.copy(notebook, folder)
+        shutil.copy(notebook, folder / STORED)
     with lab_over(folder, tmp_path_factory.mktemp("lab"), user_data_root) as running:
         yield running
 
@@ -205,7 +208,7 @@ def only_look_at(page: Any, path: Path) -> Iterator[None]:
             const kernelPreference = {shouldStart: false, canStart: false, autoStartDefault: false};
             await window.jupyterapp.commands.execute("docmanager:open", {path, kernelPreference});
         }""",
-        path.name,
+        f"{STORED}/{path.name}",
     )
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
     yield
