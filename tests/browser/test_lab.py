@@ -39,7 +39,7 @@ WAIT_SECONDS = 400  # most that may pass: a machine may be slow and busy with ot
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium, or set CHROMIUM to one"),
     pytest.mark.skipif(find_spec("jupyterlab") is None, reason="needs JupyterLab: pip install -e '.[notebooks]'"),
 ]
@@ -68,11 +68,12 @@ class Lab:
 
     def kernels(self, page: Any) -> list[dict[str, Any]]:
         """What the server tells of its kernels."""
-        return page.request.get(f"{self.url}api/kernels", headers=self.headers()).json()
+        return page.request.get(f"{self.url}api/kernels", headers=self.headers(), timeout=1000 * WAIT_SECONDS).json()
 
     def end_kernels(self, page: Any) -> None:
         for kernel in self.kernels(page):
-            page.request.delete(f"{self.url}api/kernels/{kernel['id']}", headers=self.headers())
+            this = f"{self.url}api/kernels/{kernel['id']}"
+            page.request.delete(this, headers=self.headers(), timeout=1000 * WAIT_SECONDS)
 
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"token {self.token}"}
@@ -111,7 +112,7 @@ def lab_over(folder: Path, private: Path, data: Path | None) -> Iterator[Lab]:
             env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + WAIT_SECONDS
         while not (url := address(private / "jupyter_runtime_dir")):
             assert server.poll() is None and time.monotonic() < deadline, (private / "log").read_text()
             time.sleep(0.1)
@@ -140,6 +141,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, user_data_root: Path | None) -
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(
+            timeout=1000 * WAIT_SECONDS,
             executable_path=CHROMIUM,
             args=["--disable-dev-shm-usage"],  # containers have a small one
             chromium_sandbox=False,  # which root cannot have
@@ -163,7 +165,7 @@ def new_page(browser: Any, lab: Lab) -> Iterator[Any]:
 
     context.route(re.compile("^https?:"), only_here)
     page = context.new_page()
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(1000 * WAIT_SECONDS)
     yield page
     lab.end_kernels(page)
     context.close()
