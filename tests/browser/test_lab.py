@@ -1,7 +1,7 @@
 """A real browser opens the notebooks in a real JupyterLab, as a reader does: runs all, moves a slider, interrupts.
 
 Needs Debian's Chromium (or another one that the variable CHROMIUM names) and Playwright for Python; nothing is
-downloaded. Screenshots in both themes go to tests/browser/screenshots.
+downloaded. Screenshots go to tests/browser/screenshots: what was run in the light theme, what is stored in the dark.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -45,13 +45,13 @@ pytestmark = [
 ]
 
 
-def until(page: Any, holds: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> Any:
+def until(page: Any, holds: Callable[[], Any], what: str) -> Any:
     """Wait until `holds()` is true, and return it; a picture of what was there instead stays with the screenshots."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + WAIT_SECONDS
     while not (value := holds()):
         if time.monotonic() > deadline:
             page.screenshot(path=SCREENSHOTS / "in_vain.png")
-            pytest.fail(f"waited {seconds} s in vain until {what}; see {SCREENSHOTS / 'in_vain.png'}")
+            pytest.fail(f"waited {WAIT_SECONDS} s in vain until {what}; see {SCREENSHOTS / 'in_vain.png'}")
         page.wait_for_timeout(100)
     return value
 
@@ -274,23 +274,22 @@ def choose_theme(page: Any, theme: str) -> None:
         page.locator(f"body[data-jp-theme-light={wanted}]").wait_for(state="attached")  # of no size of its own
 
 
-def photograph(page: Any, name: str, themes: Iterable[str]) -> None:
-    """Save screenshots of the whole notebook, a screenful a file, in each of the themes."""
+def photograph(page: Any, name: str, theme: str) -> None:
+    """Save screenshots of the whole notebook in one of the themes, a screenful a file."""
     SCREENSHOTS.mkdir(exist_ok=True)
-    for theme in themes:
-        choose_theme(page, theme)
-        for old in SCREENSHOTS.glob(f"{name}_{theme}_*.png"):
-            old.unlink()
-        panel = page.locator(".jp-Notebook .jp-WindowedPanel-outer")
-        height = panel.evaluate("panel => panel.clientHeight")
-        panel.evaluate("panel => panel.scrollTop = 0")
-        for number in range(1, 40):
-            page.wait_for_timeout(200)  # a cell is drawn when it comes into view
-            page.screenshot(path=SCREENSHOTS / f"{name}_{theme}_{number:02d}.png")
-            before = panel.evaluate("panel => panel.scrollTop")
-            panel.evaluate(f"panel => panel.scrollTop += {height - 60}")
-            if panel.evaluate("panel => panel.scrollTop") == before:
-                break
+    choose_theme(page, theme)
+    for old in SCREENSHOTS.glob(f"{name}_{theme}_*.png"):
+        old.unlink()
+    panel = page.locator(".jp-Notebook .jp-WindowedPanel-outer")
+    height = panel.evaluate("panel => panel.clientHeight")
+    panel.evaluate("panel => panel.scrollTop = 0")
+    for number in range(1, 40):
+        page.wait_for_timeout(200)  # a cell is drawn when it comes into view
+        page.screenshot(path=SCREENSHOTS / f"{name}_{theme}_{number:02d}.png")
+        before = panel.evaluate("panel => panel.scrollTop")
+        panel.evaluate(f"panel => panel.scrollTop += {height - 60}")
+        if panel.evaluate("panel => panel.scrollTop") == before:
+            break
 
 
 # --- the tests ---
@@ -331,7 +330,7 @@ def test_a_reader_runs_all_moves_a_slider_and_interrupts_a_training(page, lab, n
     explorer.locator(".noUi-handle").first.focus()
     page.keyboard.press("Home")  # of the slider: the smallest value, which none starts with
     until(page, lambda: pixels(explorer) not in ("", before), "the picture follows the slider")
-    photograph(page, path.stem, ["light"])
+    photograph(page, path.stem, "light")
     explorer.get_by_role("button", name="start values").click()
     until(page, lambda: pixels(explorer) == before, "the button brings the first picture back")
 
@@ -360,5 +359,5 @@ def test_every_stored_picture_is_shown(one_page, lab, path):
         shown = "images => images.filter(image => image.complete && image.naturalWidth).length"
         images = one_page.locator(".jp-RenderedImage img")
         until(one_page, lambda: images.evaluate_all(shown) == stored, f"{stored} stored pictures are shown")
-        photograph(one_page, f"{path.stem}_stored", ["dark"])  # where a picture without a ground of its own shows it
+        photograph(one_page, f"{path.stem}_stored", "dark")  # where a picture without a ground of its own shows it
     assert lab.kernels(one_page) == []
