@@ -135,7 +135,7 @@ def _smoke(why: str) -> Scale:
         benchmark_recipe=recipes.smoke(),  # in eight shards, so that eight processes show what eight GPUs do
         benchmark_runs=3,
         benchmark_world_size=8,
-        n_train=4_000,
+        n_train=3_000,
         n_test=1_000,
         most_epochs=2.0,
         most_images_per_step=256,
