@@ -1,0 +1,106 @@
+"""Trains candidates for a recipe on one part of the training set and scores them on the rest; the test set is not read.
+
+    python benchmarks/search.py "activation=relu" "activation=relu epochs=8" --out benchmarks/results/search
+
+Each candidate names the fields that it changes, `field=value`, with spaces between them; a list is written `[64,256]`.
+The last 5,000 training images are held out and take the place of the test set. Files the runs as `ablation.py` does:
+a line a run in results.jsonl, the table of all that is filed in table.txt, and what is there is not trained again.
+Only a candidate that is chosen here is worth a look at the test set, with `train_seeds.py`.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ablation import AS_IT_IS, done, line, redraw, without_clocks
+
+from cifar_fast import recipe as recipes
+from cifar_fast.data import Dataset, load_cifar10
+from cifar_fast.errors import UserError
+from cifar_fast.recipe import Recipe, changed_fields
+from cifar_fast.train import train
+
+
+def hold_out(data: Dataset, count: int) -> Dataset:
+    """Return `data` with its last `count` training images in place of the test set, named and fingerprinted apart."""
+    keep = len(data.train_labels) - count
+    if not 0 < count < len(data.train_labels):
+        raise UserError(
+            f"--hold-out {count}: hold out at least 1 of {len(data.train_labels):,} training images, not all"
+        )
+    return Dataset(
+        f"{data.name}, scored on held-out training images",
+        data.classes,
+        data.train_images[:keep],
+        data.train_labels[:keep],
+        data.train_images[keep:],
+        data.train_labels[keep:],
+        f"the first {keep:,} training images and, for scoring, the last {count:,} of: {data.source}",
+        f"{data.fingerprint}:held out:{count}",
+    )
+
+
+def candidate(recipe: Recipe, changes: str) -> Recipe:
+    """Return `recipe` with what `changes` says; raise `UserError` for a field, value or notation that cannot be."""
+    values: dict[str, Any] = {}
+    for change in changes.split():
+        field, equals, value = change.partition("=")
+        if not equals:
+            raise UserError(f"{change!r} is not field=value; write for instance 'activation=relu epochs=8'")
+        try:
+            values[field] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            values[field] = value  # a word, such as relu
+        if isinstance(getattr(recipe, field, None), float) and isinstance(values[field], int):
+            values[field] = float(values[field])
+    changed = Recipe.from_dict(recipe.to_dict() | values)
+    if not changed_fields(recipe, changed):
+        raise UserError(f"the candidate {changes!r} changes nothing of {recipe.name!r}")
+    return changed
+
+
+def require_same_data(results: Path, data: Dataset) -> None:
+    """Stop when `results` holds runs on another part of the data."""
+    if results.exists():
+        there = json.loads(results.read_text().splitlines()[0])["dataset"]
+        if there != data.describe():
+            raise UserError(f"{results} was scored on other images ({there['fingerprint']}); choose another --out")
+
+
+def main() -> None:
+    """Train the recipe as it is and each candidate, seed by seed, so that what is filed can always be compared."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("candidates", nargs="+", metavar="'FIELD=VALUE ...'")
+    parser.add_argument("--recipe", default="laptop")
+    parser.add_argument("--epochs", type=float, help="shorten the recipe to so many")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--hold-out", type=int, default=5_000, metavar="N", help="training images to score on")
+    parser.add_argument("--busy", action="store_true", help="other work shares the machine: file no clocks")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    try:
+        recipe = recipes.named(options.recipe)
+        recipe = recipe if options.epochs is None else replace(recipe, epochs=options.epochs)
+        arms = {AS_IT_IS: recipe} | {changes: candidate(recipe, changes) for changes in options.candidates}
+        data = hold_out(load_cifar10(), options.hold_out)
+        results = options.out / "results.jsonl"
+        require_same_data(results, data)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    options.out.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for arm, arm_recipe in arms.items():
+            if (arm, seed) in done(results, recipe):
+                continue
+            result = train(arm_recipe, data, seed=seed)
+            run = line(arm, result)
+            with open(results, "a") as file:
+                file.write(json.dumps(without_clocks(run) if options.busy else run) + "\n")
+            redraw(results)
+            print(f"{arm}, seed {seed}: {100 * result.accuracy:.2f} %, {result.train_seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
