@@ -179,8 +179,9 @@ class Recipe:
             if not isinstance(getattr(self, field), int) or isinstance(getattr(self, field), bool):
                 raise RecipeError(f"{field}={getattr(self, field)!r} must be a whole number")
         for field in ("widths", "resolutions"):
-            if not all(isinstance(value, int) for value in getattr(self, field)):
-                raise RecipeError(f"{field}={getattr(self, field)!r} must be whole numbers")
+            values = getattr(self, field)
+            if not isinstance(values, tuple) or not all(isinstance(value, int) for value in values):
+                raise RecipeError(f"{field}={values!r} must be a list of whole numbers")
         for field in ("freeze_bn_scale", "preload", "channels_last"):
             if not isinstance(getattr(self, field), bool):
                 raise RecipeError(f"{field}={getattr(self, field)!r} must be true or false")

@@ -119,6 +119,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"whitening_size": 2}, ("whitening_size=2", "odd", "resnet9")),
     ({"global_batch_size": 40.0}, ("global_batch_size=40.0", "whole number")),
     ({"resolutions": (16.5,)}, ("resolutions=(16.5,)", "whole numbers")),
+    ({"resolutions": 18}, ("resolutions=18", "a list of whole numbers")),
     ({"preload": "no"}, ("preload='no'", "true or false")),
     ({"resolutions": (8, 32)}, ("resolutions=(8, 32)", "16")),
     ({"epochs": 5.0, "flat_epochs": 4.5}, ("flat_epochs=4.5", "epochs=5.0", "warmup_fraction=0.2")),

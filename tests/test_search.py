@@ -53,6 +53,8 @@ def test_a_candidate_changes_what_it_names_and_nothing_else(script):
         script.candidate(laptop, "activation=silu")
     with pytest.raises(RecipeError, match="unknown recipe field colour"):
         script.candidate(laptop, "colour=red")
+    with pytest.raises(RecipeError, match="resolutions=18 must be a list of whole numbers"):
+        script.candidate(laptop, "resolutions=18")
 
 
 def test_the_command_trains_each_candidate_once_and_draws_the_table(script, tiny_data, tmp_path, monkeypatch, capsys):
