@@ -180,7 +180,7 @@ class Recipe:
                 raise RecipeError(f"{field}={getattr(self, field)!r} must be a whole number")
         for field in ("widths", "resolutions"):
             values = getattr(self, field)
-            if not isinstance(values, tuple) or not all(isinstance(value, int) for value in values):
+            if not isinstance(values, tuple | list) or not all(isinstance(value, int) for value in values):
                 raise RecipeError(f"{field}={values!r} must be a list of whole numbers")
         for field in ("freeze_bn_scale", "preload", "channels_last"):
             if not isinstance(getattr(self, field), bool):

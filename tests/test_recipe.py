@@ -330,3 +330,8 @@ def test_only_what_is_meant_for_gpus_asks_for_graphs() -> None:
     asking = {name for name in recipes.names() if recipes.named(name).cuda_graph != "off"}
     assert asking == {"speedrun", "apple_8gpu"}
     assert all(recipes.named(name).compile == recipes.named(name).cuda_graph for name in recipes.names())
+
+
+@pytest.mark.parametrize("widths", [(8, 16, 32), [8, 16, 32]])
+def test_widths_may_be_a_tuple_or_a_list(widths):
+    assert list(replace(recipes.laptop(), widths=widths).widths) == [8, 16, 32]
