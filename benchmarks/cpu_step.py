@@ -36,7 +36,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
-from itertools import chain, count
+from itertools import chain, count, pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -46,13 +46,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar_fast import optim
+from cifar_fast import fused, optim
 from cifar_fast import recipe as recipes
 from cifar_fast.batches import TrainBatches, pixel_statistics
 from cifar_fast.data import IMAGE_SIZE, SYNTHETIC, load_cifar10, synthetic
 from cifar_fast.device import Numerics, choose_numerics, environment, keep_freed_memory
 from cifar_fast.errors import RecipeError, UserError
-from cifar_fast.layers import Conv3x3, GhostBatchNorm, Scale
+from cifar_fast.layers import Block, Conv3x3, GhostBatchNorm, Scale
 from cifar_fast.model import Network, Residual, build_model, whiten_first_layer
 from cifar_fast.optim import PiecewiseLinear, build_optimizers, set_learning_rates
 from cifar_fast.peers import ALONE, Peers
@@ -68,8 +68,8 @@ N_IMAGES = 50_000
 """Random images: as many as CIFAR-10 has, so that a batch is gathered from as much memory."""
 WHITENING_IMAGES = 1000
 CPU = torch.device("cpu")
-SIDES = ("ours", "ours, default allocator", "reference", "ours, split")
-OURS, DEFAULT, REFERENCE, SPLIT = SIDES
+SIDES = ("ours", "ours, default allocator", "ours, norm apart", "reference", "ours, split")
+OURS, DEFAULT, APART, REFERENCE, SPLIT = SIDES
 
 # --- what this machine can do ---
 
@@ -193,7 +193,8 @@ def prepare(setting: Setting, plain: bool) -> Prepared:
     mean, std = pixel_statistics(images)
     double = numerics.dtype == torch.float64 and not plain
     dtype = torch.float64 if double else torch.float32
-    model = build_model(recipe, n_classes, mean, std, winograd=numerics.winograd and not plain).to(dtype)
+    ways = {} if plain else {"winograd": numerics.winograd, "fuse_norm": numerics.fuse_norm}
+    model = build_model(recipe, n_classes, mean, std, **ways).to(dtype)
     whiten_first_layer(model, recipe, images[:WHITENING_IMAGES])
     model = plain_network(model) if plain else model
     model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
@@ -265,6 +266,9 @@ def take_turn(peers: Peers, setting: Setting, side: str, steps: int) -> dict[str
 
     A top-level function, so that a process can import it.
     """
+    if side == APART:
+        keep_freed_memory()  # as ours has done in `choose`
+        setting = replace(setting, numerics=replace(setting.numerics, fuse_norm=False))
     prepared = prepare(setting, side == REFERENCE)
     take = TrainingStep(prepared.model, prepared.optimizers, setting.recipe, setting.numerics.dtype, ALONE)
     totals: defaultdict[str, float] = defaultdict(float)
@@ -342,13 +346,13 @@ KINDS: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.GELU, "activations"),
     (nn.SiLU, "activations"),
 )
-FIRST = "first layer, frozen"
+FIRST, NORM_AND_ACTIVATION = "first layer, frozen", "norm and activation"
 BATCH, AUTOGRAD, REST = Part("augmentation"), Part("autograd", "backward"), Part("rest")
 HEAD = Part("head and loss", "forward")
 NEWTON_SCHULZ, OPTIMISER = Part("Newton-Schulz"), Part("optimiser, other")
 ORDER = (
-    *("augmentation", FIRST, "convolutions", "norms", "activations", "pooling", "additions", "head and loss"),
-    *("autograd", "Newton-Schulz", "optimiser, other", "rest"),
+    *("augmentation", FIRST, "convolutions", NORM_AND_ACTIVATION, "norms", "activations", "pooling", "additions"),
+    *("head and loss", "autograd", "Newton-Schulz", "optimiser, other", "rest"),
 )
 
 
@@ -405,9 +409,10 @@ class Split:
     def watching(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
         """Time the block, in which the network and the optimisers are used; all hooks are gone after it."""
         with ExitStack() as stack:
+            at_once = stack.enter_context(self._norms_with_activations(model))
             for name, module in model.named_modules():
                 part = part_of(name.removeprefix("layers."), module)
-                if part:
+                if part and module not in at_once:
                     for handle in self._hooked(part, module):
                         stack.callback(handle.remove)
             for optimizer in optimizers:
@@ -426,6 +431,29 @@ class Split:
             self._since = time.perf_counter()
             yield
             self._settle()
+
+    @contextmanager
+    def _norms_with_activations(self, model: nn.Module) -> Iterator[set[nn.Module]]:
+        """Time norms and activations that are computed at once, which hooks would keep them from; yield both."""
+        names, at_once = {}, set()
+        for name, block in model.named_modules():
+            if isinstance(block, Block) and block.fuse:
+                for before, layer in pairwise(block):
+                    if isinstance(before, GhostBatchNorm) and type(layer) in fused.ACTIVATIONS:
+                        names[before] = name.removeprefix("layers.")
+                        at_once |= {before, layer}
+        then = GhostBatchNorm.then
+
+        def timed(norm: GhostBatchNorm, activation: nn.Module, x: Tensor) -> Tensor:
+            part = Part(NORM_AND_ACTIVATION, "forward", names[norm])
+            with self.within(part):
+                y = then(norm, activation, x)
+                self._made(part, y)
+                self._moved(part, [x], list(norm.parameters()), y)
+            return y
+
+        with patch.object(GhostBatchNorm, "then", timed):
+            yield at_once
 
     def _hooked(self, part: Part, module: nn.Module) -> Iterator[Any]:
         def entered(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -662,6 +690,7 @@ def summarise(
             "our step / the reference's arithmetic": compare(seconds[OURS], seconds[REFERENCE]),
             "our arithmetic / the reference's": compare(*arithmetic),
             "ours with the default allocator / ours": compare(seconds[DEFAULT], seconds[OURS]),
+            "ours with norm and activation apart / ours": compare(seconds[APART], seconds[OURS]),
             "ours with the stopwatch / ours": compare(seconds[SPLIT], seconds[OURS]),
         },
         "step": {
@@ -782,7 +811,8 @@ def text_of(report: dict[str, Any]) -> str:
         f"they add up to the {1e3 * split['seconds']:,.1f} ms of that step; its limit is that of {split['limit']}, of "
         "float32 for Newton-Schulz; `direct` above 100 % is Winograd's saving",
         "convolutions hold the transforms of Winograd, and the max-pool that it does before a tile leaves the "
-        "registers; `pooling` is what is pooled otherwise; backward, freeing what a layer had kept and adding up its "
+        "registers; `pooling` is what is pooled otherwise; norms and activations apart are one kind where they are "
+        "computed at once, and so keep nothing between them; backward, freeing what a layer had kept and adding up its "
         "gradients count for it; `autograd` is what comes before the first of them; `rest` is what no part claims",
         "MB at least: inputs, weights and outputs once; backward the output's gradient, inputs and weights, and the "
         "gradients of those that have one; optimiser: 5 times the trained weights; least ms: the longer of what is "
@@ -797,7 +827,7 @@ def text_of(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"A step of {report['recipe']['name']}: {report['images']:,} images, {machine['precision']}, "
-            f"{machine['convolution']} convolution",
+            f"{machine['convolution']} convolution, norm and activation {machine['norm_and_activation']}",
             f"{hardware(machine)}; torch {machine['torch']}; {report['data']}; {report['rounds']} rounds, "
             f"{report['steps']} step{'s' * (report['steps'] > 1)} a turn; commit {report['commit'][:12]}",
             "",
@@ -858,7 +888,7 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as stack:
         workers = {
             side: stack.enter_context(Workers(1, device="cpu", backend="gloo", timeout=60.0))
-            for side in (OURS, DEFAULT, REFERENCE)
+            for side in (OURS, DEFAULT, APART, REFERENCE)
         }
         (numerics,) = workers[OURS].call(choose, recipe, threads)
         setting = Setting(recipe, options.data, N_IMAGES, threads, numerics, options.reference_part)

@@ -51,9 +51,12 @@ def require_same_kind(run: dict, results: Path) -> None:
     if not results.exists():
         return
     there = json.loads(results.read_text().splitlines()[0])
-    for what in ("recipe", "dataset"):
-        if there[what] != run[what]:
-            sys.exit(f"error: {results} holds runs of another {what}; choose another --out")
+    # As recipes, in which a field that is younger than the file has its default.
+    before, now = (Recipe.from_dict(each["recipe"]) for each in (there, run))
+    if before != now:
+        sys.exit(f"error: {results} holds runs of another recipe; choose another --out")
+    if there["dataset"] != run["dataset"]:
+        sys.exit(f"error: {results} holds runs of another dataset; choose another --out")
     if there["environment"]["cpu"] != run["environment"]["cpu"]:
         sys.exit(f"error: {results} was measured on {there['environment']['cpu']}; choose another --out")
 

@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -15,7 +15,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 
-from cifar_fast import winograd
+from cifar_fast import fused, winograd
 from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe
 
@@ -51,11 +51,12 @@ CLEARLY = 1.25
 
 @dataclass(frozen=True)
 class Numerics:
-    """How the convolutions are computed on a device, and why."""
+    """How the convolutions are computed on a device, and why, and whether norms and activations are at once."""
 
     dtype: torch.dtype
     winograd: bool
     reason: str
+    fuse_norm: bool = False
 
     def describe(self) -> dict[str, str]:
         """Return them as plain words, for results."""
@@ -63,6 +64,7 @@ class Numerics:
             "precision": str(self.dtype).removeprefix("torch."),
             "convolution": "winograd" if self.winograd else "direct",
             "numerics_reason": self.reason,
+            "norm_and_activation": "at once" if self.fuse_norm else "apart",
         }
 
 
@@ -71,6 +73,12 @@ def choose_numerics(recipe: Recipe, device: torch.device) -> Numerics:
 
     A precision or a convolution that the device lacks falls back to one that it has, and the reason says so.
     """
+    numerics = _precision_and_convolution(recipe, device)
+    fuse_norm = recipe.fuse_norm and device.type == "cpu" and numerics.dtype in fused.DTYPES and fused.available()[0]
+    return replace(numerics, fuse_norm=fuse_norm)
+
+
+def _precision_and_convolution(recipe: Recipe, device: torch.device) -> Numerics:
     if recipe.precision == "float64":
         return Numerics(torch.float64, False, "asked for by the recipe: everything, not the convolutions alone")
     if device.type == "cuda":

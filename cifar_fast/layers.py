@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar_fast import fused
 from cifar_fast.device import HALF
 from cifar_fast.winograd import winograd_conv2d, winograd_conv2d_max_pool
 
@@ -53,6 +54,27 @@ class GhostBatchNorm(nn.BatchNorm2d):
         self.running_var.lerp_(variances.mean(0), self.momentum)
         return torch.cat(normalised)
 
+    def then(self, activation: nn.Module, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        """Return `activation(self(x))`, computed at once where that can be; not where a hook watches one of the two."""
+        count = self.group_size * x[0, 0].numel()  # values of a channel in a group
+        groups = not self.training or (len(x) % self.group_size == 0 and count > 1)
+        if not groups or fused.watched(self, activation) or not fused.suits(x, self, activation):
+            return activation(self(x))
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        if not self.training:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return fused.apply_and_activate(x, self.running_mean, scale, self.bias, activation)
+        y, mean, variance = fused.normalise_and_activate(
+            x, self.weight, self.bias, activation, group_size=self.group_size, eps=self.eps
+        )
+        with torch.no_grad():
+            self.running_mean.lerp_(mean.mean(0), self.momentum)
+            # As batch_norm does, the running variance is the unbiased one.
+            self.running_var.lerp_(variance.mean(0) * (count / (count - 1)), self.momentum)
+            if len(mean) == 1 and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+        return y
+
     def all_groups_at_once(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
         """Normalise as `forward` does in training: a few large kernels, where a GPU would wait for many small ones."""
         groups = x.unflatten(0, (-1, self.group_size))  # (N / g, g, C, H, W)
@@ -67,6 +89,24 @@ class GhostBatchNorm(nn.BatchNorm2d):
             # As batch_norm does, the running variance is the unbiased one.
             self.running_var.lerp_(variance.flatten(1).mean(0) * (count / (count - 1)), self.momentum)
         return normalised.to(x.dtype).flatten(0, 1)
+
+
+class Block(nn.Sequential):
+    """Layers in a row; with `fuse` a norm and the layer right after it are computed at once where that can be."""
+
+    fuse = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply one layer after the other."""
+        norm: GhostBatchNorm | None = None
+        for layer in self:
+            if norm is not None:
+                x, norm = norm.then(layer, x), None
+            elif self.fuse and isinstance(layer, GhostBatchNorm):
+                norm = layer
+            else:
+                x = layer(x)
+        return x if norm is None else norm(x)
 
 
 class Conv3x3(nn.Conv2d):

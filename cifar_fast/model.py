@@ -7,7 +7,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor, nn
 
-from cifar_fast.layers import Conv3x3, GhostBatchNorm, Normalise, Scale, whitening_filters
+from cifar_fast.layers import Block, Conv3x3, GhostBatchNorm, Normalise, Scale, whitening_filters
 from cifar_fast.recipe import Recipe
 
 
@@ -29,7 +29,7 @@ def norm(recipe: Recipe, n_channels: int) -> GhostBatchNorm:
     )
 
 
-def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, winograd: bool = False) -> nn.Sequential:
+def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, winograd: bool = False) -> Block:
     """Return convolution, norm and activation, with max-pool by 2 where the recipe wants it."""
     pool_at_once = pool and recipe.pool_position == "before_norm"
     layers: list[tuple[str, nn.Module]] = [
@@ -40,7 +40,7 @@ def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, win
     if pool and not pool_at_once:
         place = {"before_activation": 2, "after_activation": 3}[recipe.pool_position]
         layers.insert(place, ("pool", nn.MaxPool2d(2)))
-    return nn.Sequential(OrderedDict(layers))
+    return Block(OrderedDict(layers))
 
 
 class Residual(nn.Module):
@@ -72,17 +72,29 @@ class Network(nn.Module):
 
 
 def build_model(
-    recipe: Recipe, n_classes: int, mean: Tensor, std: Tensor, *, winograd: bool = False, seed: int = 0
+    recipe: Recipe,
+    n_classes: int,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    winograd: bool = False,
+    fuse_norm: bool = False,
+    seed: int = 0,
 ) -> Network:
     """Build the recipe's network for `n_classes`, with weights drawn from `seed` on the CPU, the same for every device.
 
-    `mean`, `std`: float32 (3,), in pixel values. `winograd`: how 3x3 convolutions are computed. The whitening layer,
-    where there is one, is filled by `whiten_first_layer`.
+    `mean`, `std`: float32 (3,), in pixel values. `winograd`: how 3x3 convolutions are computed; `fuse_norm`: whether a
+    norm and the activation after it are computed at once. The whitening layer, where there is one, is filled by
+    `whiten_first_layer`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = (_resnet9 if recipe.network == "resnet9" else _convnet6)(recipe, n_classes, winograd)
-    return Network(Normalise(mean, std), OrderedDict(layers))
+    network = Network(Normalise(mean, std), OrderedDict(layers))
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.fuse = fuse_norm
+    return network
 
 
 def _resnet9(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, nn.Module]]:
@@ -98,7 +110,7 @@ def _resnet9(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, 
             ("norm", norm(recipe, first)),
             ("activation", activation(recipe)),
         ]
-        head: list[tuple[str, nn.Module]] = [("whiten", whiten), ("mix", nn.Sequential(OrderedDict(mix)))]
+        head: list[tuple[str, nn.Module]] = [("whiten", whiten), ("mix", Block(OrderedDict(mix)))]
     else:
         head = [("prepare", conv_block(recipe, 3, first))]
     return [

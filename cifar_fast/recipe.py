@@ -151,6 +151,8 @@ class Recipe:
     """Store activations with the channels innermost."""
     convolution: Literal["auto", "direct", "winograd"] = "auto"
     """How a float32 CPU convolution is computed; `auto` takes the faster on this machine."""
+    fuse_norm: bool = True
+    """Compute batch norm and the activation after it at once, on a CPU with a C compiler."""
     cuda_graph: Literal["off", "auto", "on"] = "off"
     """Record a whole step on a GPU once, then replay it; `auto`: where that can be, `on`: and warn where not."""
     compile: Literal["off", "auto", "on"] = "off"

@@ -196,7 +196,16 @@ def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor]) -> RunR
     Raises `KeyError` or `TypeError` for values of another shape, `RuntimeError` for weights that do not fit.
     """
     recipe = Recipe.from_dict(values["recipe"])
-    model = build_model(recipe, len(values["dataset"]["classes"]), torch.zeros(3), torch.ones(3))
+    # Computed as it was in training where this machine can, so that not a bit of its logits differs.
+    model = build_model(
+        recipe,
+        len(values["dataset"]["classes"]),
+        torch.zeros(3),
+        torch.ones(3),
+        winograd=values["environment"].get("convolution") == "winograd",
+        fuse_norm=values["environment"].get("norm_and_activation") == "at once",
+    )
+    model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
     if any(value.dtype == torch.float64 for value in weights.values()):
         model.double()
     model.load_state_dict(weights)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cifar_fast import winograd
+from cifar_fast import fused, winograd
 from cifar_fast.batches import TrainBatches, pixel_statistics
 from cifar_fast.data import Dataset
 from cifar_fast.device import HALF, choose_numerics, environment, keep_freed_memory, select_device
@@ -72,6 +72,8 @@ def train(
     assert numerics is not None
     if numerics.winograd and not peers.all(winograd.available()[0]):  # loads it on every rank, before the clock
         numerics = replace(numerics, winograd=False, reason="not every rank can compile Winograd: direct instead")
+    if numerics.fuse_norm and not peers.all(fused.available()[0]):
+        numerics = replace(numerics, fuse_norm=False)
     if recipe.precision not in ("auto", numerics.describe()["precision"]):
         warnings.warn(f"precision={recipe.precision} is not used: {numerics.reason}", stacklevel=2)
     launch = peers.agree(choose_launch(recipe, on, peers.backend) if peers.is_main else None)
@@ -83,7 +85,15 @@ def train(
     with train_clock.running():  # from the first byte sent to the device
         images = data.train_images.to(on) if recipe.preload else data.train_images
         mean, std = pixel_statistics(images)
-        model = build_model(recipe, data.n_classes, mean, std, winograd=numerics.winograd, seed=seed)
+        model = build_model(
+            recipe,
+            data.n_classes,
+            mean,
+            std,
+            winograd=numerics.winograd,
+            fuse_norm=numerics.fuse_norm,
+            seed=seed,
+        )
         model = model.to(on, network_dtype)
         model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
         batches = TrainBatches(

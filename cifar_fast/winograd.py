@@ -23,23 +23,16 @@ the loops; the machine's C compiler builds it once, on first use.
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from platformdirs import user_cache_dir
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+from cifar_fast import native
+
 BLOCK_TILES = 56
 """Tiles a thread handles at a time: few enough for its caches, enough to reuse each transformed filter it reads."""
 
@@ -136,59 +129,14 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    """Compile `winograd.c` unless this source, compiler and processor were met before, and load it."""
-    source = Path(__file__).with_suffix(".c")
-    name = os.environ.get("CC", "cc")
-    compiler = shutil.which(name)
-    if compiler is None:
-        raise OSError(f"no C compiler `{name}` on the path: install gcc, or set CC to its name")
-    runtime = _openmp_runtime()
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = [source.read_text(), version, _processor(), runtime, *FLAGS]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("CIFAR_FAST_CACHE") or user_cache_dir("cifar_fast"))
-    target = folder / f"winograd-{key}.so"
-    if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            compiled, built = Path(scratch) / "winograd.o", Path(scratch) / target.name
-            _run(compiler, *FLAGS, "-c", "-o", str(compiled), str(source))
-            _run(compiler, "-shared", "-o", str(built), str(compiled), runtime)
-            built.replace(target)
-    library = ctypes.CDLL(str(target))
+    """The loops of `winograd.c`, compiled."""
+    library = native.load("winograd.c")
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.scratch_floats.restype = ctypes.c_long
     library.scratch_floats.argtypes = [integer] * 3
     library.convolve.argtypes = [pointer] * 6 + [integer] * 7
     library.weight_gradient.argtypes = [pointer] * 5 + [integer] * 8
     return library
-
-
-def _run(*command: str) -> None:
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise OSError(f"`{' '.join(command)}` failed: {result.stderr.strip()[-500:]}")
-
-
-def _openmp_runtime() -> str:
-    """Path of the OpenMP library that torch has loaded: linked to another, we would start a second set of threads."""
-    try:
-        loaded = Path("/proc/self/maps").read_text().split()
-    except OSError:
-        raise OSError("cannot find torch's OpenMP library: no /proc/self/maps on this system") from None
-    for path in loaded:
-        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
-            return path
-    raise OSError("this build of torch has no OpenMP library")
-
-
-def _processor() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return "".join(line for line in dict.fromkeys(lines) if line.startswith(("model name", "flags", "Features")))
 
 
 @functools.cache

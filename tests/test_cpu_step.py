@@ -17,9 +17,10 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar_fast import optim, winograd
+from cifar_fast import fused, optim, winograd
 from cifar_fast import recipe as recipes
 from cifar_fast.device import Numerics
+from cifar_fast.layers import Block
 from cifar_fast.peers import ALONE
 from cifar_fast.recipe import Recipe
 from cifar_fast.train import TrainingStep, forward_backward
@@ -38,6 +39,9 @@ NETWORKS = {
 }
 
 
+needs_fused = pytest.mark.skipif(not fused.available()[0], reason=fused.available()[1])
+
+
 @pytest.fixture(scope="module")
 def cpu_step() -> Iterator[ModuleType]:
     """As the other processes import it."""
@@ -51,8 +55,15 @@ def recipe(request: pytest.FixtureRequest) -> Recipe:
     return NETWORKS[request.param]
 
 
-def setting_of(cpu_step: ModuleType, recipe: Recipe, *, fast: bool = False, dtype: torch.dtype = torch.float32) -> Any:
-    numerics = Numerics(dtype, fast, "for a test")
+def setting_of(
+    cpu_step: ModuleType,
+    recipe: Recipe,
+    *,
+    fast: bool = False,
+    fuse_norm: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    numerics = Numerics(dtype, fast, "for a test", fuse_norm)
     return cpu_step.Setting(recipe, cpu_step.RANDOM, 4 * recipe.global_batch_size, torch.get_num_threads(), numerics)
 
 
@@ -156,6 +167,41 @@ def test_the_split_leaves_the_step_as_it_is(cpu_step: ModuleType, recipe: Recipe
     assert before == (torch.nn.functional.max_pool2d, torch.nn.functional.cross_entropy, torch.Tensor.backward)
     model = cpu_step.prepare(setting, False).model
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.modules())
+
+
+@needs_fused
+def test_norms_and_activations_at_once_are_one_kind_and_stay_at_once(
+    cpu_step: ModuleType, recipe: Recipe, fresh: None
+) -> None:
+    setting = setting_of(cpu_step, recipe, fuse_norm=True)
+    plain = [cpu_step.take_turn(ALONE, setting, cpu_step.OURS, 1)["loss"] for _ in range(2)]
+    cpu_step.prepare.cache_clear()
+    found = [cpu_step.split_turn(ALONE, setting, 1) for _ in range(2)]
+    assert [each["loss"] for each in found] == plain
+    parts: dict[tuple[str, str], list] = {(part["kind"], part["phase"]): [] for part in found[0]["parts"]}
+    for part in found[0]["parts"]:
+        parts[part["kind"], part["phase"]].append(part)
+    layers = dict(cpu_step.prepare(setting, False).model.named_modules())
+    blocks = {name for name, layer in layers.items() if isinstance(layer, Block)}
+    pooled_between = {name for name in blocks if [*layers[name]._modules].index("activation") != 2}
+    for phase in ("forward", "backward"):
+        at_once = parts["norm and activation", phase]
+        assert {f"layers.{part['layer']}" for part in at_once} == blocks - pooled_between
+        assert all(part["seconds"] > 0 and part["bytes"] > 0 for part in at_once)
+    assert len(parts.get(("norms", "forward"), [])) == len(pooled_between)
+    # convnet6 has an activation after its first layer, where there is no norm.
+    assert len(parts.get(("activations", "forward"), [])) == len(pooled_between) + (recipe.network == "convnet6")
+
+
+@needs_fused
+def test_one_side_computes_norms_and_activations_apart(cpu_step: ModuleType, fresh: None) -> None:
+    setting = setting_of(cpu_step, TINY, fuse_norm=True)
+    losses = {side: cpu_step.take_turn(ALONE, setting, side, 1)["loss"] for side in (cpu_step.OURS, cpu_step.APART)}
+    assert losses[cpu_step.OURS] == pytest.approx(losses[cpu_step.APART], rel=1e-4)
+    apart = replace(setting, numerics=replace(setting.numerics, fuse_norm=False))
+    for each, fuse in ((setting, True), (apart, False)):
+        model = cpu_step.prepare(each, False).model
+        assert {layer.fuse for layer in model.modules() if isinstance(layer, Block)} == {fuse}
 
 
 def test_pooling_is_told_from_the_convolution_whose_forward_it_is_in(cpu_step: ModuleType, fresh: None) -> None:
@@ -270,7 +316,7 @@ def quick(cpu_step: ModuleType, monkeypatch: pytest.MonkeyPatch, fresh: None) ->
 
 
 def require_complete(cpu_step: ModuleType, report: dict[str, Any], rounds: int) -> None:
-    assert set(report["sides"]) == set(cpu_step.SIDES) and len(report["ratios"]) == 4
+    assert set(report["sides"]) == set(cpu_step.SIDES) and len(report["ratios"]) == 5
     for side in report["sides"].values():
         assert len(side["turns"]) == rounds and side["seconds"]["min"] > 0
         assert side["first_loss"] == pytest.approx(report["sides"]["ours"]["first_loss"], rel=0.05)
@@ -318,7 +364,8 @@ def test_each_side_has_a_process_with_the_allocator_it_says(
     report = json.loads((tmp_path / "cpu_step.json").read_text())
     require_complete(cpu_step, report, 1)
     keeps = {name: side["keeps_freed_memory"] for name, side in report["sides"].items()}
-    assert keeps == {"ours": True, "ours, default allocator": False, "reference": False, "ours, split": None}
+    expected = {"ours": True, "ours, default allocator": False, "ours, norm apart": True, "reference": False}
+    assert keeps == expected | {"ours, split": None}
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from cifar_fast import result as result_module
+from cifar_fast import winograd
 from cifar_fast.data import Dataset
 from cifar_fast.errors import RunError
 from cifar_fast.evaluate import predict_logits
@@ -43,6 +44,15 @@ def test_a_saved_run_comes_back_with_identical_logits(trained, folder, tiny_data
     assert torch.equal(predict_logits(loaded.model, tiny_data.test_images, tta="flip"), expected)
     assert loaded.to_dict() == trained.to_dict()
     assert not loaded.model.training
+
+
+@pytest.mark.skipif(not winograd.available()[0], reason=winograd.available()[1])
+def test_so_does_one_that_was_trained_with_compiled_loops(tiny_data: Dataset, tmp_path: Path) -> None:
+    trained = train(replace(RECIPE, widths=(16, 16, 16), convolution="winograd"), tiny_data, progress=False)
+    save_run(trained, tmp_path / "run")
+    loaded = load_run(tmp_path / "run")
+    logits = [predict_logits(each.model, tiny_data.test_images, tta="flip") for each in (trained, loaded)]
+    assert torch.equal(*logits)
 
 
 def test_the_logs_say_what_the_result_says(trained, folder):

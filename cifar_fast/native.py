@@ -1,0 +1,67 @@
+"""The package's C files: this machine's compiler builds each once, on first use."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from platformdirs import user_cache_dir
+
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
+
+
+def load(name: str) -> ctypes.CDLL:
+    """Compile the C file `name` of this package, unless this source, compiler and processor were met before; load it.
+
+    Raises `OSError`, in words, where that cannot be done.
+    """
+    source = Path(__file__).with_name(name)
+    command = os.environ.get("CC", "cc")
+    compiler = shutil.which(command)
+    if compiler is None:
+        raise OSError(f"no C compiler `{command}` on the path: install gcc, or set CC to its name")
+    runtime = _openmp_runtime()
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    parts = [source.read_text(), version, _processor(), runtime, *FLAGS]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("CIFAR_FAST_CACHE") or user_cache_dir("cifar_fast"))
+    target = folder / f"{source.stem}-{key}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            compiled, built = Path(scratch) / f"{source.stem}.o", Path(scratch) / target.name
+            _run(compiler, *FLAGS, "-c", "-o", str(compiled), str(source))
+            _run(compiler, "-shared", "-o", str(built), str(compiled), runtime)
+            built.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+def _run(*command: str) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        raise OSError(f"`{' '.join(command)}` failed: {result.stderr.strip()[-500:]}")
+
+
+def _openmp_runtime() -> str:
+    """Path of the OpenMP library that torch has loaded: linked to another, we would start a second set of threads."""
+    try:
+        loaded = Path("/proc/self/maps").read_text().split()
+    except OSError:
+        raise OSError("cannot find torch's OpenMP library: no /proc/self/maps on this system") from None
+    for path in loaded:
+        if Path(path).name.startswith(("libgomp", "libiomp5", "libomp")):
+            return path
+    raise OSError("this build of torch has no OpenMP library")
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "".join(line for line in dict.fromkeys(lines) if line.startswith(("model name", "flags", "Features")))
