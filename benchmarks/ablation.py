@@ -13,7 +13,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from train_seeds import commit
+from revision import commit
 
 from cifar_fast import recipe as recipes
 from cifar_fast.ablation import AS_IT_IS, Ablation

@@ -44,6 +44,7 @@ from unittest.mock import patch
 import psutil
 import torch
 import torch.nn.functional as F
+from revision import commit
 from torch import Tensor, nn
 
 from cifar_fast import fused, optim
@@ -920,13 +921,6 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         "reference": describe_reference(setting),
         **summarise(setting, best_limits(limits), turns, warm_up),
     }
-
-
-def commit() -> str:
-    """Return the commit that is checked out, marked when package or script differ from it."""
-    from gpu import commit as of_package  # the script beside this one
-
-    return of_package()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

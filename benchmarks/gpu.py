@@ -66,6 +66,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from revision import commit
 
 import cifar_fast as cf
 from cifar_fast import gpu_results
@@ -539,20 +540,6 @@ def command_of(part: str, options: argparse.Namespace) -> list[str]:
         if value := getattr(options, name):
             command += [f"--{name}", value]
     return command
-
-
-def commit() -> str:
-    """Return the commit that is checked out, marked when the package differs from it; `unknown` where there is none."""
-    git = ["git", "-C", str(REPOSITORY)]
-    try:
-        revision = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (FileNotFoundError, subprocess.CalledProcessError):
-        return "unknown"
-    return revision + (
-        "-changed" if subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "cifar_fast"]).returncode else ""
-    )
 
 
 def dry_run(options: argparse.Namespace) -> list[str]:

@@ -9,18 +9,18 @@ by round, so that what else the machine does disturbs both alike. Random images;
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import torch
+from revision import commit
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_fast import recipe as recipes
 from cifar_fast.batches import TrainBatches, pixel_statistics
-from cifar_fast.device import HALF, choose_numerics, environment, keep_freed_memory, select_device
+from cifar_fast.device import HALF, Numerics, choose_numerics, environment, keep_freed_memory, select_device
 from cifar_fast.model import build_model, whiten_first_layer
 from cifar_fast.optim import build_optimizers, lr_schedule, set_learning_rates
 from cifar_fast.peers import ALONE, Peers
@@ -33,13 +33,14 @@ N_IMAGES = 8192
 
 
 @cache
-def prepare(recipe: Recipe, rank: int, world_size: int, device: torch.device, winograd: bool, ddp: bool) -> tuple:
+def prepare(recipe: Recipe, rank: int, world_size: int, device: torch.device, numerics: Numerics, ddp: bool) -> tuple:
     """Return network, batches and optimisers of one rank; made once and kept over the rounds."""
     random = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (N_IMAGES, 3, 32, 32), dtype=torch.uint8, generator=random)
     labels = torch.randint(0, 10, (N_IMAGES,), generator=random)
     mean, std = pixel_statistics(images)
-    model = build_model(recipe, 10, mean, std, winograd=winograd).to(device).to(memory_format=torch.channels_last)
+    model = build_model(recipe, 10, mean, std, winograd=numerics.winograd, fuse_norm=numerics.fuse_norm)
+    model = model.to(device, memory_format=torch.channels_last)
     whiten_first_layer(model, recipe, images[:1000].to(device))
     batches = TrainBatches(images, labels, recipe, device=device, mean=mean, std=std, rank=rank, world_size=world_size)
     optimizers = build_optimizers(model, recipe)
@@ -54,7 +55,7 @@ def time_steps(peers: Peers, recipe: Recipe, n_steps: int, way: str) -> float:
     device = peers.device
     numerics = peers.agree(choose_numerics(recipe, device) if peers.is_main else None)
     assert numerics is not None
-    kept = prepare(recipe, peers.rank, peers.world_size, device, numerics.winograd, way == "ddp")
+    kept = prepare(recipe, peers.rank, peers.world_size, device, numerics, way == "ddp")
     model, batches, optimizers = kept
     schedule = lr_schedule(recipe)
     stream = batches.epoch(0)
@@ -112,7 +113,7 @@ def main() -> None:
     steps, rounds = arguments.steps, arguments.rounds
     images = steps * laptop.global_batch_size
     report: dict = {
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "environment": environment(device),
         "world_size": n,
         "images a round": images,

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from revision import commit
 
 from cifar_fast.benchmark import Benchmark
 from cifar_fast.plots import accuracy_and_time
@@ -23,13 +24,6 @@ from cifar_fast.recipe import Recipe
 from cifar_fast.report import spread
 
 FIGURES = ("accuracy", "train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds", "peak_memory_gb")
-
-
-def commit() -> str:
-    """Return the commit that is checked out, marked when files of the package differ from it."""
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "cifar_fast"]).returncode
-    return revision + ("-changed" if changed else "")
 
 
 def summarise(runs: list[dict]) -> dict:

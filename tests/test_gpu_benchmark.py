@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -29,7 +30,9 @@ def gpu() -> ModuleType:
     spec = importlib.util.spec_from_file_location("benchmarks_gpu", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as path:
+        path.syspath_prepend(SCRIPT.parent)  # where a script finds its neighbours
+        spec.loader.exec_module(module)
     return module
 
 
@@ -162,11 +165,34 @@ def test_runs_are_filed_and_gone_on_with(
 def test_without_a_checkout_the_commit_is_unknown(
     gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "REPOSITORY", tmp_path)
+    revision = sys.modules[gpu.commit.__module__]
+    monkeypatch.setattr(revision, "REPOSITORY", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     assert gpu.commit() == "unknown"
     monkeypatch.setenv("PATH", "")
     assert gpu.commit() == "unknown"
+
+
+def test_the_commit_is_marked_where_what_is_measured_differs_from_it(
+    gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[gpu.commit.__module__], "REPOSITORY", tmp_path)
+    names = ("cifar_fast/a.py", "benchmarks/b.py", "benchmarks/results/c.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "a", "--no-gpg-sign"],
+    ):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    revision = gpu.commit()
+    assert len(revision) == 40
+    for name, mark in zip(names, ("-changed", "-changed", ""), strict=True):
+        (tmp_path / name).write_text("changed")
+        assert gpu.commit() == revision + mark
+        (tmp_path / name).write_text("")
 
 
 def test_a_fresh_command_is_filed_with_what_it_trained_on(
