@@ -69,16 +69,17 @@ class Numerics:
 
 
 def choose_numerics(recipe: Recipe, device: torch.device) -> Numerics:
-    """Return the recipe's precision and convolution on `device`; what it leaves to `auto` is measured on a CPU.
-
-    A precision or a convolution that the device lacks falls back to one that it has, and the reason says so.
-    """
-    numerics = _precision_and_convolution(recipe, device)
+    """Return how `device` computes the recipe: precision, convolution, and whether norm and activation are at once."""
+    numerics = choose_precision_and_convolution(recipe, device)
     fuse_norm = recipe.fuse_norm and device.type == "cpu" and numerics.dtype in fused.DTYPES and fused.available()[0]
     return replace(numerics, fuse_norm=fuse_norm)
 
 
-def _precision_and_convolution(recipe: Recipe, device: torch.device) -> Numerics:
+def choose_precision_and_convolution(recipe: Recipe, device: torch.device) -> Numerics:
+    """Return the recipe's precision and convolution on `device`; what it leaves to `auto` is measured on a CPU.
+
+    A precision or a convolution that the device lacks falls back to one that it has, and the reason says so.
+    """
     if recipe.precision == "float64":
         return Numerics(torch.float64, False, "asked for by the recipe: everything, not the convolutions alone")
     if device.type == "cuda":

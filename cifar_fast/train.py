@@ -259,19 +259,19 @@ def prepare_steps(
     chosen = [values[0].clone() for values in vars(batches.choices(0)).values()]  # of one batch
     batches.forget_choices()  # the clock of training counts them
     if launch.compile:
-        fused: Any = compiled(take.model)  # a module around the model, with its parameters
-        fused_make, why = compiled(make) if made_there else make, ""
+        compiled_model: Any = compiled(take.model)  # a module around the model, with its parameters
+        compiled_make, why = compiled(make) if made_there else make, ""
         with undone(take.model, take.optimizers), measured_convolutions():
             try:
                 for frozen in sorted(variants):
                     freeze_whitening_bias(take.model, frozen)
-                    images, labels = fused_make(*chosen)
-                    forward_backward(fused, images, labels, take.recipe, take.dtype)
+                    images, labels = compiled_make(*chosen)
+                    forward_backward(compiled_model, images, labels, take.recipe, take.dtype)
             except Exception as error:  # a compiler fails in many ways, and none need end a training
                 why = f"{type(error).__name__}: {error}".splitlines()[0]
             take.clear_gradients()
         if take.peers.all(not why):
-            take, make = replace(take, model=fused), fused_make
+            take, make = replace(take, model=compiled_model), compiled_make
             steps, batches.prepared = dict.fromkeys(variants, take), make
         else:
             launch = launch.without("compile", why or "another rank failed to")
