@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -91,3 +93,16 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels[..., channel] += 120
                 Image.fromarray(pixels).save(folder / part / name / f"{number}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def gpu() -> ModuleType:
+    """benchmarks/gpu.py, a fresh one for each file of tests."""
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    spec = importlib.util.spec_from_file_location("benchmarks_gpu", folder / "gpu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)  # where a script finds its neighbours
+        spec.loader.exec_module(module)
+    return module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import subprocess
@@ -21,19 +20,6 @@ import torch
 from cifar_fast import recipe as recipes
 from cifar_fast.data import Dataset
 from cifar_fast.errors import UserError
-
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu.py"
-
-
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as path:
-        path.syspath_prepend(SCRIPT.parent)  # where a script finds its neighbours
-        spec.loader.exec_module(module)
-    return module
 
 
 def python(code: str) -> list[str]:

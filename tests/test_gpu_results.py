@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import fnmatch
 import functools
-import importlib.util
 import json
 import re
 import tomllib
@@ -35,15 +34,6 @@ MACHINE = {
 }  # fmt: skip
 CLOCKS = {"train_seconds": 111.0, "warm_up_seconds": 222.0, "evaluate_seconds": 5.0, "total_seconds": 333.0}
 COMMIT = 10 * "abcd"
-
-
-@pytest.fixture(scope="module")
-def gpu() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", ROOT / "benchmarks" / "gpu.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_runs(folder: Path, recipe: Recipe, accuracies: list[float], **machine: Any) -> None:
