@@ -1,4 +1,4 @@
-"""The C files are compiled once, whole or not at all, and what stands in the way is said."""
+"""The C files are compiled once, all of them at once, whole or not at all, and what stands in the way is said."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @needs_compiler
 def test_a_file_is_compiled_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = native.load("fused.c")
-    assert [path.suffix for path in cache.iterdir()] == [".so"]  # nothing else is left
+    assert [path.suffix for path in cache.iterdir()] == [".so"] * len(native.FILES)  # nothing else is left
     monkeypatch.setattr(native, "_run", lambda *command: pytest.fail(f"compiled again: {command}"))
     assert native.load("fused.c")._name == first._name
+    native.load("winograd.c")
 
 
 @needs_compiler
@@ -34,7 +35,7 @@ def test_another_compiler_compiles_anew(cache: Path, tmp_path: Path, monkeypatch
     other.chmod(0o755)
     monkeypatch.setenv("CC", str(other))
     assert native.load("fused.c")._name != first
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.iterdir())) == 2 * len(native.FILES)
 
 
 @needs_compiler
@@ -48,6 +49,10 @@ def test_what_the_compiler_says_is_passed_on_and_nothing_is_left(
     with pytest.raises(OSError, match=r"broken .* failed: no room"):
         native.load("fused.c")
     assert list(cache.iterdir()) == []
+
+
+def test_every_c_file_of_the_package_is_compiled() -> None:
+    assert sorted(path.name for path in Path(native.__file__).parent.glob("*.c")) == sorted(native.FILES)
 
 
 def test_a_missing_compiler_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
