@@ -39,7 +39,7 @@ def prepare(recipe: Recipe, rank: int, world_size: int, device: torch.device, nu
     images = torch.randint(0, 256, (N_IMAGES, 3, 32, 32), dtype=torch.uint8, generator=random)
     labels = torch.randint(0, 10, (N_IMAGES,), generator=random)
     mean, std = pixel_statistics(images)
-    model = build_model(recipe, 10, mean, std, winograd=numerics.winograd, fuse_norm=numerics.fuse_norm)
+    model = build_model(recipe, 10, mean, std, convolution=numerics.convolution, fuse_norm=numerics.fuse_norm)
     model = model.to(device, memory_format=torch.channels_last)
     whiten_first_layer(model, recipe, images[:1000].to(device))
     batches = TrainBatches(images, labels, recipe, device=device, mean=mean, std=std, rank=rank, world_size=world_size)

@@ -354,7 +354,7 @@ class Doctor:
         """Print the table."""
         import torch
 
-        from cifar_fast import __version__, fused, winograd
+        from cifar_fast import __version__, amx, fused, winograd
         from cifar_fast.data import status
         from cifar_fast.device import choose_numerics, environment, select_device
         from cifar_fast.graph import choose_launch
@@ -366,7 +366,11 @@ class Doctor:
         launch = choose_launch(recipe, device)
         words = launch.describe()
         launched = [words["launch"], "compiled" if launch.compile else "not compiled", *launch.reasons]
-        kernels = {"Winograd": winograd.available(), "norm and activation": fused.available()}
+        kernels = {
+            "Winograd": winograd.available(),
+            "AMX": amx.available(),
+            "norm and activation": fused.available(),
+        }
         gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         place = status()[0]
         rows = [
@@ -380,11 +384,11 @@ class Doctor:
             *((name, version(name)) for name in ("torch", "torchvision", "numpy", "matplotlib", "jupyterlab")),
             ("recipe", f"{recipe.name} ({why})"),
             ("precision", f"{numerics.dtype}".removeprefix("torch.")),
-            ("convolution", "winograd" if numerics.winograd else "direct"),
+            ("convolution", numerics.convolution),
             ("because", numerics.reason),
             ("launch", ", ".join(launched)),
             *(
-                (f"{name} kernels", "compiled" if compiled else f"not compiled: {detail}")
+                (f"{name} kernels", "compiled" if compiled else f"none: {detail}")
                 for name, (compiled, detail) in kernels.items()
             ),
             ("data set", f"{place.origin}: {place.finding}"),

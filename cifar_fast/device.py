@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import psutil
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from cifar_fast import fused, winograd
+from cifar_fast import amx, fused, winograd
 from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe
 
@@ -42,7 +45,7 @@ def select_device(name: str | None = None) -> torch.device:
     return device
 
 
-WAYS = ("float32 winograd", "float32 direct", "bfloat16 direct")
+WAYS = ("float32 winograd", "float32 direct", "bfloat16 direct", "bfloat16 amx")
 """The ways to compute a convolution on a CPU: precision and algorithm, in a recipe's words."""
 
 CLEARLY = 1.25
@@ -54,7 +57,7 @@ class Numerics:
     """How the convolutions are computed on a device, and why, and whether norms and activations are at once."""
 
     dtype: torch.dtype
-    winograd: bool
+    convolution: str
     reason: str
     fuse_norm: bool = False
 
@@ -62,7 +65,7 @@ class Numerics:
         """Return them as plain words, for results."""
         return {
             "precision": str(self.dtype).removeprefix("torch."),
-            "convolution": "winograd" if self.winograd else "direct",
+            "convolution": self.convolution,
             "numerics_reason": self.reason,
             "norm_and_activation": "at once" if self.fuse_norm else "apart",
         }
@@ -81,17 +84,20 @@ def choose_precision_and_convolution(recipe: Recipe, device: torch.device) -> Nu
     A precision or a convolution that the device lacks falls back to one that it has, and the reason says so.
     """
     if recipe.precision == "float64":
-        return Numerics(torch.float64, False, "asked for by the recipe: everything, not the convolutions alone")
+        return Numerics(torch.float64, "direct", "asked for by the recipe: everything, not the convolutions alone")
     if device.type == "cuda":
         return _cuda_numerics(recipe, device)
     if recipe.precision == "float16":
-        return Numerics(torch.float32, False, "CPUs have no fast backward pass in float16: float32 instead")
-    compiled, detail = winograd.available()
-    ways = [way for way in WAYS if recipe.precision in ("auto", way.split()[0]) and (compiled or "winograd" not in way)]
+        return Numerics(torch.float32, "direct", "CPUs have no fast backward pass in float16: float32 instead")
+    ways = [way for way in WAYS if recipe.precision in ("auto", way.split()[0]) and can_convolve(way.split()[1])[0]]
     asked = [way for way in ways if recipe.convolution in ("auto", way.split()[1])]
     if not asked:
-        detail = "it computes in float32 alone" if compiled else detail
-        return _way(ways[0], f"no Winograd here: {detail}; direct instead")
+        can, detail = can_convolve(recipe.convolution)
+        if can:
+            formats = " and ".join(way.split()[0] for way in WAYS if way.split()[1] == recipe.convolution)
+            detail = f"it computes in {formats} alone"
+        direct = next(way for way in ways if way.split()[1] == "direct")
+        return _way(direct, f"no {recipe.convolution} convolution here: {detail}; direct instead")
     if len(asked) == 1:
         return _way(asked[0], "the only way that the recipe leaves on this machine")
     rates = convolution_rates()
@@ -106,19 +112,28 @@ def choose_precision_and_convolution(recipe: Recipe, device: torch.device) -> Nu
 
 def _way(way: str, reason: str) -> Numerics:
     precision, convolution = way.split()
-    return Numerics(DTYPES[precision], convolution == "winograd", reason)
+    return Numerics(DTYPES[precision], convolution, reason)
+
+
+def can_convolve(convolution: str) -> tuple[bool, str]:
+    """Say whether this machine can compute a 3x3 convolution so, and else why not."""
+    if convolution == "direct":
+        return True, "torch's own"
+    return winograd.available() if convolution == "winograd" else amx.available()
 
 
 def _cuda_numerics(recipe: Recipe, device: torch.device) -> Numerics:
     has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     if recipe.precision == "bfloat16" and not has_bf16:
         return Numerics(
-            torch.float16, False, "this GPU has no bfloat16 arithmetic (compute capability below 8.0): float16 instead"
+            torch.float16,
+            "direct",
+            "this GPU has no bfloat16 arithmetic (compute capability below 8.0): float16 instead",
         )
     if recipe.precision != "auto":
-        return Numerics(DTYPES[recipe.precision], False, "asked for by the recipe")
+        return Numerics(DTYPES[recipe.precision], "direct", "asked for by the recipe")
     return Numerics(
-        torch.float16, False, "half precision on the GPU's matrix units, with three bits more than bfloat16"
+        torch.float16, "direct", "half precision on the GPU's matrix units, with three bits more than bfloat16"
     )
 
 
@@ -127,20 +142,26 @@ def convolution_rates() -> dict[str, float]:
     """Measure this CPU, in about a second: GFLOP/s of one typical convolution, forward and backward, each way.
 
     Winograd's rate counts the multiplications of the direct algorithm, so that rates compare as speeds do. The ways
-    take turns and the best time of each counts, so that another process in between disturbs them alike.
+    take turns and the best time of each counts, so that another process in between disturbs them alike; one that takes
+    twice as long as another drops out after two turns.
     """
-    n, channels, side = 64, 128, 14
+    n, channels, side = 128, 256, 7  # as in the layers where most of the arithmetic is
     flops = 3 * 2 * n * channels**2 * 9 * side**2
-    x = torch.randn(n, channels, side, side).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(channels, channels, 3, 3)
-    ways = [way for way in WAYS if "direct" in way or winograd.available()[0]]
-    best = dict.fromkeys(ways, float("inf"))
-    for _ in range(5):
-        for way in ways:
-            convolve = winograd.winograd_conv2d if "winograd" in way else partial(F.conv2d, padding=1)
-            inputs, filters = (value.to(DTYPES[way.split()[0]]).requires_grad_() for value in (x, weight))
+    x, dy = (torch.randn(n, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
+    own: dict[str, Callable[..., Tensor]] = {
+        "winograd": winograd.winograd_conv2d,
+        "amx": amx.amx_conv2d,
+        "direct": partial(F.conv2d, padding=1),
+    }
+    best = {way: math.inf for way in WAYS if can_convolve(way.split()[1])[0]}
+    for number in range(6):
+        for way in [way for way in best if number < 2 or best[way] < 2 * min(best.values())]:
+            precision, convolution = way.split()
+            inputs, filters, gradient = (value.to(DTYPES[precision]) for value in (x, weight, dy))
             start = time.perf_counter()
-            convolve(inputs, filters).sum().backward()
+            y = own[convolution](inputs.requires_grad_(), filters.requires_grad_())
+            torch.autograd.grad(y, (inputs, filters), gradient)
             best[way] = min(best[way], time.perf_counter() - start)
     return {way: flops / seconds / 1e9 for way, seconds in best.items()}
 

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar_fast import fused
+from cifar_fast import amx, fused, winograd
 from cifar_fast.device import HALF
-from cifar_fast.winograd import winograd_conv2d, winograd_conv2d_max_pool
 
 
 class GhostBatchNorm(nn.BatchNorm2d):
@@ -112,23 +111,32 @@ class Block(nn.Sequential):
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution, padding 1, without bias, its output max-pooled by 2 if `pool`.
 
-    `winograd` computes the same with fewer multiplications.
+    `convolution` says how: `direct` as torch does it, `winograd` with fewer multiplications, `amx` on matrix tiles.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, init: str = "kaiming", pool: bool = False, winograd: bool = False
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        init: str = "kaiming",
+        pool: bool = False,
+        convolution: str = "direct",
     ) -> None:
         """Build with `init` `kaiming` (torch's default) or `dirac` (the first outputs copy the inputs)."""
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
-        self.pool, self.winograd = pool, winograd
+        self.pool, self.convolution = pool, convolution
         if init == "dirac":
             # Only as many outputs as there are inputs; the others keep their random filters.
             nn.init.dirac_(self.weight.data[:in_channels])
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K, H, W), or (N, K, H // 2, W // 2) if it pools
         """Convolve, and pool."""
-        if self.winograd:
-            return (winograd_conv2d_max_pool if self.pool else winograd_conv2d)(x, self.weight)
+        if self.convolution == "winograd":
+            convolve = winograd.winograd_conv2d_max_pool if self.pool else winograd.winograd_conv2d
+            return convolve(x, self.weight)
+        if self.convolution == "amx":
+            return (amx.amx_conv2d_max_pool if self.pool else amx.amx_conv2d)(x, self.weight)
         y = super().forward(x)
         return F.max_pool2d(y, 2) if self.pool else y
 

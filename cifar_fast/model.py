@@ -29,11 +29,11 @@ def norm(recipe: Recipe, n_channels: int) -> GhostBatchNorm:
     )
 
 
-def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, winograd: bool = False) -> Block:
+def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, convolution: str = "direct") -> Block:
     """Return convolution, norm and activation, with max-pool by 2 where the recipe wants it."""
     pool_at_once = pool and recipe.pool_position == "before_norm"
     layers: list[tuple[str, nn.Module]] = [
-        ("conv", Conv3x3(n_in, n_out, init=recipe.conv_init, pool=pool_at_once, winograd=winograd)),
+        ("conv", Conv3x3(n_in, n_out, init=recipe.conv_init, pool=pool_at_once, convolution=convolution)),
         ("norm", norm(recipe, n_out)),
         ("activation", activation(recipe)),
     ]
@@ -46,11 +46,11 @@ def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, win
 class Residual(nn.Module):
     """Two blocks whose output is added to their input."""
 
-    def __init__(self, recipe: Recipe, width: int, *, winograd: bool = False) -> None:
+    def __init__(self, recipe: Recipe, width: int, *, convolution: str = "direct") -> None:
         """Build for `width` channels."""
         super().__init__()
-        self.block1 = conv_block(recipe, width, width, winograd=winograd)
-        self.block2 = conv_block(recipe, width, width, winograd=winograd)
+        self.block1 = conv_block(recipe, width, width, convolution=convolution)
+        self.block2 = conv_block(recipe, width, width, convolution=convolution)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
         """Add what the two blocks make of `x` to `x`."""
@@ -77,19 +77,19 @@ def build_model(
     mean: Tensor,
     std: Tensor,
     *,
-    winograd: bool = False,
+    convolution: str = "direct",
     fuse_norm: bool = False,
     seed: int = 0,
 ) -> Network:
     """Build the recipe's network for `n_classes`, with weights drawn from `seed` on the CPU, the same for every device.
 
-    `mean`, `std`: float32 (3,), in pixel values. `winograd`: how 3x3 convolutions are computed; `fuse_norm`: whether a
+    `mean`, `std`: float32 (3,), in pixel values. `convolution`: how those of 3x3 are computed; `fuse_norm`: whether a
     norm and the activation after it are computed at once. The whitening layer, where there is one, is filled by
     `whiten_first_layer`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        layers = (_resnet9 if recipe.network == "resnet9" else _convnet6)(recipe, n_classes, winograd)
+        layers = (_resnet9 if recipe.network == "resnet9" else _convnet6)(recipe, n_classes, convolution)
     network = Network(Normalise(mean, std), OrderedDict(layers))
     for module in network.modules():
         if isinstance(module, Block):
@@ -97,7 +97,7 @@ def build_model(
     return network
 
 
-def _resnet9(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, nn.Module]]:
+def _resnet9(recipe: Recipe, n_classes: int, convolution: str) -> list[tuple[str, nn.Module]]:
     # Source: David Page, "How to train your ResNet", 2018; with whitening as in part 8, 2019, and Apple's
     # ml-cifar-10-faster.
     first, second, third, fourth = recipe.widths
@@ -115,11 +115,11 @@ def _resnet9(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, 
         head = [("prepare", conv_block(recipe, 3, first))]
     return [
         *head,
-        ("block1", conv_block(recipe, first, second, pool=True, winograd=winograd)),
-        ("residual1", Residual(recipe, second, winograd=winograd)),
-        ("block2", conv_block(recipe, second, third, pool=True, winograd=winograd)),
-        ("block3", conv_block(recipe, third, fourth, pool=True, winograd=winograd)),
-        ("residual3", Residual(recipe, fourth, winograd=winograd)),
+        ("block1", conv_block(recipe, first, second, pool=True, convolution=convolution)),
+        ("residual1", Residual(recipe, second, convolution=convolution)),
+        ("block2", conv_block(recipe, second, third, pool=True, convolution=convolution)),
+        ("block3", conv_block(recipe, third, fourth, pool=True, convolution=convolution)),
+        ("residual3", Residual(recipe, fourth, convolution=convolution)),
         ("pool", nn.AdaptiveMaxPool2d(1)),
         ("flatten", nn.Flatten()),
         ("linear", nn.Linear(fourth, n_classes, bias=False)),
@@ -127,7 +127,7 @@ def _resnet9(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, 
     ]
 
 
-def _convnet6(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str, nn.Module]]:
+def _convnet6(recipe: Recipe, n_classes: int, convolution: str) -> list[tuple[str, nn.Module]]:
     # Source: Keller Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498.
     size = recipe.whitening_size or 2  # without whitening a learned convolution of the same shape
     # Each direction and its opposite: the activation after them cuts one half of each off.
@@ -137,8 +137,8 @@ def _convnet6(recipe: Recipe, n_classes: int, winograd: bool) -> list[tuple[str,
         ("activation", activation(recipe)),
     ]
     for number, width in enumerate(recipe.widths, start=1):
-        layers.append((f"block{number}a", conv_block(recipe, n_in, width, pool=True, winograd=winograd)))
-        layers.append((f"block{number}b", conv_block(recipe, width, width, winograd=winograd)))
+        layers.append((f"block{number}a", conv_block(recipe, n_in, width, pool=True, convolution=convolution)))
+        layers.append((f"block{number}b", conv_block(recipe, width, width, convolution=convolution)))
         n_in = width
     linear = nn.Linear(n_in, n_classes, bias=False)
     # Unit variance of the head's weights, made up for by logit_scale.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_dir
 
-FILES = ("winograd.c", "fused.c")
+FILES = ("winograd.c", "fused.c", "amx.c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 
 

@@ -333,9 +333,9 @@ def _set_up(
 ) -> Network:
     mean, std = pixel_statistics(images)
     dtype = torch.float64 if numerics.dtype == torch.float64 else torch.float32
-    model = build_model(recipe, n_classes, mean, std, winograd=numerics.winograd, fuse_norm=numerics.fuse_norm).to(
-        device, dtype
-    )
+    model = build_model(
+        recipe, n_classes, mean, std, convolution=numerics.convolution, fuse_norm=numerics.fuse_norm
+    ).to(device, dtype)
     model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
     TrainBatches(images, labels, recipe, device=device, mean=mean, std=std)
     whiten_first_layer(model, recipe, images[:WHITENING_IMAGES].to(device))

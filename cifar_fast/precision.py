@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from cifar_fast import winograd
+from cifar_fast import amx, winograd
 from cifar_fast.batches import pixel_statistics
 from cifar_fast.layers import Conv3x3
 from cifar_fast.model import Network, build_model, whiten_first_layer
@@ -51,17 +51,20 @@ def step_ways(
     (N, 3, H, W); `labels`: int64 (N,). `float16`: whether to have it too; CPUs can be very slow at it.
     """
     recipe = replace(recipe, micro_batch_size=0)
-    ways = [("float32", False, False), ("float32", True, False)]
+    ways = [("float32", False, "direct"), ("float32", True, "direct")]
     if device.type == "cpu" and winograd.available()[0]:
-        ways.append(("float32", True, True))
-    ways += [("bfloat16", False, False), ("bfloat16", True, False)]
+        ways.append(("float32", True, "winograd"))
+    ways += [("bfloat16", False, "direct"), ("bfloat16", True, "direct")]
+    if device.type == "cpu" and amx.available()[0]:
+        ways.append(("bfloat16", True, "amx"))
     if float16:
-        ways.append(("float16", True, False))
+        ways.append(("float16", True, "direct"))
     steps = {}
-    for name, channels_last, fast in ways:
-        model = build_model(recipe, int(labels.max()) + 1, *pixel_statistics(images), winograd=fast)
+    for name, channels_last, convolution in ways:
+        model = build_model(recipe, int(labels.max()) + 1, *pixel_statistics(images), convolution=convolution)
         whiten_first_layer(model, recipe, images)
-        title = f"{name}, channels {'last' if channels_last else 'first'}" + ", Winograd" * fast
+        named = {"direct": "", "winograd": ", Winograd", "amx": ", AMX"}[convolution]
+        title = f"{name}, channels {'last' if channels_last else 'first'}{named}"
         steps[title] = training_step(
             recipe,
             model,

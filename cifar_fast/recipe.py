@@ -19,7 +19,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer": ("sgd", "muon"),
     "tta": ("none", "flip", "flip_shift"),
     "precision": ("auto", "float64", "float32", "bfloat16", "float16"),
-    "convolution": ("auto", "direct", "winograd"),
+    "convolution": ("auto", "direct", "winograd", "amx"),
     "cuda_graph": ("off", "auto", "on"),
     "compile": ("off", "auto", "on"),
 }
@@ -149,8 +149,9 @@ class Recipe:
     """Images whose activations are held at once, in whole norm groups; their gradients add up. 0: the whole batch."""
     channels_last: bool = True
     """Store activations with the channels innermost."""
-    convolution: Literal["auto", "direct", "winograd"] = "auto"
-    """How a float32 CPU convolution is computed; `auto` takes the faster on this machine."""
+    convolution: Literal["auto", "direct", "winograd", "amx"] = "auto"
+    """How a CPU computes 3x3 convolutions: as torch does, by Winograd's algorithm (float32), or on matrix tiles
+    (bfloat16); `auto` takes the fastest on this machine."""
     fuse_norm: bool = True
     """Compute batch norm and the activation after it at once, on a CPU with a C compiler."""
     cuda_graph: Literal["off", "auto", "on"] = "off"

@@ -202,7 +202,7 @@ def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor]) -> RunR
         len(values["dataset"]["classes"]),
         torch.zeros(3),
         torch.ones(3),
-        winograd=values["environment"].get("convolution") == "winograd",
+        convolution=values["environment"].get("convolution", "direct"),
         fuse_norm=values["environment"].get("norm_and_activation") == "at once",
     )
     model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)

@@ -17,10 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from cifar_fast import fused, winograd
+from cifar_fast import fused
 from cifar_fast.batches import TrainBatches, pixel_statistics
 from cifar_fast.data import Dataset
-from cifar_fast.device import HALF, choose_numerics, environment, keep_freed_memory, select_device
+from cifar_fast.device import HALF, can_convolve, choose_numerics, environment, keep_freed_memory, select_device
 from cifar_fast.ema import EMA
 from cifar_fast.errors import TrainingError, UserError
 from cifar_fast.evaluate import at_least_float32, evaluate
@@ -70,8 +70,9 @@ def train(
     require_same_training(recipe, data, seed, peers)
     numerics = peers.agree(choose_numerics(recipe, on) if peers.is_main else None)
     assert numerics is not None
-    if numerics.winograd and not peers.all(winograd.available()[0]):  # loads it on every rank, before the clock
-        numerics = replace(numerics, winograd=False, reason="not every rank can compile Winograd: direct instead")
+    if not peers.all(can_convolve(numerics.convolution)[0]):  # loads it on every rank, before the clock
+        why = f"not every rank can compute a {numerics.convolution} convolution: direct instead"
+        numerics = replace(numerics, convolution="direct", reason=why)
     if numerics.fuse_norm and not peers.all(fused.available()[0]):
         numerics = replace(numerics, fuse_norm=False)
     if recipe.precision not in ("auto", numerics.describe()["precision"]):
@@ -90,7 +91,7 @@ def train(
             data.n_classes,
             mean,
             std,
-            winograd=numerics.winograd,
+            convolution=numerics.convolution,
             fuse_norm=numerics.fuse_norm,
             seed=seed,
         )

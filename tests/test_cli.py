@@ -474,10 +474,13 @@ def test_doctor_says_what_this_machine_would_get_and_why(capsys):
     assert status_of("doctor") == 0
     out = capsys.readouterr().out
     rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(.*)$", out, re.MULTILINE))
-    for row in ("processor", "CPU capability", "memory", "GPUs", "torch", "jupyterlab", "Winograd kernels", "data set"):
+    for row in ("processor", "CPU capability", "memory", "GPUs", "torch", "jupyterlab", "data set"):
         assert rows[row]
+    for kernels in ("Winograd", "AMX", "norm and activation"):
+        assert re.match("compiled$|none: .", rows[f"{kernels} kernels"])
     assert rows["recipe"].split()[0] in ("laptop", "speedrun")
     assert rows["precision"] in ("float32", "float16", "bfloat16") and rows["because"]
+    assert rows["convolution"] in ("direct", "winograd", "amx")
     assert rows["cifar_fast"] == cifar_fast.__version__
 
 

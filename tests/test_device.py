@@ -15,22 +15,30 @@ from cifar_fast.recipe import Recipe
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
-WINOGRAD, DIRECT, BFLOAT16 = devices.WAYS
+WINOGRAD, DIRECT, BFLOAT16, AMX = devices.WAYS
 
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """What this CPU is measured to do; a test changes it as it likes."""
-    rates = {WINOGRAD: 300.0, DIRECT: 100.0, BFLOAT16: 200.0}
+    rates = {WINOGRAD: 300.0, DIRECT: 100.0, BFLOAT16: 200.0, AMX: 220.0}
     monkeypatch.setattr(devices, "convolution_rates", lambda: rates)
     monkeypatch.setattr(devices.winograd, "available", lambda: (True, "/cache/winograd.so"))
+    monkeypatch.setattr(devices.amx, "available", lambda: (True, "/cache/amx.so"))
     return rates
 
 
 @pytest.fixture
 def no_compiler(rates: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    del rates[WINOGRAD]
-    monkeypatch.setattr(devices.winograd, "available", lambda: (False, "there is no C compiler"))
+    del rates[WINOGRAD], rates[AMX]
+    for module in (devices.winograd, devices.amx):
+        monkeypatch.setattr(module, "available", lambda: (False, "there is no C compiler"))
+
+
+@pytest.fixture
+def no_amx(rates: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    del rates[AMX]
+    monkeypatch.setattr(devices.amx, "available", lambda: (False, "this processor has no matrix tiles"))
 
 
 def with_gpus(monkeypatch: pytest.MonkeyPatch, n: int, capability: tuple[int, int] = (9, 0)) -> None:
@@ -82,15 +90,21 @@ def test_a_device_that_is_none_is_refused(name: str, said: str) -> None:
         ("auto", "auto", WINOGRAD, WINOGRAD),
         ("auto", "auto", BFLOAT16, BFLOAT16),
         ("auto", "auto", DIRECT, DIRECT),
+        ("auto", "auto", AMX, AMX),
         ("auto", "direct", WINOGRAD, BFLOAT16),
         ("auto", "direct", DIRECT, DIRECT),
+        ("auto", "direct", AMX, BFLOAT16),
         ("auto", "winograd", BFLOAT16, WINOGRAD),
+        ("auto", "amx", WINOGRAD, AMX),
         ("float32", "auto", BFLOAT16, WINOGRAD),
         ("float32", "auto", DIRECT, DIRECT),
+        ("float32", "auto", AMX, WINOGRAD),
         ("float32", "direct", WINOGRAD, DIRECT),
         ("float32", "winograd", DIRECT, WINOGRAD),
         ("bfloat16", "auto", WINOGRAD, BFLOAT16),
-        ("bfloat16", "direct", DIRECT, BFLOAT16),
+        ("bfloat16", "auto", AMX, AMX),
+        ("bfloat16", "direct", AMX, BFLOAT16),
+        ("bfloat16", "amx", BFLOAT16, AMX),
     ],
 )
 def test_a_cpu_takes_the_fastest_way_that_the_recipe_allows(
@@ -100,15 +114,17 @@ def test_a_cpu_takes_the_fastest_way_that_the_recipe_allows(
     numerics = choose_numerics(Recipe(precision=precision, convolution=convolution), CPU)
     described = numerics.describe()
     assert f"{described['precision']} {described['convolution']}" == expected
-    assert (numerics.dtype, numerics.winograd) == (devices.DTYPES[expected.split()[0]], expected == WINOGRAD)
+    assert (numerics.dtype, numerics.convolution) == (devices.DTYPES[expected.split()[0]], expected.split()[1])
 
 
 @pytest.mark.parametrize("noise", [0.9, 1.0, 1.1])
 def test_noise_in_the_measurement_does_not_change_the_choice(noise: float, rates: dict[str, float]) -> None:
-    rates.update({WINOGRAD: 300.0, DIRECT: 300.0 * noise, BFLOAT16: 300.0 / noise})
-    assert choose_numerics(Recipe(), CPU).winograd
+    rates.update({WINOGRAD: 300.0, DIRECT: 300.0 * noise, BFLOAT16: 300.0 / noise, AMX: 300.0 * noise})
+    assert choose_numerics(Recipe(), CPU).convolution == "winograd"
+    assert choose_numerics(Recipe(precision="bfloat16"), CPU).convolution == "direct"
 
 
+@pytest.mark.usefixtures("no_amx")
 def test_nothing_is_measured_where_there_is_nothing_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     def measure() -> dict[str, float]:
         raise AssertionError("measured")
@@ -125,22 +141,37 @@ def test_the_reason_has_the_rates(rates: dict[str, float]) -> None:
 
 def test_float16_falls_back_on_a_cpu_and_says_so(rates: dict[str, float]) -> None:
     numerics = choose_numerics(Recipe(precision="float16"), CPU)
-    assert (numerics.dtype, numerics.winograd) == (torch.float32, False)
+    assert (numerics.dtype, numerics.convolution) == (torch.float32, "direct")
     assert "float16" in numerics.reason and "float32 instead" in numerics.reason
 
 
 @pytest.mark.usefixtures("no_compiler")
-def test_winograd_without_a_compiler_falls_back_and_says_so() -> None:
-    for precision in ("float32", "bfloat16"):
-        numerics = choose_numerics(Recipe(precision=precision, convolution="winograd"), CPU)
-        assert (numerics.dtype, numerics.winograd) == (devices.DTYPES[precision], False)
-        assert "there is no C compiler" in numerics.reason
+@pytest.mark.parametrize("convolution", ["winograd", "amx"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_compiled_loops_without_a_compiler_fall_back_and_say_so(convolution: str, precision: str) -> None:
+    numerics = choose_numerics(Recipe(precision=precision, convolution=convolution), CPU)
+    assert (numerics.dtype, numerics.convolution) == (devices.DTYPES[precision], "direct")
+    assert numerics.reason == f"no {convolution} convolution here: there is no C compiler; direct instead"
 
 
 def test_winograd_computes_in_float32_alone_and_says_so(rates: dict[str, float]) -> None:
     numerics = choose_numerics(Recipe(precision="bfloat16", convolution="winograd"), CPU)
-    assert (numerics.dtype, numerics.winograd) == (torch.bfloat16, False)
+    assert (numerics.dtype, numerics.convolution) == (torch.bfloat16, "direct")
     assert "float32 alone" in numerics.reason and "direct instead" in numerics.reason
+
+
+def test_matrix_tiles_compute_in_bfloat16_alone_and_say_so(rates: dict[str, float]) -> None:
+    numerics = choose_numerics(Recipe(precision="float32", convolution="amx"), CPU)
+    assert (numerics.dtype, numerics.convolution) == (torch.float32, "direct")
+    assert "bfloat16 alone" in numerics.reason and "direct instead" in numerics.reason
+
+
+@pytest.mark.usefixtures("no_amx")
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+def test_a_processor_without_matrix_tiles_is_named(precision: str) -> None:
+    numerics = choose_numerics(Recipe(precision=precision, convolution="amx"), CPU)
+    assert numerics.convolution == "direct" and precision in ("auto", numerics.describe()["precision"])
+    assert numerics.reason == "no amx convolution here: this processor has no matrix tiles; direct instead"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +190,7 @@ def test_a_gpu_gets_what_it_has(
 ) -> None:
     with_gpus(monkeypatch, 1, capability)
     numerics = choose_numerics(Recipe(precision=precision), GPU)
-    assert (numerics.dtype, numerics.winograd) == (expected, False)
+    assert (numerics.dtype, numerics.convolution) == (expected, "direct")
     assert ("instead" in numerics.reason) == (precision == "bfloat16" and capability < (8, 0))
 
 
@@ -174,7 +205,8 @@ def test_every_recipe_gets_something_on_any_device(
 
 def test_this_cpu_can_be_measured() -> None:
     measured = convolution_rates()
-    assert {DIRECT, BFLOAT16} <= measured.keys() <= {DIRECT, BFLOAT16, WINOGRAD}
+    assert set(measured) == {way for way in devices.WAYS if devices.can_convolve(way.split()[1])[0]}
+    assert {DIRECT, BFLOAT16} <= measured.keys()
     assert all(rate > 0 for rate in measured.values())
     assert convolution_rates() is measured  # once a process: two runs in it choose the same
 

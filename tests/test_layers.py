@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from cifar_fast import amx
 from cifar_fast.layers import Conv3x3, GhostBatchNorm, Normalise, Scale, patch_covariance, whitening_filters
 
 
@@ -122,13 +123,26 @@ def test_conv3x3_keeps_the_size_and_has_no_bias() -> None:
 
 def test_winograd_is_the_same_convolution() -> None:
     direct, x = Conv3x3(16, 32), random_batch(2, 16, side=8).to(memory_format=torch.channels_last)
-    fast = Conv3x3(16, 32, winograd=True)
+    fast = Conv3x3(16, 32, convolution="winograd")
     fast.load_state_dict(direct.state_dict())
     torch.testing.assert_close(fast(x), direct(x), rtol=1e-3, atol=1e-4)
     pooled = F.max_pool2d(direct(x), 2)
     direct.pool = fast.pool = True
     assert torch.equal(direct(x), pooled)
     torch.testing.assert_close(fast(x), pooled, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", [False, True])
+def test_matrix_tiles_are_the_same_convolution(pool: bool) -> None:
+    direct, x = Conv3x3(16, 32, pool=pool), random_batch(2, 16, side=8).to(memory_format=torch.channels_last)
+    fast = Conv3x3(16, 32, pool=pool, convolution="amx")
+    fast.load_state_dict(direct.state_dict())
+    assert torch.equal(fast(x), direct(x))  # float32, which tiles do not multiply
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = fast(x), direct(x)
+        assert torch.equal(y, (amx.amx_conv2d_max_pool if pool else amx.amx_conv2d)(x, direct.weight))
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=1e-2)
 
 
 def test_scale_multiplies() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar_fast import amx
 from cifar_fast import recipe as recipes
 from cifar_fast.layers import Conv3x3, GhostBatchNorm
 from cifar_fast.model import Network, Residual, build_model, whiten_first_layer
@@ -27,7 +28,7 @@ def random_images(n: int = 64) -> Tensor:
     return torch.randint(0, 256, (n, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def build(recipe: Recipe, n_classes: int = 10, **options: int | bool) -> Network:
+def build(recipe: Recipe, n_classes: int = 10, **options: int | bool | str) -> Network:
     return build_model(recipe, n_classes, torch.zeros(3), torch.ones(3), **options)
 
 
@@ -140,16 +141,41 @@ def test_a_trick_at_its_off_value_is_no_trick() -> None:
 
 @pytest.mark.parametrize("recipe", [RESNET9, CONVNET6])
 def test_winograd_is_the_same_network(recipe: Recipe) -> None:
-    direct, fast = build(recipe).eval(), build(recipe, winograd=True).eval()
+    direct, fast = build(recipe).eval(), build(recipe, convolution="winograd").eval()
     x = random_batch().to(memory_format=torch.channels_last)
-    assert sum(layer.winograd for layer in fast.modules() if isinstance(layer, Conv3x3)) >= 6
+    assert sum(layer.convolution == "winograd" for layer in fast.modules() if isinstance(layer, Conv3x3)) >= 6
     torch.testing.assert_close(fast(x), direct(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(not amx.available()[0], reason=amx.available()[1])
+@pytest.mark.parametrize("place", ["before_norm", "before_activation"])
+@pytest.mark.parametrize("recipe", [RESNET9, CONVNET6])
+def test_matrix_tiles_are_the_same_network(recipe: Recipe, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = replace(recipe, pool_position=place)
+    direct, fast = build(recipe), build(recipe, convolution="amx")
+    x, used = random_batch().to(memory_format=torch.channels_last), []
+    apply = amx.AmxConv2d.apply
+    monkeypatch.setattr(amx.AmxConv2d, "apply", lambda x, w, pool: used.append(pool) or apply(x, w, pool))
+    expected, *found = (
+        logits_and_gradients(model, x, half) for model, half in ((direct, False), (direct, True), (fast, True))
+    )
+    assert sum(used) == 3 * (place == "before_norm") and len(used) >= 6
+    for exact, torchs, ours in zip(expected, *found, strict=True):
+        assert (ours - exact).norm() < 1.1 * (torchs - exact).norm()  # as near as torch's own bfloat16
+
+
+def logits_and_gradients(model: Network, x: Tensor, half: bool) -> tuple[Tensor, Tensor]:
+    """Float32; the gradients in one row. `half`: under bfloat16 autocast."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        logits = model(x).float()
+    gradients = torch.autograd.grad(logits.square().sum(), [p for p in model.parameters() if p.requires_grad])
+    return logits.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
 @pytest.mark.parametrize("recipe", [RESNET9, CONVNET6])
 def test_pooling_within_the_convolution_is_the_same_network(recipe: Recipe) -> None:
     recipe = replace(recipe, widths=tuple(2 * width for width in recipe.widths), pool_position="before_norm")
-    direct, fast = build(recipe), build(recipe, winograd=True)
+    direct, fast = build(recipe), build(recipe, convolution="winograd")
     assert list(direct.state_dict()) == list(fast.state_dict())
     assert sum(layer.pool for layer in fast.modules() if isinstance(layer, Conv3x3)) == 3
     apart = copy.deepcopy(fast)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cifar_fast import precision, winograd
+from cifar_fast import amx, precision, winograd
 from cifar_fast.batches import pixel_statistics
 from cifar_fast.data import Dataset
 from cifar_fast.layers import Conv3x3
@@ -33,7 +33,8 @@ def test_the_ways_differ_in_format_layout_and_algorithm(tiny_data: Dataset) -> N
         "bfloat16, channels first",
         "bfloat16, channels last",
     }
-    assert set(ways) == expected | ({"float32, channels last, Winograd"} if winograd.available()[0] else set())
+    compiled = {"float32, channels last, Winograd": winograd, "bfloat16, channels last, AMX": amx}
+    assert set(ways) == expected | {way for way, loops in compiled.items() if loops.available()[0]}
     assert set(with_float16) - set(ways) == {"float16, channels last"}
     assert next(iter(ways)) == "float32, channels first"
 

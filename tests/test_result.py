@@ -6,13 +6,14 @@ import errno
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from cifar_fast import amx, winograd
 from cifar_fast import result as result_module
-from cifar_fast import winograd
 from cifar_fast.data import Dataset
 from cifar_fast.errors import RunError
 from cifar_fast.evaluate import predict_logits
@@ -46,13 +47,23 @@ def test_a_saved_run_comes_back_with_identical_logits(trained, folder, tiny_data
     assert not loaded.model.training
 
 
-@pytest.mark.skipif(not winograd.available()[0], reason=winograd.available()[1])
-def test_so_does_one_that_was_trained_with_compiled_loops(tiny_data: Dataset, tmp_path: Path) -> None:
-    trained = train(replace(RECIPE, widths=(16, 16, 16), convolution="winograd"), tiny_data, progress=False)
+@pytest.mark.parametrize(("loops", "precision"), [(winograd, "float32"), (amx, "bfloat16")], ids=["winograd", "amx"])
+def test_so_does_one_that_was_trained_with_compiled_loops(
+    loops: ModuleType, precision: str, tiny_data: Dataset, tmp_path: Path
+) -> None:
+    usable, why_not = loops.available()
+    if not usable:
+        pytest.skip(why_not)
+    convolution = loops.__name__.removeprefix("cifar_fast.")
+    recipe = replace(RECIPE, widths=(16, 16, 16), precision=precision, convolution=convolution)
+    trained = train(recipe, tiny_data, device="cpu", progress=False)
+    assert trained.environment["convolution"] == convolution
     save_run(trained, tmp_path / "run")
     loaded = load_run(tmp_path / "run")
-    logits = [predict_logits(each.model, tiny_data.test_images, tta="flip") for each in (trained, loaded)]
-    assert torch.equal(*logits)
+    assert loaded.model.layers.block1a.conv.convolution == convolution
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = [predict_logits(each.model, tiny_data.test_images, dtype=dtype) for each in (trained, loaded)]
+        assert torch.equal(*logits)
 
 
 def test_the_logs_say_what_the_result_says(trained, folder):

@@ -63,7 +63,8 @@ EASY = replace(
 def no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is computed must not depend on how busy the machine is: recipes here say it, or it is said for them."""
     monkeypatch.setattr(devices, "convolution_rates", lambda: dict.fromkeys(devices.WAYS, 1.0))
-    monkeypatch.setattr(devices.winograd, "available", lambda: (False, "not in this test"))
+    for module in (devices.winograd, devices.amx):
+        monkeypatch.setattr(module, "available", lambda: (False, "not in this test"))
 
 
 @pytest.fixture(scope="module")
