@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 #if defined(__AVX512F__)
+#include <immintrin.h>
 #define LANES 16 /* floats in a vector register */
 #elif defined(__AVX__)
 #define LANES 8
@@ -50,16 +51,29 @@ INLINE vec load(const void *from, ptrdiff_t at, int n, int half) {
 
 INLINE void store(void *to, ptrdiff_t at, vec v, int n, int half) {
     if (half) { /* to the nearest, ties to even; a NaN keeps its highest bits */
+#if defined(__AVX512BF16__)
+        halves h = (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
         words bits = (words)v, nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
         halves h = __builtin_convertvector((words)choose(v == v, (vec)nearest, (vec)(bits >> 16 | 64)), halves);
+#endif
         if (n == LANES) *(halves *)((uint16_t *)to + at) = h;
         else memcpy((uint16_t *)to + at, &h, 2 * n);
     } else if (n == LANES) *(vec *)((float *)to + at) = v;
     else memcpy((float *)to + at, &v, 4 * n);
 }
 
-/* e^x: 2^k e^r with |r| <= ln 2 / 2, the latter by its series, to about a unit in the last place. */
-INLINE vec exponential(vec x) {
+/* e^x: 2^k e^r with |r| <= ln 2 / 2, the latter by its series, to about a unit in the last place; `half`: to 5e-6, where
+   bfloat16 has steps of 4e-3. */
+INLINE vec exponential(vec x, int half) {
+#if defined(__AVX512F__)
+    if (half) { /* 2^t with t = k + r, |r| <= 1/2 */
+        __m512 t = (__m512)(x * 1.44269504f), k = _mm512_roundscale_ps(t, 0);
+        vec r = (vec)(t - k), p = 9.61812911e-3f * r + 5.55041087e-2f; /* the series of 2^r */
+        p = p * r + 2.40226507e-1f, p = p * r + 6.93147181e-1f, p = p * r + 1.0f;
+        return (vec)_mm512_scalef_ps((__m512)p, k);
+    }
+#endif
     x = choose(x < -87.0f, both(-87.0f), choose(x > 88.0f, both(88.0f), x)); /* a NaN stays */
     vec k = x * 1.44269504f + 12582912.0f - 12582912.0f; /* rounded: the sum has no room for a fraction */
     vec r = x - k * 0.693359375f + k * 2.12194440e-4f;
@@ -69,11 +83,19 @@ INLINE vec exponential(vec x) {
     return p * (vec)((__builtin_convertvector(k, ints) + 127) << 23);
 }
 
+/* 1 / x; `half`: to 6e-5. */
+INLINE vec inverse(vec x, int half) {
+#if defined(__AVX512F__)
+    if (half) return (vec)_mm512_rcp14_ps((__m512)x);
+#endif
+    return 1.0f / x;
+}
+
 /* The share of a normal distribution below t, and its density there. The share to 8e-8: M. Abramowitz and I. A. Stegun,
    "Handbook of Mathematical Functions", 1964, 7.1.26. */
-INLINE vec normal(vec t, vec *density) {
-    vec size = choose(t < 0.0f, -t, t), bell = exponential(-0.5f * t * t);
-    vec k = 1.0f / (1.0f + 0.23164190f * size); /* 0.3275911 / sqrt(2) */
+INLINE vec normal(vec t, vec *density, int half) {
+    vec size = choose(t < 0.0f, -t, t), bell = exponential(-0.5f * t * t, half);
+    vec k = inverse(1.0f + 0.23164190f * size, half); /* 0.3275911 / sqrt(2) */
     vec tail = 1.061405429f * k - 1.453152027f;
     tail = tail * k + 1.421413741f, tail = tail * k - 0.284496736f, tail = tail * k + 0.254829592f;
     tail = 0.5f * tail * k * bell;
@@ -83,25 +105,25 @@ INLINE vec normal(vec t, vec *density) {
 
 INLINE vec activate(vec t, kind of) {
     if (of.activation == RELU) return choose(t < 0.0f, both(0.0f), t);
-    if (of.activation == SILU) return t / (1.0f + exponential(-t));
+    if (of.activation == SILU) return t * inverse(1.0f + exponential(-t, of.half), of.half);
     if (of.activation == GELU) {
         vec density;
-        return t * normal(t, &density);
+        return t * normal(t, &density, of.half);
     }
-    return choose(t <= 0.0f, of.alpha * (exponential(t / of.alpha) - 1.0f), t);
+    return choose(t <= 0.0f, of.alpha * (exponential(t / of.alpha, of.half) - 1.0f), t);
 }
 
 INLINE vec slope(vec t, kind of) {
     if (of.activation == RELU) return choose(t <= 0.0f, both(0.0f), both(1.0f));
     if (of.activation == SILU) {
-        vec s = 1.0f / (1.0f + exponential(-t));
+        vec s = inverse(1.0f + exponential(-t, of.half), of.half);
         return s * (1.0f + t * (1.0f - s));
     }
     if (of.activation == GELU) {
-        vec density, below = normal(t, &density);
+        vec density, below = normal(t, &density, of.half);
         return below + t * density;
     }
-    return choose(t <= 0.0f, exponential(t / of.alpha), both(1.0f));
+    return choose(t <= 0.0f, exponential(t / of.alpha, of.half), both(1.0f));
 }
 
 INLINE int least(long a, long b) { return (int)(a < b ? a : b); }
