@@ -60,9 +60,15 @@ def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
 def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
     """Return `orthogonalise` of each of `matrices`, (m, n), whose shapes may differ, in as few batches as pay.
 
-    A GPU, to which many small kernels cost more than arithmetic, takes all at once; a CPU those of one shape.
+    A GPU, to which many small kernels cost more than arithmetic, takes all at once; a CPU those of one shape, and under
+    autocast keeps them in the short format throughout, since turning operands into it again and again costs as much as
+    their products.
     """
-    return orthogonalise_padded(matrices) if matrices[0].is_cuda else orthogonalise_by_shape(matrices)
+    if matrices[0].is_cuda:
+        return orthogonalise_padded(matrices)
+    if torch.is_autocast_enabled("cpu"):
+        matrices = [matrix.to(torch.get_autocast_dtype("cpu")) for matrix in matrices]
+    return orthogonalise_by_shape(matrices)
 
 
 def orthogonalise_by_shape(matrices: list[Tensor]) -> list[Tensor]:
@@ -115,7 +121,7 @@ class Muon(torch.optim.Optimizer):
             updates = orthogonalise_all([each.flatten(1) for each in self._nesterov(filters, group["momentum"])])
             for p, norm, update in zip(filters, torch._foreach_norm(filters), updates, strict=True):
                 p.mul_(len(p) ** 0.5 / norm)
-                p.sub_((rate * update).view_as(p))
+                p.sub_((rate * update.to(p.dtype)).view_as(p))
 
     def _nesterov(self, filters: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
         gradients, averages = [], []

@@ -228,8 +228,8 @@ class TrainingStep:
             self.peers.average_gradients(self.model, half_precision=half_precision, scale=len(images))
         else:
             self.peers.average_buffer(self.gradients, half_precision=half_precision, scale=len(images))
-        # A GPU multiplies the matrices of Muon's Newton-Schulz iterations in half precision, too.
-        with torch.autocast(images.device.type, self.dtype, enabled=images.is_cuda and half_precision):
+        # The matrices of Muon's Newton-Schulz iterations are multiplied in half precision, too.
+        with torch.autocast(images.device.type, self.dtype, enabled=half_precision):
             for optimizer in self.optimizers:
                 optimizer.step()
         self.clear_gradients()

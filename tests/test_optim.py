@@ -26,6 +26,7 @@ from cifar_fast.optim import (
     lr_schedule,
     newton_schulz,
     orthogonalise,
+    orthogonalise_all,
     orthogonalise_by_shape,
     orthogonalise_padded,
     set_learning_rates,
@@ -294,6 +295,21 @@ def test_the_textbooks_cubic_leads_to_one() -> None:
 
 
 SHAPES = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=5)
+
+
+def test_a_cpu_keeps_matrices_in_autocasts_format_and_the_filters_in_theirs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrices = [torch.randn(shape, generator=generator) for shape in ((16, 36), (16, 36), (8, 72))]
+    exact = orthogonalise_all(matrices)
+    filters = nn.Parameter(torch.randn(16, 4, 3, 3, generator=generator))
+    filters.grad = torch.randn(16, 4, 3, 3, generator=generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        short = orthogonalise_all(matrices)
+        Muon([filters], lr=0.1, momentum=0.5).step()
+    assert all(a.dtype == torch.float32 and b.dtype == torch.bfloat16 for a, b in zip(exact, short, strict=True))
+    for a, b in zip(exact, short, strict=True):
+        torch.testing.assert_close(b.float(), a, rtol=0, atol=0.05)
+    assert filters.dtype == torch.float32 and filters.isfinite().all()
 
 
 @pytest.mark.parametrize("all_of_them", [orthogonalise_by_shape, orthogonalise_padded])
