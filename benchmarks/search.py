@@ -10,7 +10,6 @@ Only a candidate that is chosen here is worth a look at the test set, with `trai
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +81,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         recipe = recipes.named(options.recipe)
-        recipe = recipe if options.epochs is None else replace(recipe, epochs=options.epochs)
+        recipe = recipe if options.epochs is None else recipes.shortened(recipe, options.epochs)
         arms = {AS_IT_IS: recipe} | {changes: candidate(recipe, changes) for changes in options.candidates}
         data = hold_out(load_cifar10(), options.hold_out)
         results = options.out / "results.jsonl"

@@ -430,6 +430,9 @@ class Plan:
         recipe = recipes.named(self.recipe)
         if self.n_shards not in (None, recipe.n_shards):
             recipe = replace(recipe, name=f"{recipe.name}-{self.n_shards}-shards", n_shards=self.n_shards)
+        if recipe.resolutions:
+            print(f"{recipe.name} is planned as if all epochs had images of full size: resolutions=()")
+            recipe = replace(recipe, resolutions=())
         world_sizes = plan.planned_world_sizes(recipe, self.world_size)
         if self.out and not self.out.parent.is_dir():
             raise UserError(f"--out {self.out}: there is no folder {self.out.parent}")

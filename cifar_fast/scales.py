@@ -83,16 +83,19 @@ class Scale:
         """Return a named recipe as it can be run here: fewer epochs, a smaller batch, a narrower network.
 
         The tricks stay as they are: shards, norm groups in images, everything that is on or off. Learning rates of SGD
-        go with the batch, epochs at the end go with the epochs.
+        go with the batch; epochs at the end, and epochs of small images, go with the epochs.
         """
         epochs = min(recipe.epochs, self.most_epochs)
         batch = recipe.global_batch_size
         if self.most_images_per_step and batch > self.most_images_per_step:
             unit = recipe.n_shards * (recipe.ghost_batch_size or 1)  # whole norm groups of every shard
             batch = max(1, self.most_images_per_step // unit) * unit
+        sides, faster = recipe.resolutions, recipe.epochs / epochs
         return replace(
             recipe,
             epochs=epochs,
+            ema_off_epochs=recipe.ema_off_epochs / faster,
+            resolutions=tuple(sides[min(int(e * faster), len(sides) - 1)] for e in range(math.ceil(epochs)) if sides),
             flat_epochs=recipe.flat_epochs * epochs / recipe.epochs,
             whitening_bias_epochs=recipe.whitening_bias_epochs * epochs / recipe.epochs,
             global_batch_size=batch,
@@ -149,7 +152,7 @@ def _laptop(why: str) -> Scale:
         name="laptop",
         why=why,
         recipe=recipe,
-        ablation_recipe=replace(recipe, epochs=2.0),
+        ablation_recipe=recipes.shortened(recipe, 2.0),
         seeds=(0, 1, 2),
         benchmark_recipe=recipe,
         benchmark_runs=3,

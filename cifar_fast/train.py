@@ -133,11 +133,13 @@ def train(
         if getattr(recipe, field) == "on" and not getattr(launch, field):
             warnings.warn(f"{field}=on is not used: {launch.describe()['launch_reason']}", stacklevel=2)
     folder = RunFolder(out, recipe, data.describe(), machine) if out is not None else None  # the recipe fits the data
-    evaluated = ema.model if ema else model
+    evaluated = model
     epochs: list[EpochResult] = []
     first_step_seconds = time.time() - started
     with tqdm(total=total_steps, desc=f"{recipe.name} on {data.name}", unit="step", disable=not progress) as bar:
         for epoch in range(math.ceil(recipe.epochs)):
+            if epoch >= recipe.epochs - recipe.ema_off_epochs:
+                ema = None
             losses, correct = [], []
             with train_clock.running():
                 for images, labels in islice(batches.epoch(epoch), total_steps - step):
@@ -157,6 +159,7 @@ def train(
                     bar.update()
                     if on_step:
                         on_step(step, total_steps)
+            evaluated = ema.model if ema else model
             tta = recipe.tta if step == total_steps else "none"
             with evaluate_clock.running():
                 peers.average_statistics(evaluated)

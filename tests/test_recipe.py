@@ -104,6 +104,7 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"momentum": 1.0}, ("momentum=1.0", "below 1")),
     ({"ema_decay": 1.0}, ("ema_decay=1.0", "below 1")),
     ({"ema_every": 0}, ("ema_every=0",)),
+    ({"ema_off_epochs": -1.0}, ("ema_off_epochs=-1.0", "at least 0")),
     ({"lookahead_every": 0}, ("lookahead_every=0",)),
     ({"activation": "tanh"}, ("activation='tanh'", "relu, celu, gelu")),
     ({"network": "vgg"}, ("network='vgg'", "resnet9, convnet6")),
@@ -319,11 +320,24 @@ def test_speedrun_has_hiverges_rates_and_runs_on_1_2_4_or_8_processes() -> None:
         "n_shards": (1, 8),
         "ghost_batch_size": (512, 0),
         "micro_batch_size": (512, 0),
+        "resolutions": ((18, 18, 24, 24, 32), ()),
+        "ema_decay": (0.97, 0.0),
+        "ema_every": (2, 5),
+        "ema_off_epochs": (1.0, 0.0),
         "tta_margin": (1.0, 0.5),
         "cuda_graph": ("off", "auto"),
         "compile": ("off", "auto"),
     }
     assert recipes.speedrun().norm_group_size == 192
+
+
+def test_a_shortened_recipe_has_neither_small_images_nor_averages() -> None:
+    assert changed_fields(recipes.laptop(), recipes.shortened(recipes.laptop(), 2.0)) == {
+        "epochs": (9.0, 2.0),
+        "resolutions": ((18, 18, 24, 24, 32), ()),
+        "ema_decay": (0.97, 0.0),
+        "ema_off_epochs": (1.0, 0.0),
+    }
 
 
 def test_only_what_is_meant_for_gpus_asks_for_graphs() -> None:

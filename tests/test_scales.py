@@ -14,7 +14,8 @@ from cifar_fast.scales import Scale, here
 
 # What `shrink` may change; a trick is none of them.
 SIZES = {
-    "epochs", "flat_epochs", "whitening_bias_epochs", "global_batch_size", "micro_batch_size", "peak_lr", "widths",
+    "epochs", "flat_epochs", "whitening_bias_epochs", "ema_off_epochs", "resolutions", "global_batch_size",
+    "micro_batch_size", "peak_lr", "widths",
 }  # fmt: skip
 
 
@@ -125,8 +126,15 @@ def test_shrinking_changes_sizes_and_no_trick(name, scale):
     assert small.global_batch_size % unit == whole.global_batch_size % unit == 0
     # The rate of an image under SGD, and the shape of the schedule, are the whole recipe's.
     assert small.peak_lr / small.global_batch_size == pytest.approx(whole.peak_lr / whole.global_batch_size)
-    for field in ("flat_epochs", "whitening_bias_epochs"):
+    for field in ("flat_epochs", "whitening_bias_epochs", "ema_off_epochs"):
         assert getattr(small, field) / small.epochs == pytest.approx(getattr(whole, field) / whole.epochs)
+
+
+def test_epochs_of_small_images_shrink_with_the_epochs():
+    whole = replace(recipe.laptop(), epochs=9.0, resolutions=(18, 18, 24, 24, 32))
+    assert here("laptop").shrink(whole).resolutions == (18, 32)  # the first and the fifth of nine
+    assert here("laptop").shrink(replace(whole, epochs=2.0)).resolutions == (18, 18)
+    assert here("laptop").shrink(replace(whole, resolutions=())).resolutions == ()
 
 
 def test_what_is_small_enough_is_left_alone():

@@ -231,6 +231,14 @@ def test_an_ema_is_evaluated_and_never_written_back(data: Dataset, built: list[N
     assert not same_weights(averaged.model, built[1])
 
 
+def test_at_the_end_the_weights_are_evaluated_without_their_average(data: Dataset, built: list[Network]) -> None:
+    without, averaged = run(SMOKE, data), run(replace(SMOKE, ema_decay=0.9, ema_every=2), data)
+    both = run(replace(SMOKE, ema_decay=0.9, ema_every=2, ema_off_epochs=1.0), data)
+    assert both.model is built[2] and same_weights(built[2], built[0])
+    assert both.epochs[0].test_loss == averaged.epochs[0].test_loss != without.epochs[0].test_loss
+    assert both.epochs[1].test_loss == without.epochs[1].test_loss != averaged.epochs[1].test_loss
+
+
 def test_the_average_in_training_is_taken_every_few_steps(
     data: Dataset, built: list[Network], monkeypatch: pytest.MonkeyPatch
 ) -> None:
