@@ -11,6 +11,9 @@ working while the others wait:
 
     ours                      the trainer's own step, from the choices for a batch to new weights
     ours, default allocator   the same without `keep_freed_memory`, which nothing in that process has called
+    ours, norm apart          the same with batch norm and the activation after it computed apart
+    ours, torch's convolutions
+                              the same with 3x3 convolutions as torch computes them
     reference                 a plain port: the same network, weights and batch in stock torch.nn ops, bfloat16
                               autocast, channels-last, eager, default allocator; timed from a batch that is there
                               to new weights
@@ -47,12 +50,12 @@ import torch.nn.functional as F
 from revision import commit
 from torch import Tensor, nn
 
-from cifar_fast import fused, optim
+from cifar_fast import amx, fused, optim
 from cifar_fast import recipe as recipes
 from cifar_fast.batches import TrainBatches, pixel_statistics
 from cifar_fast.data import IMAGE_SIZE, SYNTHETIC, load_cifar10, synthetic
 from cifar_fast.device import Numerics, choose_numerics, environment, keep_freed_memory
-from cifar_fast.errors import RecipeError, UserError
+from cifar_fast.errors import UserError
 from cifar_fast.layers import Block, Conv3x3, GhostBatchNorm, Scale
 from cifar_fast.model import Network, Residual, build_model, whiten_first_layer
 from cifar_fast.optim import PiecewiseLinear, build_optimizers, set_learning_rates
@@ -69,8 +72,17 @@ N_IMAGES = 50_000
 """Random images: as many as CIFAR-10 has, so that a batch is gathered from as much memory."""
 WHITENING_IMAGES = 1000
 CPU = torch.device("cpu")
-SIDES = ("ours", "ours, default allocator", "ours, norm apart", "reference", "ours, split")
-OURS, DEFAULT, APART, REFERENCE, SPLIT = SIDES
+SIDES = (
+    "ours",
+    "ours, default allocator",
+    "ours, norm apart",
+    "ours, torch's convolutions",
+    "reference",
+    "ours, split",
+)
+OURS, DEFAULT, APART, DIRECT, REFERENCE, SPLIT = SIDES
+OTHER_NUMERICS: dict[str, dict[str, Any]] = {APART: {"fuse_norm": False}, DIRECT: {"convolution": "direct"}}
+"""How the sides that differ from ours in numerics differ."""
 
 # --- what this machine can do ---
 
@@ -103,6 +115,15 @@ def matrix_rate(dtype: torch.dtype) -> float:
     return best
 
 
+def tile_rate() -> float:
+    """Return how many the matrix tiles (AMX) do that never leave their registers: nothing in bfloat16 is faster; 0
+    where there are none."""
+    if not amx.available()[0]:
+        return 0.0
+    products = 4_000_000
+    return amx.multiply_in_registers(products) / best_time(lambda: amx.multiply_in_registers(products))
+
+
 def last_level_cache() -> int:
     """Return the bytes of the largest cache that the system tells of; 32 MiB where it tells of none."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
@@ -130,8 +151,10 @@ def bandwidths(n_bytes: int) -> dict[str, float]:
 def measure_limits(dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
     """Measure both limits with the threads of this process."""
     n_bytes = array_bytes()
+    products = {str(dtype).removeprefix("torch."): matrix_rate(dtype) for dtype in dtypes}
     return {
-        "flops": {str(dtype).removeprefix("torch."): matrix_rate(dtype) for dtype in dtypes},
+        "flops": products | ({"bfloat16": max(products["bfloat16"], tile_rate())} if "bfloat16" in products else {}),
+        "products": products,
         "bytes": bandwidths(n_bytes),
         "array_bytes": n_bytes,
         "last_level_cache_bytes": last_level_cache(),
@@ -194,7 +217,7 @@ def prepare(setting: Setting, plain: bool) -> Prepared:
     mean, std = pixel_statistics(images)
     double = numerics.dtype == torch.float64 and not plain
     dtype = torch.float64 if double else torch.float32
-    ways = {} if plain else {"winograd": numerics.winograd, "fuse_norm": numerics.fuse_norm}
+    ways = {} if plain else {"convolution": numerics.convolution, "fuse_norm": numerics.fuse_norm}
     model = build_model(recipe, n_classes, mean, std, **ways).to(dtype)
     whiten_first_layer(model, recipe, images[:WHITENING_IMAGES])
     model = plain_network(model) if plain else model
@@ -267,9 +290,9 @@ def take_turn(peers: Peers, setting: Setting, side: str, steps: int) -> dict[str
 
     A top-level function, so that a process can import it.
     """
-    if side == APART:
+    if side in OTHER_NUMERICS:
         keep_freed_memory()  # as ours has done in `choose`
-        setting = replace(setting, numerics=replace(setting.numerics, fuse_norm=False))
+        setting = replace(setting, numerics=replace(setting.numerics, **OTHER_NUMERICS[side]))
     prepared = prepare(setting, side == REFERENCE)
     take = TrainingStep(prepared.model, prepared.optimizers, setting.recipe, setting.numerics.dtype, ALONE)
     totals: defaultdict[str, float] = defaultdict(float)
@@ -322,7 +345,7 @@ class Work:
     flops: float = 0.0
     """Of its matrix products and convolutions, by the direct algorithm."""
     multiplied: float = 0.0
-    """Of them as they are computed: Winograd's products of points instead."""
+    """Of them as they are computed: Winograd's products of points instead, or without the taps outside an image."""
     bytes: float = 0.0
     """Inputs, weights and outputs, each once."""
 
@@ -419,7 +442,7 @@ class Split:
             for optimizer in optimizers:
                 stack.callback(optimizer.register_step_pre_hook(lambda *_: self.enter(OPTIMISER)).remove)
                 stack.callback(optimizer.register_step_post_hook(self._optimised).remove)
-            # Max-pool inside a convolution's own forward; Winograd has its own, within the convolution.
+            # Max-pool inside a convolution's own forward; Winograd and AMX have their own, within the convolution.
             pool = self._timed(lambda: Part("pooling", "forward", self._parts[-1].layer), F.max_pool2d, self._pooled)
             loss = self._timed(HEAD, F.cross_entropy, self._made)
             backward = self._timed(AUTOGRAD, Tensor.backward)
@@ -461,11 +484,10 @@ class Split:
             self.enter(part)
 
         def left(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            names = self._made(part, output)
-            winograd = any("Winograd" in name for name in names)
+            names = " ".join(self._made(part, output))
             back = replace(part, phase="backward")
             if isinstance(module, nn.Conv2d):
-                self._convolved(part, module, inputs[0], output, winograd)
+                self._convolved(part, module, inputs[0], output, names)
             elif not isinstance(module, Residual):
                 self._moved(part, inputs, list(module.parameters()), output)
             else:
@@ -520,7 +542,7 @@ class Split:
             back = self.work[replace(part, phase="backward")]
             back.bytes += out + bytes_of(inputs) + bytes_of(weights) + bytes_of(wanted)
 
-    def _convolved(self, part: Part, module: nn.Conv2d, x: Tensor, y: Tensor, winograd: bool) -> None:
+    def _convolved(self, part: Part, module: nn.Conv2d, x: Tensor, y: Tensor, names: str) -> None:
         height, width = (
             (size + 2 * int(pad) - kernel) // stride + 1
             for size, pad, kernel, stride in zip(
@@ -529,15 +551,20 @@ class Split:
         )
         points = len(x) * module.out_channels * height * width
         flops = 2.0 * points * module.weight[0].numel()
-        multiplied = flops
-        if winograd:  # 36 points of each tile of 4x4, multiplied by as many of each filter
-            tiles = len(x) * math.ceil(height / 4) * math.ceil(width / 4)
-            multiplied = 2.0 * 36 * tiles * module.in_channels * module.out_channels
+        multiplied, channels = flops, module.in_channels * module.out_channels
+        if "Winograd" in names:  # 36 points of each tile of 4x4, multiplied by as many of each filter
+            multiplied = 2.0 * 36 * len(x) * math.ceil(height / 4) * math.ceil(width / 4) * channels
+        elif "Amx" in names:  # of each pixel the taps inside the image; where it pools, of whole windows alone
+            pooled = y.shape[2:] != (height, width)
+            seen = (size // 2 * 2 if pooled else size for size in (height, width))
+            taps = math.prod(taps_inside(*sizes) for sizes in zip(seen, (height, width), strict=True))
+            multiplied = 2.0 * len(x) * taps * channels
         times = (x.requires_grad + module.weight.requires_grad) if y.requires_grad else 0
         self._multiplied(part, flops, multiplied)
         self._multiplied(replace(part, phase="backward"), times * flops, times * multiplied)
-        # A max-pool by other means than Winograd's reads the whole image that is made here.
-        self._moved(part, [x], list(module.parameters()), y, 0 if winograd else points)
+        # A max-pool that is not done at once reads the whole image that is made here.
+        at_once = "Winograd" in names or "Amx" in names
+        self._moved(part, [x], list(module.parameters()), y, 0 if at_once else points)
 
     def _pooled(self, part: Part, y: Tensor, x: Tensor, *_: object) -> None:
         self._made_over(part, y, x)
@@ -564,6 +591,11 @@ class Split:
         updated = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.work[OPTIMISER].bytes += 5 * bytes_of(updated)
         self.leave()
+
+
+def taps_inside(n_out: int, n_in: int) -> int:
+    """Return how many taps of a filter of three fall inside `n_in` pixels, summed over the first `n_out` of them."""
+    return sum(min(n_in, pixel + 2) - max(0, pixel - 1) for pixel in range(n_out))
 
 
 def bytes_of(tensors: Sequence[Tensor]) -> int:
@@ -623,8 +655,7 @@ def rows_of(
     for key, work in together.items():
         if not work.seconds and not work.flops and not work.bytes:
             continue
-        # The optimisers compute in the weights' format, whatever the network computes in.
-        rate = limits["flops"]["float32" if key[0] == NEWTON_SCHULZ.kind and dtype != "float64" else dtype]
+        rate = limits["flops"][dtype]
         least = max(work.multiplied / rate, work.bytes / limits["bandwidth"])
         rows.append(
             dict(zip(by, key, strict=True))
@@ -692,6 +723,7 @@ def summarise(
             "our arithmetic / the reference's": compare(*arithmetic),
             "ours with the default allocator / ours": compare(seconds[DEFAULT], seconds[OURS]),
             "ours with norm and activation apart / ours": compare(seconds[APART], seconds[OURS]),
+            "ours with torch's convolutions / ours": compare(seconds[DIRECT], seconds[OURS]),
             "ours with the stopwatch / ours": compare(seconds[SPLIT], seconds[OURS]),
         },
         "step": {
@@ -777,7 +809,12 @@ def text_of(report: dict[str, Any]) -> str:
     limits, step, split = report["limits"], report["step"], report["split"]
     machine, ratios = report["environment"], report["ratios"]
     first = limits["measured"][0]
-    flops = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in limits["flops"].items())
+    products = {name: max(each["products"][name] for each in limits["measured"]) for name in limits["flops"]}
+    flops = ", ".join(
+        f"{name} {rate / 1e9:,.0f} GFLOP/s"
+        + (f" (square products {products[name] / 1e9:,.0f})" if products[name] < rate else "")
+        for name, rate in limits["flops"].items()
+    )
     swept = " and ".join(
         f"{name} {max(each['bytes'][name] for each in limits['measured']) / 1e9:.1f} GB/s" for name in first["bytes"]
     )
@@ -801,7 +838,8 @@ def text_of(report: dict[str, Any]) -> str:
     more = 1e3 * report["allocation"]["default_adds_seconds"]
     array, cached = (first[name] / 1e6 for name in ("array_bytes", "last_level_cache_bytes"))
     notes = [
-        f"the matrix limit is the best of square products of up to {PRODUCTS[-1]} rows; the bandwidth, the better of "
+        f"the matrix limit is the best of square products of up to {PRODUCTS[-1]} rows and, where there are such, of "
+        "matrix tiles that stay in registers; the bandwidth, the better of "
         f"a copy (2 arrays) and a = b + 3 c (3 arrays) over arrays of {array:,.0f} MB beside a cache of {cached:,.0f} "
         "MB, counts bytes read and bytes written, not what a processor reads of a line before it writes to it; both "
         "before and after the steps, the better counts",
@@ -809,12 +847,12 @@ def text_of(report: dict[str, Any]) -> str:
         f"multiplies them, {step['flops_per_second'] / 1e9:,.0f} GFLOP/s direct: {share_of}; at both limits its parts "
         f"would take {step['least_seconds']:.3f} s",
         f"the split is that of round {split['round']}, whose time is the median; each moment counts for one part, so "
-        f"they add up to the {1e3 * split['seconds']:,.1f} ms of that step; its limit is that of {split['limit']}, of "
-        "float32 for Newton-Schulz; `direct` above 100 % is Winograd's saving",
-        "convolutions hold the transforms of Winograd, and the max-pool that it does before a tile leaves the "
-        "registers; `pooling` is what is pooled otherwise; norms and activations apart are one kind where they are "
-        "computed at once, and so keep nothing between them; backward, freeing what a layer had kept and adding up its "
-        "gradients count for it; `autograd` is what comes before the first of them; `rest` is what no part claims",
+        f"they add up to the {1e3 * split['seconds']:,.1f} ms of that step; its limit is that of {split['limit']}; "
+        "`direct` above 100 % is what Winograd's algorithm saves, or the taps outside an image that AMX leaves out",
+        "convolutions hold Winograd's transforms, AMX's packing of tiles, and the max-pool that both do at once; "
+        "`pooling` is what is pooled otherwise; norms and activations apart are one kind where they are computed at "
+        "once, and so keep nothing between them; backward, freeing what a layer had kept and adding up its gradients "
+        "count for it; `autograd` is what comes before the first of them; `rest` is what no part claims",
         "MB at least: inputs, weights and outputs once; backward the output's gradient, inputs and weights, and the "
         "gradients of those that have one; optimiser: 5 times the trained weights; least ms: the longer of what is "
         "multiplied at the matrix limit and these bytes at the bandwidth",
@@ -853,11 +891,8 @@ def text_of(report: dict[str, Any]) -> str:
 
 
 def with_batch(recipe: Recipe, batch: int | None) -> Recipe:
-    """Return the recipe with that many images a step; groups and parts that are larger shrink to it."""
-    if recipe.resolutions:
-        raise RecipeError(
-            f"resolutions={recipe.resolutions}: a step of one size is measured, and {recipe.name} has several"
-        )
+    """Return the recipe with that many images a step, all of full size; larger groups and parts shrink to it."""
+    recipe = replace(recipe, resolutions=())
     if batch is None:
         return recipe
     if batch < 1:
@@ -888,8 +923,7 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     threads, started = torch.get_num_threads(), datetime.now(UTC)
     with ExitStack() as stack:
         workers = {
-            side: stack.enter_context(Workers(1, device="cpu", backend="gloo", timeout=60.0))
-            for side in (OURS, DEFAULT, APART, REFERENCE)
+            side: stack.enter_context(Workers(1, device="cpu", backend="gloo", timeout=60.0)) for side in SIDES[:-1]
         }
         (numerics,) = workers[OURS].call(choose, recipe, threads)
         setting = Setting(recipe, options.data, N_IMAGES, threads, numerics, options.reference_part)

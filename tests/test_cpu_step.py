@@ -17,16 +17,23 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cifar_fast import fused, optim, winograd
+from cifar_fast import amx, fused, optim, winograd
 from cifar_fast import recipe as recipes
-from cifar_fast.device import Numerics
+from cifar_fast.device import Numerics, can_convolve
 from cifar_fast.layers import Block
 from cifar_fast.peers import ALONE
 from cifar_fast.recipe import Recipe
 from cifar_fast.train import TrainingStep, forward_backward
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
-TINY = replace(recipes.laptop(), widths=(16, 16, 16), global_batch_size=8, ghost_batch_size=0, micro_batch_size=0)
+TINY = replace(
+    recipes.laptop(),
+    widths=(16, 16, 16),
+    resolutions=(),
+    global_batch_size=8,
+    ghost_batch_size=0,
+    micro_batch_size=0,
+)
 RESNET = replace(recipes.page_2019(), widths=(8, 8, 16, 16), global_batch_size=8, ghost_batch_size=0)
 NETWORKS = {
     "convnet6": TINY,
@@ -59,18 +66,19 @@ def setting_of(
     cpu_step: ModuleType,
     recipe: Recipe,
     *,
-    fast: bool = False,
+    convolution: str = "direct",
     fuse_norm: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    numerics = Numerics(dtype, fast, "for a test", fuse_norm)
+    numerics = Numerics(dtype, convolution, "for a test", fuse_norm)
     return cpu_step.Setting(recipe, cpu_step.RANDOM, 4 * recipe.global_batch_size, torch.get_num_threads(), numerics)
 
 
-@pytest.fixture(params=[False, True], ids=["direct", "winograd"])
-def fast(request: pytest.FixtureRequest) -> bool:
-    if request.param and not winograd.available()[0]:
-        pytest.skip("Winograd cannot be compiled here")
+@pytest.fixture(params=["direct", "winograd", "amx"])
+def convolution(request: pytest.FixtureRequest) -> str:
+    usable, why_not = can_convolve(request.param)
+    if not usable:
+        pytest.skip(why_not)
     return request.param
 
 
@@ -102,14 +110,16 @@ def test_the_reference_is_made_of_stock_layers_with_the_same_weights(
     assert rates[0] == rates[1]
 
 
-def losses_and_gradients(cpu_step: ModuleType, recipe: Recipe, fast: bool) -> list[tuple[float, list[torch.Tensor]]]:
-    """Ours in float32 and the reference's, of the same batch and over the same norm groups."""
-    setting = setting_of(cpu_step, recipe, fast=fast)
+def losses_and_gradients(
+    cpu_step: ModuleType, recipe: Recipe, convolution: str, dtype: torch.dtype = torch.float32
+) -> list[tuple[float, list[torch.Tensor]]]:
+    """Ours in `dtype` and the reference's, of the same batch and over the same norm groups."""
+    setting = setting_of(cpu_step, recipe, convolution=convolution, dtype=dtype)
     ours, reference = cpu_step.prepare(setting, False), cpu_step.prepare(setting, True)
     images, labels = next(ours.stream)
     again, same = next(reference.stream)
     assert torch.equal(images, again) and torch.equal(labels, same)
-    loss, _ = forward_backward(ours.model, images, labels, recipe, torch.float32)
+    loss, _ = forward_backward(ours.model, images, labels, recipe, dtype)
     found = cpu_step.reference_gradients(
         reference.model, images, labels, recipe.label_smoothing, recipe.norm_group_size
     )
@@ -120,17 +130,19 @@ def losses_and_gradients(cpu_step: ModuleType, recipe: Recipe, fast: bool) -> li
 
 
 def test_the_reference_computes_our_loss_to_bfloat16s_precision(
-    cpu_step: ModuleType, recipe: Recipe, fast: bool, fresh: None
+    cpu_step: ModuleType, recipe: Recipe, convolution: str, fresh: None
 ) -> None:
-    (ours, _), (reference, _) = losses_and_gradients(cpu_step, recipe, fast)
-    assert reference == pytest.approx(ours, rel=0.02) and reference != ours
+    dtype = torch.bfloat16 if convolution == "amx" else torch.float32
+    (ours, _), (reference, _) = losses_and_gradients(cpu_step, recipe, convolution, dtype)
+    assert reference == pytest.approx(ours, rel=0.02)
+    assert (reference != ours) or dtype == torch.bfloat16  # theirs is rounded; ours, too, may be to the same
 
 
 def test_without_autocast_the_reference_computes_our_gradients(
-    cpu_step: ModuleType, recipe: Recipe, fast: bool, fresh: None, monkeypatch: pytest.MonkeyPatch
+    cpu_step: ModuleType, recipe: Recipe, convolution: str, fresh: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu_step.torch, "autocast", lambda *_, **__: nullcontext())
-    (ours, our_gradients), (reference, gradients) = losses_and_gradients(cpu_step, recipe, fast)
+    (ours, our_gradients), (reference, gradients) = losses_and_gradients(cpu_step, recipe, convolution)
     assert reference == pytest.approx(ours, rel=1e-5)
     for a, b in zip(our_gradients, gradients, strict=True):
         assert (a - b).norm() <= 2e-3 * a.norm() + 1e-7
@@ -238,7 +250,7 @@ def test_newton_schulz_is_counted_as_torch_counts_it(cpu_step: ModuleType) -> No
 
 @pytest.mark.skipif(not winograd.available()[0], reason="Winograd cannot be compiled here")
 def test_winograd_multiplies_less_than_the_direct_algorithm(cpu_step: ModuleType, fresh: None) -> None:
-    parts = cpu_step.split_turn(ALONE, setting_of(cpu_step, TINY, fast=True), 1)["parts"]
+    parts = cpu_step.split_turn(ALONE, setting_of(cpu_step, TINY, convolution="winograd"), 1)["parts"]
     direct = cpu_step.split_turn(ALONE, setting_of(cpu_step, TINY), 1)["parts"]
     names = ("kind", "phase", "layer")
     flops = [{tuple(p[n] for n in names): p["flops"] for p in side if p["flops"]} for side in (parts, direct)]
@@ -248,6 +260,17 @@ def test_winograd_multiplies_less_than_the_direct_algorithm(cpu_step: ModuleType
     assert last["multiplied"] == 2 * 36 * 8 * 16 * 16 and last["flops"] == 2 * 9 * 9 * 8 * 16 * 16
     first = found["backward", "block1a.conv"]  # the layer before is frozen: its weights' gradient alone
     assert first["multiplied"] == found["forward", "block1a.conv"]["multiplied"] < first["flops"]
+    assert {part["layer"] for part in parts if part["kind"] == "pooling"} == {"pool"}  # the rest is in the convolutions
+
+
+@pytest.mark.skipif(not amx.available()[0], reason=amx.available()[1])
+def test_matrix_tiles_multiply_no_taps_outside_an_image(cpu_step: ModuleType, fresh: None) -> None:
+    parts = cpu_step.split_turn(ALONE, setting_of(cpu_step, TINY, convolution="amx", dtype=torch.bfloat16), 1)["parts"]
+    found = {(part["phase"], part["layer"]): part for part in parts if part["kind"] == "convolutions"}
+    last = found["forward", "block3b.conv"]  # 3x3 pixels: in each direction 2 + 3 + 2 taps
+    assert last["multiplied"] == 2 * 7 * 7 * 8 * 16 * 16 and last["flops"] == 2 * 9 * 9 * 8 * 16 * 16
+    pooled = found["forward", "block3a.conv"]  # 7x7 pixels, of which 6x6 are pooled: 2 + 5 * 3 taps
+    assert pooled["multiplied"] == 2 * 17 * 17 * 8 * 16 * 16 and pooled["flops"] == 2 * 9 * 49 * 8 * 16 * 16
     assert {part["layer"] for part in parts if part["kind"] == "pooling"} == {"pool"}  # the rest is in the convolutions
 
 
@@ -311,12 +334,12 @@ def quick(cpu_step: ModuleType, monkeypatch: pytest.MonkeyPatch, fresh: None) ->
     monkeypatch.setattr(cpu_step, "PRODUCTS", (32,))
     monkeypatch.setattr(cpu_step, "array_bytes", lambda: 1 << 20)
     monkeypatch.setattr(cpu_step, "N_IMAGES", 64)
-    monkeypatch.setattr(cpu_step, "choose", lambda *_: Numerics(torch.float32, False, "for a test"))
+    monkeypatch.setattr(cpu_step, "choose", lambda *_: Numerics(torch.float32, "direct", "for a test"))
     monkeypatch.setattr(cpu_step, "Workers", Here)
 
 
 def require_complete(cpu_step: ModuleType, report: dict[str, Any], rounds: int) -> None:
-    assert set(report["sides"]) == set(cpu_step.SIDES) and len(report["ratios"]) == 5
+    assert set(report["sides"]) == set(cpu_step.SIDES) and len(report["ratios"]) == 6
     for side in report["sides"].values():
         assert len(side["turns"]) == rounds and side["seconds"]["min"] > 0
         assert side["first_loss"] == pytest.approx(report["sides"]["ours"]["first_loss"], rel=0.05)
@@ -364,7 +387,7 @@ def test_each_side_has_a_process_with_the_allocator_it_says(
     report = json.loads((tmp_path / "cpu_step.json").read_text())
     require_complete(cpu_step, report, 1)
     keeps = {name: side["keeps_freed_memory"] for name, side in report["sides"].items()}
-    expected = {"ours": True, "ours, default allocator": False, "ours, norm apart": True, "reference": False}
+    expected = dict.fromkeys(cpu_step.SIDES, True) | {"ours, default allocator": False, "reference": False}
     assert keeps == expected | {"ours, split": None}
 
 
@@ -398,15 +421,14 @@ def test_a_folder_that_cannot_be_made_is_said_before_anything_is_measured(
     assert "cannot be made" in capsys.readouterr().err
 
 
-def test_recipes_of_several_resolutions_are_refused(cpu_step: ModuleType) -> None:
-    with pytest.raises(recipes.RecipeError, match="resolutions"):
-        cpu_step.with_batch(replace(TINY, resolutions=(16, 32)), None)
+def test_a_recipe_of_several_resolutions_is_measured_at_full_size(cpu_step: ModuleType) -> None:
+    assert cpu_step.with_batch(replace(TINY, resolutions=(16, 32)), None) == TINY
 
 
 def test_groups_and_parts_larger_than_the_batch_shrink_to_it(cpu_step: ModuleType) -> None:
     small = cpu_step.with_batch(recipes.laptop(), 48)
     assert (small.norm_group_size, small.micro_batch_size) == (48, 0)
-    assert cpu_step.with_batch(recipes.laptop(), None) == recipes.laptop()
+    assert cpu_step.with_batch(recipes.laptop(), None) == replace(recipes.laptop(), resolutions=())
     assert cpu_step.with_batch(recipes.laptop(), 1024).ghost_batch_size == 512
 
 
