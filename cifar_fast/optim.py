@@ -31,9 +31,16 @@ class PiecewiseLinear:
 
 
 def lr_schedule(recipe: Recipe) -> PiecewiseLinear:
-    """Return the learning rate, as a share of its peak, over time in epochs: up, down, and flat at the end."""
-    knots = (0.0, recipe.epochs * recipe.warmup_fraction, recipe.epochs - recipe.flat_epochs)
-    return PiecewiseLinear(knots, (recipe.start_lr_fraction, 1.0, recipe.final_lr_fraction))
+    """Return the learning rate, as a share of its peak, over time in epochs: up, down, at another pace from a bend on
+    if there is one, and flat at the end."""
+    bend = ((recipe.epochs * recipe.bend_fraction, recipe.bend_lr_fraction),) if recipe.bend_fraction else ()
+    points = (
+        (0.0, recipe.start_lr_fraction),
+        (recipe.epochs * recipe.warmup_fraction, 1.0),
+        *bend,
+        (recipe.epochs - recipe.flat_epochs, recipe.final_lr_fraction),
+    )
+    return PiecewiseLinear(tuple(t for t, _ in points), tuple(value for _, value in points))
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)

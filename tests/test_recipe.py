@@ -104,6 +104,8 @@ WRONG: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"momentum": 1.0}, ("momentum=1.0", "below 1")),
     ({"ema_decay": 1.0}, ("ema_decay=1.0", "below 1")),
     ({"ema_every": 0}, ("ema_every=0",)),
+    ({"bend_fraction": 0.9, "flat_epochs": 4.8}, ("bend_fraction=0.9", "0.8 of the epochs")),
+    ({"bend_fraction": 0.1}, ("bend_fraction=0.1", "warmup_fraction=0.2")),
     ({"ema_off_epochs": -1.0}, ("ema_off_epochs=-1.0", "at least 0")),
     ({"lookahead_every": 0}, ("lookahead_every=0",)),
     ({"activation": "tanh"}, ("activation='tanh'", "relu, celu, gelu")),
@@ -320,6 +322,9 @@ def test_speedrun_has_hiverges_rates_and_runs_on_1_2_4_or_8_processes() -> None:
         "n_shards": (1, 8),
         "ghost_batch_size": (512, 0),
         "micro_batch_size": (512, 0),
+        "epochs": (11.0, 9.0),
+        "bend_fraction": (6 / 11, 0.0),
+        "bend_lr_fraction": (1 / 3, 0.0),
         "resolutions": ((18, 18, 24, 24, 32), ()),
         "ema_decay": (0.97, 0.0),
         "ema_every": (2, 5),
@@ -333,7 +338,9 @@ def test_speedrun_has_hiverges_rates_and_runs_on_1_2_4_or_8_processes() -> None:
 
 def test_a_shortened_recipe_has_neither_small_images_nor_averages() -> None:
     assert changed_fields(recipes.laptop(), recipes.shortened(recipes.laptop(), 2.0)) == {
-        "epochs": (9.0, 2.0),
+        "epochs": (11.0, 2.0),
+        "bend_fraction": (6 / 11, 0.0),
+        "bend_lr_fraction": (1 / 3, 0.0),
         "resolutions": ((18, 18, 24, 24, 32), ()),
         "ema_decay": (0.97, 0.0),
         "ema_off_epochs": (1.0, 0.0),
