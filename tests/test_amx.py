@@ -245,7 +245,10 @@ def test_an_image_gives_the_same_in_every_batch(pool: bool) -> None:
 
 @needs_amx
 def test_onednns_own_use_of_the_tiles_is_not_disturbed() -> None:
-    """It remembers what it configured, by thread: what we configure in between must not stay."""
+    """It may remember what it configured, by thread: what we configure in between must not stay.
+
+    The oneDNN of torch 2.14 configures anew for each call, and would not notice.
+    """
     generator = torch.Generator().manual_seed(0)
     pairs = [
         [torch.randn(shape, generator=generator).bfloat16() for shape in ((m, k), (k, n))]
