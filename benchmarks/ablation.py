@@ -15,9 +15,8 @@ from pathlib import Path
 from revision import commit
 
 from cifar_fast import recipe as recipes
-from cifar_fast.ablation import AS_IT_IS, Ablation
+from cifar_fast.ablation import AS_IT_IS, Ablation, evaluate_as_trained
 from cifar_fast.data import Dataset, load_cifar10
-from cifar_fast.evaluate import evaluate
 from cifar_fast.recipe import CHOICES, Recipe, changed_fields
 from cifar_fast.result import RunResult
 from cifar_fast.train import train
@@ -61,7 +60,7 @@ def tta_lines(result: RunResult, data: Dataset) -> list[dict]:
     lines = []
     for tta in CHOICES["tta"]:
         if tta != result.recipe.tta:
-            found = evaluate(result.model, data.test_images, data.test_labels, tta=tta)
+            found = evaluate_as_trained(result, data, tta)
             other = line(f"tta={tta}", result)
             lines.append(other | {"accuracy": found.accuracy, "loss": found.loss, "evaluate_seconds": None})
     return lines

@@ -9,11 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from cifar_fast.data import Dataset
 from cifar_fast.errors import RunError, UserError
-from cifar_fast.evaluate import evaluate
+from cifar_fast.evaluate import Evaluation, evaluate
 from cifar_fast.parallel import Trainer
 from cifar_fast.recipe import CHOICES, Recipe, changed_fields
 from cifar_fast.report import data_set, hardware, mean_interval, table
@@ -159,11 +160,17 @@ def tta_ablation(results: Sequence[RunResult], data: Dataset, *, progress: bool 
             for tta in CHOICES["tta"]:
                 clock = Clock(next(result.model.parameters()).device)
                 with clock.running():
-                    found = evaluate(result.model, data.test_images, data.test_labels, tta=tta)
+                    found = evaluate_as_trained(result, data, tta)
                 now = {"accuracy": found.accuracy, "loss": found.loss, "evaluate_seconds": clock.seconds}
                 arms[f"tta={tta}"].append(result.to_dict() | now)
                 bar.update()
     return Ablation(arms)
+
+
+def evaluate_as_trained(result: RunResult, data: Dataset, tta: str) -> Evaluation:
+    """Evaluate the network of `result` by `tta`, in the precision in which its training did."""
+    dtype = getattr(torch, result.environment["precision"])
+    return evaluate(result.model, data.test_images, data.test_labels, tta=tta, dtype=dtype)
 
 
 def results_folder() -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cifar_fast import recipe as recipes
 from cifar_fast.ablation import AS_IT_IS, Ablation, ablation, filed, full_scale, measured, tta_ablation
@@ -26,7 +27,8 @@ def test_ways_to_evaluate_are_compared_on_the_same_networks(tiny_data: Dataset):
     assert list(runs.arms) == ["tta=none", "tta=flip", "tta=flip_shift"]
     for tta in ("none", "flip", "flip_shift"):
         for run, result in zip(runs.arms[f"tta={tta}"], results, strict=True):
-            found = evaluate(result.model, tiny_data.test_images, tiny_data.test_labels, tta=tta)
+            dtype = getattr(torch, result.environment["precision"])
+            found = evaluate(result.model, tiny_data.test_images, tiny_data.test_labels, tta=tta, dtype=dtype)
             assert (run["accuracy"], run["loss"]) == (found.accuracy, pytest.approx(found.loss))
             assert run["seed"] == result.seed and run["train_seconds"] == result.train_seconds
     # The recipe evaluates with flip itself.
@@ -220,7 +222,8 @@ def test_the_script_evaluates_a_network_in_each_other_way_and_can_leave_clocks_o
     assert {line["arm"] for line in lines} | {f"tta={RECIPE.tta}"} == {"tta=none", "tta=flip", "tta=flip_shift"}
     for line in lines:
         tta = line["arm"].removeprefix("tta=")
-        found = evaluate(result.model, tiny_data.test_images, tiny_data.test_labels, tta=tta)
+        dtype = getattr(torch, result.environment["precision"])
+        found = evaluate(result.model, tiny_data.test_images, tiny_data.test_labels, tta=tta, dtype=dtype)
         assert (line["accuracy"], line["loss"]) == (found.accuracy, pytest.approx(found.loss))
         assert line["train_seconds"] == result.train_seconds and line["evaluate_seconds"] is None
     whole = script.line(AS_IT_IS, result)
