@@ -1,7 +1,7 @@
 """3x3 convolution on the matrix tiles (AMX) of a CPU, in bfloat16 with float32 sums, and max-pool with it.
 
-One instruction multiplies a tile of 16 rows of 32 numbers by one of 32 x 16, 16 times the arithmetic of a vector
-instruction. What then takes the time is to bring the numbers to the tiles, so the question is what a row is. Taken
+One instruction multiplies a tile of 16 rows of 32 numbers by one of 32 x 16: so much arithmetic that the time goes into
+bringing the numbers to the tiles. So the question is what a row is. Taken
 along the pixels of an image, rows run over its border: tiles for 7 x 7 pixels are a quarter padding, and the pixels
 that a filter sees outside the image are multiplied as zeros. Here the 16 rows are the same pixel of 16 images. Then a
 tap outside the image is outside for all 16, and left out: at 7 x 7 pixels 18 % of the direct algorithm's

@@ -63,7 +63,7 @@ INLINE void store(void *to, ptrdiff_t at, vec v, int n, int half) {
     else memcpy((float *)to + at, &v, 4 * n);
 }
 
-/* e^x: 2^k e^r with |r| <= ln 2 / 2, the latter by its series, to about a unit in the last place; `half`: to 5e-6, where
+/* e^x: 2^k e^r with |r| <= ln 2 / 2, the latter by its series, to about a unit in the last place; `half`: to 6e-5, where
    bfloat16 has steps of 4e-3. */
 INLINE vec exponential(vec x, int half) {
 #if defined(__AVX512F__)

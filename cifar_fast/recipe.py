@@ -477,7 +477,7 @@ def laptop() -> Recipe:
         ghost_batch_size=512,
         micro_batch_size=512,
         resolutions=(18, 18, 24, 24, 32),
-        # While the rate is high the average is some four points ahead of the weights; once they settle it is behind.
+        # While the rate is high the average is ahead of the weights; once they settle it is behind.
         ema_decay=0.97,
         ema_every=2,
         ema_off_epochs=1.0,
