@@ -11,14 +11,21 @@ def reflect_pad(images: Tensor, padding: int) -> Tensor:
     """Mirror `padding` pixels outward at each border of `images` (N, C, H, W), any dtype, the edge pixel excepted."""
     if padding == 0:
         return images
-    # torch's own reflection padding takes no uint8, so rows and columns are gathered by index.
-    rows, columns = (_reflected(size, padding, images.device) for size in images.shape[-2:])
-    return images[:, :, rows][:, :, :, columns]  # (N, C, H + 2p, W + 2p)
-
-
-def _reflected(size: int, padding: int, device: torch.device) -> Tensor:
-    positions = torch.arange(-padding, size + padding, device=device).abs()  # (size + 2p,)
-    return torch.where(positions < size, positions, 2 * (size - 1) - positions)
+    # torch's own reflection padding takes no uint8. Slices are copied, since a gather by index handles each byte alone:
+    # 50,000 images took five times as long.
+    height, width = images.shape[-2:]
+    layout = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    shape = (*images.shape[:2], height + 2 * padding, width + 2 * padding)
+    padded = torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=layout)
+    inside = slice(padding, -padding)
+    padded[:, :, inside, inside] = images
+    for out in range(1, padding + 1):
+        padded[:, :, inside, padding - out] = images[..., out]
+        padded[:, :, inside, padding + width - 1 + out] = images[..., width - 1 - out]
+    for out in range(1, padding + 1):  # whole rows, with the columns that were just filled
+        padded[:, :, padding - out] = padded[:, :, padding + out]
+        padded[:, :, padding + height - 1 + out] = padded[:, :, padding + height - 1 - out]
+    return padded
 
 
 def crop(padded: Tensor, tops: Tensor, lefts: Tensor, size: int, images: Tensor | None = None) -> Tensor:
