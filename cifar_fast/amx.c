@@ -6,8 +6,9 @@
    left out for the whole tile, no row is ever padding, and an image may have any size. Two tiles by two are multiplied
    at a time, 32 images by 32 channels, since each operand is then used twice for one load.
 
-   Images are taken 32 at a time (a block), and their pixels copied to where a tile is 1 KB in a row. Every sum has a
-   fixed order, so a result depends on the number of threads alone. */
+   Images are taken 32 at a time (a block), and their pixels copied to where a tile is 1 KB in a row; forward, between
+   products, so that the processor does so while its tiles are busy. Every sum has a fixed order, so a result depends on
+   the number of threads alone. */
 #if !defined(__AMX_BF16__) || !defined(__AVX512BF16__) || !defined(__linux__)
 int permit(void) { return -1; } /* this processor, or this compiler, knows no such tiles */
 #else
@@ -62,28 +63,23 @@ typedef struct {
     int height, width, channels;
 } maps;
 
+/* Where the channels of a pixel of an image begin. */
+INLINE long at_pixel(const maps *a, long image, int y, int x) {
+    int half = a->places != NULL;
+    return ((image * (a->height >> half) + (y >> half)) * (a->width >> half) + (x >> half)) * a->channels;
+}
+
 /* Line `line` (32 channels) of a pixel of an image: zero beyond the channels and, after max-pool, where the maximum stood
    elsewhere. */
 INLINE __m512i load_line(const maps *a, long image, int y, int x, int line) {
     int half = a->places != NULL, n = least(BLOCK, a->channels - BLOCK * line);
     __mmask32 wanted = n == BLOCK ? ~0u : (1u << n) - 1;
-    long at = ((image * (a->height >> half) + (y >> half)) * (a->width >> half) + (x >> half)) * a->channels;
-    at += BLOCK * line;
+    long at = at_pixel(a, image, y, x) + BLOCK * line;
     if (half) {
         __m256i place = _mm256_maskz_loadu_epi8(wanted, a->places + at);
         wanted &= _mm256_cmpeq_epi8_mask(place, _mm256_set1_epi8((char)(2 * (y & 1) + (x & 1))));
     }
     return _mm512_maskz_loadu_epi16(wanted, a->values + at);
-}
-
-/* Row y of a block's images as left operands: (width, lines, 32 images, 32 channels). */
-INLINE void pack_row(const maps *a, long first, int count, int y, bf16 *to) {
-    int n_lines = lines(a->channels);
-    for (int n = 0; n < BLOCK; n++)
-        for (int x = 0; x < a->width; x++)
-            for (int line = 0; line < n_lines; line++)
-                _mm512_store_si512(to + (long)(x * n_lines + line) * PAIR + n * BLOCK,
-                                   n < count ? load_line(a, first + n, y, x, line) : _mm512_setzero_si512());
 }
 
 /* Two images' lines, channel by channel beside each other: channels 0 ... 15 and 16 ... 31. */
@@ -94,22 +90,42 @@ INLINE void interleave(__m512i a, __m512i b, __m512i *low, __m512i *high) {
     *high = _mm512_permutex2var_epi16(a, _mm512_add_epi16(first, _mm512_set1_epi16(16)), b);
 }
 
-/* Lines `from` ... `to` of rows top ... bottom of a block's images as right operands, whose rows are pairs of images:
-   (lines, pixels, 2, 16 pairs, 16, 2), the lines `step` apart. Images are read as they lie in memory. */
-INLINE void pack_right(const maps *a, long first, int count, int top, int bottom, int from, int to, bf16 *out, long step) {
-    for (int pair = 0; pair < BLOCK / 2; pair++) {
-        bf16 *pixel = out + pair * 32;
-        for (int y = top; y < bottom; y++)
-            for (int x = 0; x < a->width; x++, pixel += PAIR)
-                for (int line = from; line < to; line++) {
-                    __m512i v[2], low, high;
-                    for (int i = 0; i < 2; i++)
-                        v[i] = 2 * pair + i < count ? load_line(a, first + 2 * pair + i, y, x, line) : _mm512_setzero_si512();
-                    interleave(v[0], v[1], &low, &high);
-                    _mm512_store_si512(pixel + (line - from) * step, low);
-                    _mm512_store_si512(pixel + (line - from) * step + TILE, high);
-                }
+/* Lines `from` ... `to` of pixel (y, x) of two images, as a row of right operands, the lines `step` apart. */
+INLINE void pack_pair(const maps *a, long first, int count, int pair, int y, int x, int from, int to, bf16 *out,
+                      long step) {
+    for (int line = from; line < to; line++, out += step) {
+        __m512i v[2], low, high;
+        for (int i = 0; i < 2; i++)
+            v[i] = 2 * pair + i < count ? load_line(a, first + 2 * pair + i, y, x, line) : _mm512_setzero_si512();
+        interleave(v[0], v[1], &low, &high);
+        _mm512_store_si512(out + pair * 32, low);
+        _mm512_store_si512(out + pair * 32 + TILE, high);
     }
+}
+
+/* Lines `from` ... `to` of rows top ... bottom of a block's images as right operands, whose rows are pairs of images:
+   (lines, pixels, 2, 16 pairs, 16, 2), the lines `step` apart. Images are read as they lie in memory where all their
+   lines are wanted; else a tile is filled at a time. */
+INLINE void pack_right(const maps *a, long first, int count, int top, int bottom, int from, int to, bf16 *out,
+                       long step) {
+    if (to - from == lines(a->channels))
+        for (int pair = 0; pair < BLOCK / 2; pair++) {
+            bf16 *pixel = out;
+            for (int y = top; y < bottom; y++)
+                for (int x = 0; x < a->width; x++, pixel += PAIR)
+                    pack_pair(a, first, count, pair, y, x, from, to, pixel, step);
+        }
+    else
+        for (int y = top; y < bottom; y++)
+            for (int x = 0; x < a->width; x++, out += PAIR)
+                for (int pair = 0; pair < BLOCK / 2; pair++) {
+                    /* Too little lies together for the processor to foresee: the next pixel is asked for now. */
+                    for (int i = 0; i < 2 && !a->places; i++)
+                        for (int line = from; line < to; line++)
+                            _mm_prefetch(a->values + at_pixel(a, first + 2 * pair + i, y, x + 1) + line * BLOCK,
+                                         _MM_HINT_T0);
+                    pack_pair(a, first, count, pair, y, x, from, to, out, step);
+                }
 }
 
 /* Exchange rows and columns of a tile of 16 x 16 pairs, so that a right operand becomes a left one: its rows are then
@@ -176,20 +192,6 @@ void pack_filters(const float *w, bf16 *to, int cout, int cin, int flipped, int 
         }
 }
 
-/* Add `steps` products of a 32 x 32 left operand with a right one to the four tiles of sums. */
-INLINE void multiply(const bf16 *a, const bf16 *b, int steps) {
-    for (; steps > 0; steps--, a += PAIR, b += PAIR) {
-        _tile_loadd(4, a, 64);
-        _tile_loadd(6, b, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, b + TILE, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_loadd(5, a + TILE, 64);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
-    }
-}
-
 INLINE void zero_sums(void) {
     _tile_zero(0);
     _tile_zero(1);
@@ -235,11 +237,74 @@ INLINE void write_pixel(const maps *a, float sums[4][BLOCK * BLOCK], int n, long
         __m256i place = _mm256_set_m128i(_mm512_cvtepi32_epi8(at_high), _mm512_cvtepi32_epi8(at_low));
         _mm256_mask_storeu_epi8(a->places + at, mask, place);
     }
-    _mm512_mask_storeu_epi16(a->values + at, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    bf16 *to = a->values + at;
+    /* Whole cache lines go past the caches, which need not fetch first what is then overwritten. */
+    if (wanted == BLOCK && !((uintptr_t)to & 63)) _mm512_stream_si512((void *)to, rounded);
+    else _mm512_mask_storeu_epi16(to, mask, rounded);
 }
 
-/* Bytes of scratch memory a thread of `convolve` needs: four rows of packed images. */
-long convolve_scratch(int width, int channels) { return 4L * width * lines(channels) * PAIR * sizeof(bf16); }
+/* What `convolve` does between products: write the pixel or window before, and pack the rows that come next. */
+typedef struct {
+    const maps *from, *to;
+    long first; /* of the block's images */
+    int count;
+    float (*sums)[BLOCK * BLOCK]; /* of the pixel or window that is written, */
+    int y, x, line;               /* where it stands, */
+    int written, writes;          /* the images done, and how many are at a time */
+    bf16 *ring, *slot;            /* all packed rows, and the one that is packed, */
+    int slots, packed, end;       /* how many are kept, the row's number, and up to which one to go on, */
+    int image, column;            /* and the pixel that is next */
+} meanwhile;
+
+INLINE void write_one(meanwhile *m) {
+    write_pixel(m->to, m->sums, m->written, m->first + m->written, m->y, m->x, m->line);
+    m->written++;
+}
+
+/* All lines of one pixel, as a row of left operands: rows are (width, lines, 32 images, 32 channels). */
+INLINE void pack_one(meanwhile *m) {
+    int n_lines = lines(m->from->channels), n = m->image, x = m->column;
+    bf16 *to = m->slot + (long)x * n_lines * PAIR + n * BLOCK;
+    for (int line = 0; line < n_lines; line++, to += PAIR)
+        _mm512_store_si512(
+            to, n < m->count ? load_line(m->from, m->first + n, m->packed, x, line) : _mm512_setzero_si512());
+    if (++m->column < m->from->width) return;
+    m->column = 0;
+    if (++m->image < BLOCK) return;
+    m->image = 0;
+    m->packed++;
+    m->slot = m->ring + (m->packed % m->slots) * ((long)m->from->width * n_lines * PAIR);
+}
+
+INLINE void do_some(meanwhile *m) {
+    for (int k = 0; k < m->writes && m->written < m->count; k++) write_one(m);
+    if (m->packed < m->end) pack_one(m);
+}
+
+/* Add `steps` products of a 32 x 32 left operand with a right one to the four tiles of sums, and after each do some of
+   `also`, for which the processor finds time while the tiles are busy. */
+INLINE void multiply(const bf16 *a, const bf16 *b, int steps, meanwhile *also) {
+    for (; steps > 0; steps--, a += PAIR, b += PAIR) {
+        _tile_loadd(4, a, 64);
+        _tile_loadd(6, b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + TILE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, a + TILE, 64);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+        if (also) do_some(also);
+    }
+}
+
+/* Rows that a thread of `convolve` keeps packed: those that a row of pixels or windows sees, and what the next adds. */
+INLINE int slots(int pooled) { return pooled ? 6 : 4; }
+
+/* Bytes of scratch memory a thread of `convolve` needs: that many rows. */
+long convolve_scratch(int width, int channels, int pooled) {
+    return (long)slots(pooled) * width * lines(channels) * PAIR * sizeof(bf16);
+}
 
 /* y = x * w, with w packed. Images: x (height_in, width_in) and y (height_out, width_out), of which the smaller lies in the
    upper left of the larger; with x_places x is the gradient of a max-pooled image, with y_places y is max-pooled. */
@@ -250,16 +315,18 @@ void convolve(bf16 *x, uint8_t *x_places, const bf16 *w, bf16 *y, uint8_t *y_pla
     long row = (long)width_in * n_lines * PAIR;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
     for (int thread = 0; thread < threads; thread++) {
-        bf16 *ring = (bf16 *)(scratch + thread * convolve_scratch(width_in, cin));
-        float sums[4][BLOCK * BLOCK] __attribute__((aligned(64)));
+        bf16 *ring = (bf16 *)(scratch + thread * convolve_scratch(width_in, cin, window > 1));
+        float sums[2][4][BLOCK * BLOCK] __attribute__((aligned(64)));
+        int turn = 0;
         configuration before;
         begin_tiles(&before);
         for (int block = blocks * thread / threads; block < blocks * (thread + 1) / threads; block++) {
-            long first = (long)block * BLOCK;
-            int count = least(BLOCK, images - block * BLOCK), packed = 0;
+            meanwhile m = {.from = &from, .to = &to, .first = (long)block * BLOCK, .ring = ring, .slot = ring};
+            m.count = m.written = least(BLOCK, images - block * BLOCK); /* nothing to write yet */
+            m.slots = slots(window > 1), m.writes = 1 + BLOCK / (9 * n_lines * window * window);
             for (int top = 0; top < height_out; top += window) {
-                for (; packed < least(height_in, top + window + 1); packed++)
-                    pack_row(&from, first, count, packed, ring + (packed & 3) * row);
+                for (m.end = least(height_in, top + window + 1); m.packed < m.end;) pack_one(&m);
+                m.end = least(height_in, top + 2 * window + 1);
                 PHASE();
                 for (int out = 0; out < lines(cout); out++)
                     for (int left = 0; left < width_out; left += window) {
@@ -268,18 +335,21 @@ void convolve(bf16 *x, uint8_t *x_places, const bf16 *w, bf16 *y, uint8_t *y_pla
                             zero_sums();
                             /* The taps of a row of the filter lie beside each other, as do the pixels they see. */
                             for (int seen = most(0, r - 1); seen < least(height_in, r + 2); seen++)
-                                multiply(ring + (seen & 3) * row + (long)c0 * n_lines * PAIR,
+                                multiply(ring + (seen % m.slots) * row + (long)c0 * n_lines * PAIR,
                                          w + (9L * out + 3 * (seen - r + 1) + c0 - c + 1) * n_lines * PAIR,
-                                         (c1 - c0) * n_lines);
-                            store_sums(sums[k]);
+                                         (c1 - c0) * n_lines, &m);
+                            store_sums(sums[turn][k]);
                         }
+                        while (m.written < m.count) write_one(&m);
                         PHASE();
-                        for (int n = 0; n < count; n++)
-                            write_pixel(&to, sums, n, first + n, top / window, left / window, out);
-                        PHASE();
+                        m.sums = sums[turn], turn = !turn;
+                        m.y = top / window, m.x = left / window, m.line = out, m.written = 0;
                     }
             }
+            while (m.written < m.count) write_one(&m);
+            PHASE();
         }
+        _mm_sfence(); /* what went past the caches is there before another thread reads it */
         end_tiles(&before);
     }
 }
@@ -291,7 +361,7 @@ typedef struct {
 } portion;
 
 INLINE portion make_portion(int height, int width, int cin, int cout, int budget) {
-    portion p = {least(lines(cout), 4), least(lines(cin), 2), height, 1};
+    portion p = {least(lines(cout), 8), least(lines(cin), 2), height, 1};
     long line = width * PAIR * (long)sizeof(bf16);
     while (p.rows > 1 && line * ((p.rows) * p.out_lines + (p.rows + 2) * p.in_lines) > budget) p.rows = (p.rows + 1) / 2;
     if (p.rows == height)
@@ -310,7 +380,7 @@ INLINE void add_gradient(const bf16 *left, const bf16 *right, int rows, int widt
                 load_sums(sums + (dc + 1) * BLOCK * BLOCK);
                 for (int r = r0; r < least(rows, r0 + together); r++)
                     multiply(left + ((long)r * width_out + first) * PAIR,
-                             right + ((long)r * width + first + dc) * PAIR, last - first);
+                             right + ((long)r * width + first + dc) * PAIR, last - first, NULL);
                 store_sums(sums + (dc + 1) * BLOCK * BLOCK);
             }
 }

@@ -133,7 +133,7 @@ def _library() -> ctypes.CDLL:
     library = native.load("amx.c")
     pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
     library.convolve_scratch.restype = library.gradient_scratch.restype = long
-    library.convolve_scratch.argtypes = [integer] * 2
+    library.convolve_scratch.argtypes = [integer] * 3
     library.gradient_scratch.argtypes = [integer] * 5
     library.pack_filters.argtypes = [pointer] * 2 + [integer] * 4
     library.convolve.argtypes = [pointer] * 6 + [integer] * 8
@@ -197,7 +197,7 @@ def _convolve(
     if flipped:
         n_out, n_in = n_in, n_out
     y = _empty((len(x), n_out, *(y_size if y_places is None else y_places.shape[2:])), torch.bfloat16)
-    scratch = _aligned(threads * library.convolve_scratch(x_size[1], n_in))
+    scratch = _aligned(threads * library.convolve_scratch(x_size[1], n_in, y_places is not None))
     library.convolve(
         x.data_ptr(), _address(x_places), filters.data_ptr(), y.data_ptr(), _address(y_places), scratch.data_ptr(),
         len(x), *x_size, n_in, *y_size, n_out, threads,

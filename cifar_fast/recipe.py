@@ -476,7 +476,7 @@ def laptop() -> Recipe:
         bend_lr_fraction=1 / 3,
         ghost_batch_size=512,
         micro_batch_size=512,
-        resolutions=(18, 18, 18, 24, 32),
+        resolutions=(18, 18, 24, 24, 32),
         # While the rate is high the average is ahead of the weights; once they settle it is behind.
         ema_decay=0.97,
         ema_every=2,

@@ -325,7 +325,7 @@ def test_speedrun_has_hiverges_rates_and_runs_on_1_2_4_or_8_processes() -> None:
         "epochs": (11.0, 9.0),
         "bend_fraction": (6 / 11, 0.0),
         "bend_lr_fraction": (1 / 3, 0.0),
-        "resolutions": ((18, 18, 18, 24, 32), ()),
+        "resolutions": ((18, 18, 24, 24, 32), ()),
         "ema_decay": (0.97, 0.0),
         "ema_every": (2, 5),
         "ema_off_epochs": (1.0, 0.0),
@@ -341,7 +341,7 @@ def test_a_shortened_recipe_has_neither_small_images_nor_averages() -> None:
         "epochs": (11.0, 2.0),
         "bend_fraction": (6 / 11, 0.0),
         "bend_lr_fraction": (1 / 3, 0.0),
-        "resolutions": ((18, 18, 18, 24, 32), ()),
+        "resolutions": ((18, 18, 24, 24, 32), ()),
         "ema_decay": (0.97, 0.0),
         "ema_off_epochs": (1.0, 0.0),
     }
