@@ -1,11 +1,13 @@
 """Trains a recipe with each trick switched off (or on, where the recipe lacks it), one at a time, and files the runs.
 
     python benchmarks/ablation.py --recipe laptop --seeds 0 1 2 --out benchmarks/results/ablation
+    python benchmarks/ablation.py --trained runs/A runs/B --out benchmarks/results/ablation  # of the recipe as it is
     python benchmarks/ablation.py --epochs 2 --out benchmarks/results/ablation_2_epochs  # as notebooks at scale laptop
 
 Appends a line a run to results.jsonl as it ends (`arm`, commit, and what `RunResult.to_dict` gives); what is filed is
 not trained again, so it can be stopped and started again. Test-time augmentation needs no training of its own: the
-networks of the recipe as it is are evaluated in each way. Draws the table of all that is filed into table.txt.
+networks of the recipe as it is are evaluated in each way; those that `cifar-fast train --out` has trained already are
+taken from their folders. Draws the table of all that is filed into table.txt.
 """
 
 import argparse
@@ -17,8 +19,9 @@ from revision import commit
 from cifar_fast import recipe as recipes
 from cifar_fast.ablation import AS_IT_IS, Ablation, evaluate_as_trained
 from cifar_fast.data import Dataset, load_cifar10
+from cifar_fast.errors import RunError
 from cifar_fast.recipe import CHOICES, Recipe, changed_fields
-from cifar_fast.result import RunResult
+from cifar_fast.result import RunResult, load_run
 from cifar_fast.train import train
 
 ARMS: dict[str, dict[str, object]] = {
@@ -34,6 +37,10 @@ ARMS: dict[str, dict[str, object]] = {
     "ema_decay=0.99": {"ema_decay": 0.99, "ema_off_epochs": 0.0},
     "ema_decay=0.8": {"ema_decay": 0.8, "ema_off_epochs": 0.0},
     "resolutions=()": {"resolutions": ()},
+    # In the end laptop evaluates the weights themselves, so that without an average that accuracy would be the same.
+    "ema_off_epochs=0": {"ema_off_epochs": 0.0},
+    "bend_fraction=0": {"bend_fraction": 0.0, "bend_lr_fraction": 0.0},
+    "flip=random": {"flip": "random"},
     "color_jitter=0": {"color_jitter": 0.0},
     "convolution=direct": {"convolution": "direct"},
     "fuse_norm=False": {"fuse_norm": False},
@@ -66,6 +73,31 @@ def tta_lines(result: RunResult, data: Dataset) -> list[dict]:
     return lines
 
 
+def trained(folders: list[Path], recipe: Recipe, data: Dataset) -> list[RunResult]:
+    """Return the runs in `folders`; stop when one is of another recipe or data set."""
+    runs = []
+    for folder in folders:
+        try:
+            run = load_run(folder)
+        except RunError as error:
+            raise SystemExit(f"error: {error}") from None
+        if changes := changed_fields(recipe, run.recipe):
+            raise SystemExit(f"error: {folder} was trained with another recipe ({changes}); leave it out")
+        if run.dataset != data.describe():
+            raise SystemExit(f"error: {folder} was trained on {run.dataset['name']}, from another source; leave it out")
+        runs.append(run)
+    return runs
+
+
+def file_run(results: Path, arm: str, result: RunResult, data: Dataset, busy: bool) -> None:
+    """Append the run, and of the recipe as it is the other ways to evaluate it; draw the table anew."""
+    lines = [line(arm, result), *(tta_lines(result, data) if arm == AS_IT_IS else [])]
+    with open(results, "a") as file:
+        file.write("".join(json.dumps(without_clocks(run) if busy else run) + "\n" for run in lines))
+    redraw(results)
+    print(f"{arm}, seed {result.seed}: {100 * result.accuracy:.2f} %, {result.train_seconds:.0f} s", flush=True)
+
+
 def done(results: Path, recipe: Recipe) -> set[tuple[str, int]]:
     """Return the arms and seeds that are filed; stop when they were measured with another recipe."""
     if not results.exists():
@@ -95,6 +127,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, help="shorten the recipe to so many")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument(
+        "--trained", type=Path, nargs="+", default=[], metavar="FOLDER", help="runs of the recipe as it is"
+    )
     parser.add_argument("--busy", action="store_true", help="other work shares the machine: file no clocks")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -102,18 +137,16 @@ def main() -> None:
     results, recipe, data = options.out / "results.jsonl", recipes.named(options.recipe), load_cifar10()
     if options.epochs is not None:
         recipe = recipes.shortened(recipe, options.epochs)
+    for run in trained(options.trained, recipe, data):
+        if (AS_IT_IS, run.seed) not in done(results, recipe):
+            file_run(results, AS_IT_IS, run, data, options.busy)
     for seed in options.seeds:
         for arm in options.arms:
             arm_recipe = Recipe.from_dict(recipe.to_dict() | ARMS[arm])
             changes_nothing = arm != AS_IT_IS and not changed_fields(recipe, arm_recipe)
             if changes_nothing or (arm, seed) in done(results, recipe):
                 continue
-            result = train(arm_recipe, data, seed=seed)
-            lines = [line(arm, result), *(tta_lines(result, data) if arm == AS_IT_IS else [])]
-            with open(results, "a") as file:
-                file.write("".join(json.dumps(without_clocks(run) if options.busy else run) + "\n" for run in lines))
-            redraw(results)
-            print(f"{arm}, seed {seed}: {100 * result.accuracy:.2f} %, {result.train_seconds:.0f} s", flush=True)
+            file_run(results, arm, train(arm_recipe, data, seed=seed), data, options.busy)
 
 
 if __name__ == "__main__":

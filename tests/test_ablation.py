@@ -232,3 +232,21 @@ def test_the_script_evaluates_a_network_in_each_other_way_and_can_leave_clocks_o
     assert {name for name in whole if untimed[name] != whole[name]} == {*script.CLOCKS, "epochs"}
     assert all(untimed[name] is None for name in script.CLOCKS)
     assert untimed["epochs"] == [epoch | {"train_seconds": None} for epoch in whole["epochs"]]
+
+
+def test_runs_that_are_trained_already_are_taken_from_their_folders_if_they_fit(script, tiny_data, tmp_path, capsys):
+    result = train(RECIPE, tiny_data, device="cpu", seed=3, progress=False, out=tmp_path / "run")
+    (found,) = script.trained([tmp_path / "run"], RECIPE, tiny_data)
+    assert found.to_dict() == result.to_dict()
+    with pytest.raises(SystemExit, match=r"run was trained with another recipe .*epochs.*; leave it out"):
+        script.trained([tmp_path / "run"], replace(RECIPE, epochs=2.0), tiny_data)
+    with pytest.raises(SystemExit, match="run was trained on .*; leave it out"):
+        script.trained([tmp_path / "run"], RECIPE, replace(tiny_data, fingerprint="another"))
+    with pytest.raises(SystemExit, match="is not a finished run"):
+        script.trained([tmp_path], RECIPE, tiny_data)
+    results = tmp_path / "results.jsonl"
+    script.file_run(results, AS_IT_IS, found, tiny_data, False)
+    filed_runs = [json.loads(text) for text in results.read_text().splitlines()]
+    assert [run["arm"] for run in filed_runs][0] == AS_IT_IS and len(filed_runs) == 3
+    assert filed_runs[0]["train_seconds"] == result.train_seconds
+    assert f"{AS_IT_IS}, seed 3: {100 * result.accuracy:.2f} %" in capsys.readouterr().out
