@@ -79,7 +79,7 @@ def train(
         warnings.warn(f"precision={recipe.precision} is not used: {numerics.reason}", stacklevel=2)
     launch = peers.agree(choose_launch(recipe, on, peers.backend) if peers.is_main else None)
     assert launch is not None
-    # The first optimiser has torch import its compiler, a second or more; imports come before the clock.
+    # The first optimiser has torch import its compiler, most of a second; imports come before the clock.
     torch.optim.SGD([torch.zeros(1)])
     train_clock, evaluate_clock, warm_up_clock = Clock(on), Clock(on), Clock(on)
     network_dtype = torch.float64 if numerics.dtype == torch.float64 else torch.float32
