@@ -34,8 +34,8 @@ class Ablation:
     arms: dict[str, list[dict[str, Any]]]
     """Each run as `RunResult.to_dict()` gives it; clocks are None where other work shared the machine."""
 
-    def difference(self, arm: str, field: str = "accuracy") -> tuple[float, tuple[float, float] | None]:
-        """Return by how much `arm` exceeds the first arm, seed by seed: the mean, and its 95 % interval from n = 2 on.
+    def differences(self, arm: str, field: str = "accuracy") -> list[float]:
+        """Return by how much each run of `arm` exceeds the first arm's run of the same seed.
 
         `field`: `accuracy` (0 ... 1), `loss`, or a clock, in seconds. Raises `UserError` when no seed is in both.
         """
@@ -43,15 +43,16 @@ class Ablation:
         differences = [run[field] - first[run["seed"]] for run in self.arms[arm] if run["seed"] in first]
         if not differences:
             raise UserError(f"no seed was trained both in {next(iter(self.arms))!r} and in {arm!r}")
+        return differences
+
+    def difference(self, arm: str, field: str = "accuracy") -> tuple[float, tuple[float, float] | None]:
+        """Return the mean of `differences`, and its 95 % interval from n = 2 on."""
+        differences = self.differences(arm, field)
         return fmean(differences), mean_interval(differences)
 
     def verdict(self, arm: str) -> str:
-        """Return whether the interval of the accuracy's difference leaves out zero, in words."""
-        _, interval = self.difference(arm)
-        if interval is None:
-            return "one seed: no interval"
-        low, high = interval
-        return "more accurate" if low > 0 else "less accurate" if high < 0 else "no clear difference"
+        """Return whether the interval of the accuracy's difference leaves out zero, in words; from 3 seeds on."""
+        return _verdict(self.differences(arm))
 
     def table(self) -> str:
         """Return a line an arm: accuracy and time with their spread, and the difference from the first arm."""
@@ -78,9 +79,23 @@ class Ablation:
         )
 
     def _against_first(self, name: str) -> str:
-        mean, interval = self.difference(name)
-        between = f" ({100 * interval[0]:+.2f} to {100 * interval[1]:+.2f})" if interval else ""
-        return f"{100 * mean:+.2f}{between} points: {self.verdict(name)}"
+        return _points(self.differences(name))
+
+
+def _verdict(differences: Sequence[float]) -> str:
+    interval = mean_interval(differences)
+    if interval is None:
+        return "one seed: no interval"
+    if len(differences) == 2:
+        return "two seeds: too few to tell"  # two that agree by chance have an interval of no width
+    low, high = interval
+    return "more accurate" if low > 0 else "less accurate" if high < 0 else "no clear difference"
+
+
+def _points(differences: Sequence[float]) -> str:
+    interval = mean_interval(differences)
+    between = f" ({100 * interval[0]:+.2f} to {100 * interval[1]:+.2f})" if interval else ""
+    return f"{100 * fmean(differences):+.2f}{between} points: {_verdict(differences)}"
 
 
 def _spread(values: Sequence[float], unit: str) -> str:
@@ -214,19 +229,31 @@ def measured(*arms: str, folder: Path | str | None = None) -> Ablation | None:
     return Ablation(found) if all(found.values()) else None
 
 
-FULL_SCALE = ("ablation", "ablation_2_epochs")
-"""Folders of `results_folder()` with ablations on all of CIFAR-10, whole trainings first."""
+WHOLE_TRAININGS = ("ablation", "ablation_without_tiles")
+"""Folders of `results_folder()` with whole trainings on all of CIFAR-10, each from one machine."""
+SHORT_TRAININGS = "ablation_2_epochs"
+"""The folder with trainings of two epochs on all of CIFAR-10."""
 
 
 def full_scale(*arms: str, results: Path | str | None = None) -> str:
-    """Return the table of the longest trainings on all of CIFAR-10 that are filed for `arms`, and what is missing.
+    """Return the tables of the longest trainings on all of CIFAR-10 that are filed for `arms`, and what is missing.
+
+    Where two machines have trained them, a last line an arm puts together the differences of both, each between runs
+    of one machine.
 
     `arms`: the names under which `benchmarks/ablation.py` files them. `results`: another folder than
     `results_folder()`.
     """
     root = Path(results) if results else results_folder()
-    whole, short = (measured(*arms, folder=root / name) for name in FULL_SCALE)
+    whole = [found for name in WHOLE_TRAININGS if (found := measured(*arms, folder=root / name))]
     if whole:
-        return whole.table()
+        together = ["\n".join(_together(arm, whole) for arm in arms)] if len(whole) > 1 else []
+        return "\n\n".join([*(each.table() for each in whole), *together])
     missing = f"not measured yet for {', '.join(arms)}; benchmarks/ablation.py does it, in hours on two cores"
+    short = measured(*arms, folder=root / SHORT_TRAININGS)
     return f"{short.table()}\nwhole trainings: {missing}" if short else f"full scale: {missing}"
+
+
+def _together(arm: str, machines: Sequence[Ablation]) -> str:
+    differences = [each for machine in machines for each in machine.differences(arm)]
+    return f"{arm} on {len(machines)} machines, n = {len(differences)}: {_points(differences)}"

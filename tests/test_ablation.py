@@ -126,6 +126,7 @@ def test_arms_are_compared_seed_by_seed():
         ([0.88, 0.90, 0.921], "less accurate"),
         ([0.88, 0.94, 0.94], "no clear difference"),
         ([0.95], "one seed: no interval"),
+        ([0.91, 0.93], "two seeds: too few to tell"),
     ],
 )
 def test_a_verdict_is_what_the_interval_leaves_out(accuracies, words):
@@ -170,7 +171,17 @@ def test_whole_trainings_are_shown_before_short_ones_and_what_is_missing_is_said
     assert "80.00" in short and f"\nwhole trainings: {missing}" in short
     file_runs(tmp_path / "ablation", {AS_IT_IS: [run(0, 0.95)], "tta=none": [run(0, 0.94)]})
     whole = full_scale("tta=none", results=tmp_path)
-    assert "94.00" in whole and "80.00" not in whole and missing not in whole
+    assert "94.00" in whole and "80.00" not in whole and missing not in whole and "machines" not in whole
+
+
+def test_differences_of_two_machines_are_put_together_and_never_taken_between_them(tmp_path):
+    file_runs(tmp_path / "ablation", {AS_IT_IS: [run(0, 0.95), run(1, 0.94)], "tta=none": [run(0, 0.94)]})
+    other = {AS_IT_IS: [run(1, 0.80), run(2, 0.81)], "tta=none": [run(1, 0.78), run(2, 0.80)], "flip=random": []}
+    file_runs(tmp_path / "ablation_without_tiles", other)
+    shown = full_scale("tta=none", results=tmp_path)
+    assert shown.index("94.00") < shown.index("79.00")
+    # -1, -2 and -1 points; against the other machine's seed 1 the second would be -16.
+    assert shown.endswith("tta=none on 2 machines, n = 3: -1.33 (-2.77 to +0.10) points: no clear difference")
 
 
 # --- benchmarks/ablation.py ---
