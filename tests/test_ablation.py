@@ -187,9 +187,7 @@ def test_differences_of_two_machines_are_put_together_and_never_taken_between_th
     # -1, -2 and -1 points; against the other machine's seed 1 the second would be -16.
     assert shown.endswith("tta=none on 2 machines, n = 3: -1.33 (-2.77 to +0.10) points: no clear difference")
     alone = full_scale("flip=random", results=tmp_path)
-    assert (
-        "70.00" in alone and "94.50" not in alone and "machines" not in alone
-    )  # what one machine lacks, it is not shown for
+    assert "70.00" in alone and "94.50" not in alone and "machines" not in alone
 
 
 # --- benchmarks/ablation.py ---
