@@ -16,13 +16,14 @@ from pathlib import Path
 
 from revision import commit
 
-from cifar_fast import recipe as recipes
-from cifar_fast.ablation import AS_IT_IS, Ablation, evaluate_as_trained
-from cifar_fast.data import Dataset, load_cifar10
+from cifar_fast import recipes
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.data.load import load_cifar10
 from cifar_fast.errors import RunError
+from cifar_fast.experiments.ablation import AS_IT_IS, Ablation, evaluate_as_trained
 from cifar_fast.recipe import CHOICES, Recipe, changed_fields
-from cifar_fast.result import RunResult, load_run
-from cifar_fast.train import train
+from cifar_fast.training.loop import train
+from cifar_fast.training.result import RunResult, load_run
 
 ARMS: dict[str, dict[str, object]] = {
     AS_IT_IS: {},

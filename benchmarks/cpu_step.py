@@ -50,21 +50,26 @@ import torch.nn.functional as F
 from revision import commit
 from torch import Tensor, nn
 
-from cifar_fast import amx, fused, optim
-from cifar_fast import recipe as recipes
-from cifar_fast.batches import TrainBatches, pixel_statistics
-from cifar_fast.data import IMAGE_SIZE, SYNTHETIC, load_cifar10, synthetic
-from cifar_fast.device import Numerics, choose_numerics, environment, keep_freed_memory
+from cifar_fast import recipes
+from cifar_fast.data.dataset import IMAGE_SIZE, SYNTHETIC
+from cifar_fast.data.load import load_cifar10
+from cifar_fast.data.synthetic import synthetic
+from cifar_fast.distributed.processes import WatchedProcesses
+from cifar_fast.distributed.ranks import ALONE, Ranks
 from cifar_fast.errors import UserError
-from cifar_fast.layers import Block, Conv3x3, GhostBatchNorm, Scale
-from cifar_fast.model import Network, Residual, build_model, whiten_first_layer
-from cifar_fast.optim import PiecewiseLinear, build_optimizers, set_learning_rates
-from cifar_fast.peers import ALONE, Peers
+from cifar_fast.experiments.statistics import hardware, spread
+from cifar_fast.experiments.tables import table
+from cifar_fast.hardware.device import environment, keep_freed_memory
+from cifar_fast.hardware.numerics import Numerics, choose_numerics
+from cifar_fast.kernels import amx, fused
 from cifar_fast.recipe import Recipe
-from cifar_fast.report import hardware, spread, table
-from cifar_fast.result import write_json
-from cifar_fast.train import TrainingStep, freeze_whitening_bias
-from cifar_fast.workers import Workers
+from cifar_fast.training import optim
+from cifar_fast.training.batches import TrainBatches, pixel_statistics
+from cifar_fast.training.layers import Block, Conv3x3, GhostBatchNorm, Scale
+from cifar_fast.training.model import Network, Residual, build_model, whiten_first_layer
+from cifar_fast.training.optim import PiecewiseLinear, build_optimizers, set_learning_rates
+from cifar_fast.training.result import write_json
+from cifar_fast.training.step import TrainingStep, freeze_whitening_bias
 
 RESULT, TABLE = "cpu_step.json", "cpu_step.txt"
 RANDOM = "random"
@@ -278,14 +283,14 @@ class Usage:
             self.faults, self.seconds = used.ru_minflt, used.ru_stime
 
 
-def choose(peers: Peers, recipe: Recipe, threads: int) -> Numerics:
+def choose(ranks: Ranks, recipe: Recipe, threads: int) -> Numerics:
     """Choose precision and convolution as training does, in the process that then trains so."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     return choose_numerics(recipe, CPU)
 
 
-def take_turn(peers: Peers, setting: Setting, side: str, steps: int) -> dict[str, Any]:
+def take_turn(ranks: Ranks, setting: Setting, side: str, steps: int) -> dict[str, Any]:
     """Take the side's next steps; return the means of one of them, times in seconds.
 
     A top-level function, so that a process can import it.
@@ -615,7 +620,7 @@ def part_of(name: str, module: nn.Module) -> Part | None:
     return Part(type(module).__name__, "forward", name)
 
 
-def split_turn(peers: Peers, setting: Setting, steps: int) -> dict[str, Any]:
+def split_turn(ranks: Ranks, setting: Setting, steps: int) -> dict[str, Any]:
     """Take steps as `ours` does, each split; return the means of one, and what each part of it had to do."""
     prepared = prepare(setting, False)
     take = TrainingStep(prepared.model, prepared.optimizers, setting.recipe, setting.numerics.dtype, ALONE)
@@ -923,7 +928,8 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     threads, started = torch.get_num_threads(), datetime.now(UTC)
     with ExitStack() as stack:
         workers = {
-            side: stack.enter_context(Workers(1, device="cpu", backend="gloo", timeout=60.0)) for side in SIDES[:-1]
+            side: stack.enter_context(WatchedProcesses(1, device="cpu", backend="gloo", timeout=60.0))
+            for side in SIDES[:-1]
         }
         (numerics,) = workers[OURS].call(choose, recipe, threads)
         setting = Setting(recipe, options.data, N_IMAGES, threads, numerics, options.reference_part)

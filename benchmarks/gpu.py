@@ -69,17 +69,20 @@ import torch
 from revision import commit
 
 import cifar_fast as cf
-from cifar_fast import gpu_results
-from cifar_fast.batches import steps_per_epoch
-from cifar_fast.data import SYNTHETIC, Dataset, load_cifar10, synthetic
-from cifar_fast.device import environment, select_device
+from cifar_fast.data.dataset import SYNTHETIC, Dataset
+from cifar_fast.data.load import load_cifar10
+from cifar_fast.data.synthetic import synthetic
 from cifar_fast.errors import UserError
-from cifar_fast.graph import Recorded
-from cifar_fast.model import build_model
-from cifar_fast.optim import orthogonalise_by_shape, orthogonalise_padded
+from cifar_fast.experiments import gpu_report as gpu_results
+from cifar_fast.experiments.statistics import summarise
+from cifar_fast.files import write_text
+from cifar_fast.hardware.cuda_graph import CapturedFunction
+from cifar_fast.hardware.device import environment, select_device
 from cifar_fast.recipe import Recipe
-from cifar_fast.report import summarise
-from cifar_fast.result import RunResult, write_json
+from cifar_fast.training.batches import steps_per_epoch
+from cifar_fast.training.model import build_model
+from cifar_fast.training.optim import orthogonalise_by_shape, orthogonalise_padded
+from cifar_fast.training.result import RunResult, write_json
 
 PARTS = ("tests", "profile", "speedrun", "airbench", "apple", "start", "recipes")
 PART_SECONDS = 480.0
@@ -304,14 +307,14 @@ def orthogonalising(recipe: Recipe, device: torch.device, repeats: int = 50) -> 
     filters = [p for p in model.parameters() if p.requires_grad and p.ndim == 4]
     matrices = [torch.randn(len(p), p[0].numel(), device=device) for p in filters]
     ways = {"all at once, padded": orthogonalise_padded, "by shape": orthogonalise_by_shape}
-    recorded: dict[str, Recorded] = {}
+    recorded: dict[str, CapturedFunction] = {}
     for name, way in ways.items():
 
         def half(*given: torch.Tensor, way: Callable = way) -> list[torch.Tensor]:
             with torch.autocast("cuda", torch.float16):
                 return way(list(given))
 
-        recorded[name] = Recorded(half, *matrices)
+        recorded[name] = CapturedFunction(half, *matrices)
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
         for name, replay in recorded.items():
@@ -413,7 +416,7 @@ def read_airbench(printed: str) -> dict[str, float]:
 # --- from files to one JSON ---
 
 
-def filed(folder: Path) -> dict[str, Any] | None:
+def saved_runs(folder: Path) -> dict[str, Any] | None:
     """Return the summary of a benchmark folder, and what its runs have in common; None where no run is finished."""
     try:
         runs = cf.load_benchmark(folder).runs
@@ -458,12 +461,12 @@ def collect(part: str, out: Path) -> Any:
     if part == "tests":
         return read_tests(out / "tests.xml")
     if part == "speedrun":
-        return {name: found for name in ("speedrun", "speedrun_all_gpus") if (found := filed(out / name))} or None
+        return {name: found for name in ("speedrun", "speedrun_all_gpus") if (found := saved_runs(out / name))} or None
     if part == "apple":
-        return filed(out / "apple_8gpu")
+        return saved_runs(out / "apple_8gpu")
     if part == "recipes":
         names = cf.recipes.names()
-        found = {name: summary for name in names if (summary := filed(out / "recipes" / name))}
+        found = {name: summary for name in names if (summary := saved_runs(out / "recipes" / name))}
         return {"recipes": found, "missing": [name for name in names if name not in found]} if found else None
     return read_json(out / f"{part}.json")
 
@@ -560,9 +563,7 @@ def write_readme(readme: Path, folder: Path) -> None:
     if not begin or not end:
         raise UserError(f"{readme.name} has no lines {BEGIN.strip()} and {END.strip()} for what was measured")
     new = before + begin + gpu_results.readme_block(folder) + end + after
-    partial = readme.with_name(readme.name + ".part")
-    partial.write_text(new)
-    os.replace(partial, readme)
+    write_text(readme, new)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

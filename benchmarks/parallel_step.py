@@ -18,16 +18,17 @@ import torch
 from revision import commit
 from torch.nn.parallel import DistributedDataParallel
 
-from cifar_fast import recipe as recipes
-from cifar_fast.batches import TrainBatches, pixel_statistics
-from cifar_fast.device import HALF, Numerics, choose_numerics, environment, keep_freed_memory, select_device
-from cifar_fast.model import build_model, whiten_first_layer
-from cifar_fast.optim import build_optimizers, lr_schedule, set_learning_rates
-from cifar_fast.peers import ALONE, Peers
+from cifar_fast import recipes
+from cifar_fast.distributed.processes import WatchedProcesses
+from cifar_fast.distributed.ranks import ALONE, Ranks
+from cifar_fast.hardware.clock import synchronize
+from cifar_fast.hardware.device import environment, keep_freed_memory, select_device
+from cifar_fast.hardware.numerics import HALF, Numerics, choose_numerics
 from cifar_fast.recipe import Recipe
-from cifar_fast.timing import synchronize
-from cifar_fast.train import forward_backward
-from cifar_fast.workers import Workers
+from cifar_fast.training.batches import TrainBatches, pixel_statistics
+from cifar_fast.training.model import build_model, whiten_first_layer
+from cifar_fast.training.optim import build_optimizers, lr_schedule, set_learning_rates
+from cifar_fast.training.step import forward_backward
 
 N_IMAGES = 8192
 
@@ -49,28 +50,28 @@ def prepare(recipe: Recipe, rank: int, world_size: int, device: torch.device, nu
     return model, batches, optimizers
 
 
-def time_steps(peers: Peers, recipe: Recipe, n_steps: int, way: str) -> float:
+def time_steps(ranks: Ranks, recipe: Recipe, n_steps: int, way: str) -> float:
     """Return the seconds of `n_steps` training steps, augmentation included, `way` being `flat` or `ddp`."""
     keep_freed_memory()
-    device = peers.device
-    numerics = peers.agree(choose_numerics(recipe, device) if peers.is_main else None)
+    device = ranks.device
+    numerics = ranks.agree(choose_numerics(recipe, device) if ranks.is_main else None)
     assert numerics is not None
-    kept = prepare(recipe, peers.rank, peers.world_size, device, numerics, way == "ddp")
+    kept = prepare(recipe, ranks.rank, ranks.world_size, device, numerics, way == "ddp")
     model, batches, optimizers = kept
     schedule = lr_schedule(recipe)
     stream = batches.epoch(0)
-    peers.barrier()
+    ranks.barrier()
     start = time.perf_counter()
     for step in range(n_steps):
         images, labels = next(stream)
         forward_backward(model, images, labels, recipe, numerics.dtype)
         if way == "flat":
-            peers.average_gradients(model, half_precision=numerics.dtype in HALF, scale=len(images))
+            ranks.average_gradients(model, half_precision=numerics.dtype in HALF, scale=len(images))
         set_learning_rates(optimizers, schedule, step / batches.steps_per_epoch)
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=way == "flat")
-        peers.tick()
+        ranks.tick()
     synchronize(device)
     return time.perf_counter() - start
 
@@ -118,7 +119,7 @@ def main() -> None:
         "world_size": n,
         "images a round": images,
     }
-    with Workers(n, device=device.type, backend=backend, timeout=60.0) as workers:
+    with WatchedProcesses(n, device=device.type, backend=backend, timeout=60.0) as workers:
         alone = {"one process": lambda: time_steps(ALONE, shared, steps, "flat")}
         together = {f"{n} processes": lambda: max(workers.call(task, shared, steps, "flat"))}
         report["processes"] = compare(alone | together, rounds)

@@ -15,11 +15,12 @@ from typing import Any
 
 from ablation import AS_IT_IS, done, line, redraw, without_clocks
 
-from cifar_fast import recipe as recipes
-from cifar_fast.data import Dataset, load_cifar10
+from cifar_fast import recipes
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.data.load import load_cifar10
 from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe, changed_fields
-from cifar_fast.train import train
+from cifar_fast.training.loop import train
 
 
 def hold_out(data: Dataset, count: int) -> Dataset:

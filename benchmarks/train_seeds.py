@@ -18,10 +18,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from revision import commit
 
-from cifar_fast.benchmark import Benchmark
-from cifar_fast.plots import accuracy_and_time
+from cifar_fast.experiments.benchmark import Benchmark
+from cifar_fast.experiments.statistics import spread
 from cifar_fast.recipe import Recipe
-from cifar_fast.report import spread
+from cifar_fast.teaching.result_plots import accuracy_and_time
 
 FIGURES = ("accuracy", "train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds", "peak_memory_gb")
 

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from cifar_fast import recipe as recipes
+from cifar_fast import recipes
 from cifar_fast.errors import UserError
-from cifar_fast.recipe import Recipe, changed_fields, ladder
+from cifar_fast.recipe import Recipe, changed_fields
+from cifar_fast.recipes import ladder
 
 if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
-    from cifar_fast import exercises, figures, galleries, gpu_results, plan, plots, scales
-    from cifar_fast import widgets as widgets
-    from cifar_fast.ablation import Ablation, ablation, filed, full_scale, measured, results_folder
-    from cifar_fast.benchmark import Benchmark, benchmark, load_benchmark
-    from cifar_fast.data import Dataset, load_cifar10, load_or_synthetic, synthetic
-    from cifar_fast.evaluate import evaluate
-    from cifar_fast.parallel import Trainer, launch
-    from cifar_fast.result import RunResult, load_run, save_run
-    from cifar_fast.train import train
+    from cifar_fast.data.dataset import Dataset
+    from cifar_fast.data.load import load_cifar10, load_or_synthetic
+    from cifar_fast.data.synthetic import synthetic
+    from cifar_fast.distributed.launch import Trainer, launch
+    from cifar_fast.experiments import gpu_report, plan
+    from cifar_fast.experiments.ablation import Ablation, ablation
+    from cifar_fast.experiments.benchmark import Benchmark, benchmark, load_benchmark
+    from cifar_fast.experiments.saved import full_scale_tables, results_folder, saved_ablation, saved_runs
+    from cifar_fast.teaching import concept_plots, exercises, image_grids, result_plots, scales
+    from cifar_fast.teaching import widgets as widgets
+    from cifar_fast.training.evaluate import evaluate
+    from cifar_fast.training.loop import train
+    from cifar_fast.training.result import RunResult, load_run, save_run
 
 __version__ = "0.1.0"
 
@@ -37,76 +40,59 @@ __all__ = [
     "ablation",
     "benchmark",
     "changed_fields",
+    "concept_plots",
     "evaluate",
     "exercises",
-    "figures",
-    "filed",
-    "full_scale",
-    "galleries",
-    "gpu_results",
+    "full_scale_tables",
+    "gpu_report",
+    "image_grids",
     "ladder",
     "launch",
     "load_benchmark",
     "load_cifar10",
     "load_or_synthetic",
     "load_run",
-    "measured",
     "plan",
-    "plots",
     "recipes",
     "replace",
+    "result_plots",
     "results_folder",
     "save_run",
+    "saved_ablation",
+    "saved_runs",
     "scales",
     "synthetic",
     "train",
 ]
 
 # `widgets` is not in __all__: without the extra `notebooks` it cannot be imported, and says so.
-_MODULES = ("exercises", "figures", "galleries", "gpu_results", "plan", "plots", "scales", "widgets")
-_MODULE_OF = {
-    "Ablation": "ablation",
-    "ablation": "ablation",
-    "filed": "ablation",
-    "full_scale": "ablation",
-    "measured": "ablation",
-    "results_folder": "ablation",
-    "Benchmark": "benchmark",
-    "benchmark": "benchmark",
-    "load_benchmark": "benchmark",
-    "Dataset": "data",
-    "load_cifar10": "data",
-    "load_or_synthetic": "data",
-    "synthetic": "data",
-    "evaluate": "evaluate",
-    "Trainer": "parallel",
-    "launch": "parallel",
-    "RunResult": "result",
-    "load_run": "result",
-    "save_run": "result",
-    "train": "train",
+_MODULES = {
+    "experiments": ("gpu_report", "plan"),
+    "teaching": ("concept_plots", "exercises", "image_grids", "result_plots", "scales", "widgets"),
+}
+_NAMES = {
+    "data.dataset": ("Dataset",),
+    "data.load": ("load_cifar10", "load_or_synthetic"),
+    "data.synthetic": ("synthetic",),
+    "distributed.launch": ("Trainer", "launch"),
+    "experiments.ablation": ("Ablation", "ablation"),
+    "experiments.benchmark": ("Benchmark", "benchmark", "load_benchmark"),
+    "experiments.saved": ("full_scale_tables", "results_folder", "saved_ablation", "saved_runs"),
+    "training.evaluate": ("evaluate",),
+    "training.loop": ("train",),
+    "training.result": ("RunResult", "load_run", "save_run"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return import_module(f"cifar_fast.{name}")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'cifar_fast' has no attribute {name!r}")
-    return getattr(import_module(f"cifar_fast.{_MODULE_OF[name]}"), name)
+    for room, modules in _MODULES.items():
+        if name in modules:
+            return import_module(f"cifar_fast.{room}.{name}")
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"cifar_fast.{module}"), name)
+    raise AttributeError(f"module 'cifar_fast' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return [*__all__, "widgets"]
-
-
-class _Package(ModuleType):
-    """Whoever imports a module that is named as its function is, the name goes on meaning the function."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("ablation", "train", "evaluate", "benchmark") and isinstance(value, ModuleType):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

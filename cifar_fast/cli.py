@@ -18,19 +18,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import tyro
 from tyro import conf
 
-from cifar_fast import notebooks
-from cifar_fast import recipe as recipes
-from cifar_fast.errors import TrainingError, UserError, WorkerError
+from cifar_fast import recipes
+from cifar_fast.errors import RankError, TrainingError, UserError
+from cifar_fast.experiments.statistics import data_set, hardware
+from cifar_fast.experiments.tables import percent, table
 from cifar_fast.recipe import Recipe, changed_fields
-from cifar_fast.report import data_set, hardware, percent, table
+from cifar_fast.teaching import notebooks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from cifar_fast.data import Dataset
-    from cifar_fast.evaluate import Evaluation
-    from cifar_fast.result import EpochResult, RunResult
+    from cifar_fast.data.dataset import Dataset
+    from cifar_fast.training.evaluate import Evaluation
+    from cifar_fast.training.result import EpochResult, RunResult
 
 
 DataOption = Annotated[str | None, conf.arg(metavar="PATH|synthetic")]
@@ -74,8 +75,8 @@ class Train:
         """Train, save, print a table."""
         from tqdm.auto import tqdm
 
-        from cifar_fast.parallel import choose_world_size, launch
-        from cifar_fast.timing import process_start
+        from cifar_fast.distributed.launch import choose_world_size, launch
+        from cifar_fast.hardware.clock import process_start
 
         silence_other_ranks()
         base, why = base_recipe(self.recipe, self.device)
@@ -165,9 +166,9 @@ class Benchmark:
         """Train the runs that are missing, print all of them beside the published ones, draw them."""
         from tqdm.auto import tqdm
 
-        from cifar_fast.benchmark import benchmark, run_line
-        from cifar_fast.parallel import choose_world_size
-        from cifar_fast.report import comparison_table
+        from cifar_fast.distributed.launch import choose_world_size
+        from cifar_fast.experiments.benchmark import benchmark, run_line
+        from cifar_fast.experiments.tables import comparison_table
 
         silence_other_ranks()
         if 0 < self.target <= 1:
@@ -209,14 +210,14 @@ class Benchmark:
         except KeyboardInterrupt:
             print(f"\ninterrupted: {finished_runs(out)}; the same command goes on", file=sys.stderr)
             return 130
-        except (TrainingError, WorkerError):
+        except (TrainingError, RankError):
             print(f"note: {finished_runs(out)}", file=sys.stderr)
             raise
         if len(found.runs) < self.runs:
             print(f"stopped: the 95 % interval of the mean accuracy leaves out {percent(found.target)}")
         print(f"\n{comparison_table(found.summary())}\nfolder: {out}")
         if is_main_rank():
-            from cifar_fast.plots import accuracy_and_time
+            from cifar_fast.teaching.result_plots import accuracy_and_time
 
             save_figure(lambda: accuracy_and_time(found), out / "accuracy_and_time.png")
         return 0
@@ -239,10 +240,12 @@ class Evaluate:
 
     def run(self) -> int:
         """Evaluate and print two tables."""
-        from cifar_fast.data import SYNTHETIC, load_cifar10, synthetic
-        from cifar_fast.device import select_device
-        from cifar_fast.evaluate import evaluate
-        from cifar_fast.result import load_run
+        from cifar_fast.data.dataset import SYNTHETIC
+        from cifar_fast.data.load import load_cifar10
+        from cifar_fast.data.synthetic import synthetic
+        from cifar_fast.hardware.device import select_device
+        from cifar_fast.training.evaluate import evaluate
+        from cifar_fast.training.result import load_run
 
         result = load_run(self.run_folder)
         trained_on = result.dataset
@@ -293,8 +296,8 @@ class Predict:
         """Read all pictures, then predict and print a line for each."""
         import torch
 
-        from cifar_fast.evaluate import predict_probabilities
-        from cifar_fast.result import load_run
+        from cifar_fast.training.evaluate import predict_probabilities
+        from cifar_fast.training.result import load_run
 
         if not self.images:
             raise UserError("no picture is named: cifar-fast predict RUN IMAGE [IMAGE ...]")
@@ -326,7 +329,8 @@ class Data:
 
     def run(self) -> int:
         """Print the state; the exit status is 1 when `train` would find no usable data set on this machine."""
-        from cifar_fast.data import download, status
+        from cifar_fast.data.download import download
+        from cifar_fast.data.load import status
 
         if self.download:
             print(f"downloaded: {download(self.mirror)}")
@@ -354,16 +358,18 @@ class Doctor:
         """Print the table."""
         import torch
 
-        from cifar_fast import __version__, amx, fused, winograd
-        from cifar_fast.data import status
-        from cifar_fast.device import choose_numerics, environment, select_device
-        from cifar_fast.graph import choose_launch
+        from cifar_fast import __version__
+        from cifar_fast.data.load import status
+        from cifar_fast.hardware.cuda_graph import choose_step_mode
+        from cifar_fast.hardware.device import environment, select_device
+        from cifar_fast.hardware.numerics import choose_numerics
+        from cifar_fast.kernels import amx, fused, winograd
 
         device = select_device()
         machine = environment(device)
         recipe, why = base_recipe(None, None)
         numerics = choose_numerics(recipe, device)
-        launch = choose_launch(recipe, device)
+        launch = choose_step_mode(recipe, device)
         words = launch.describe()
         launched = [words["launch"], "compiled" if launch.compile else "not compiled", *launch.reasons]
         kernels = {
@@ -424,8 +430,8 @@ class Plan:
 
     def run(self) -> int:
         """Measure, then print the table."""
-        from cifar_fast import plan
-        from cifar_fast.plots import predicted_scaling
+        from cifar_fast.experiments import plan
+        from cifar_fast.teaching.result_plots import predicted_scaling
 
         recipe = recipes.named(self.recipe)
         if self.n_shards not in (None, recipe.n_shards):
@@ -485,7 +491,7 @@ class Notebooks:
 
     def run(self) -> int:
         """Go through them in order."""
-        from cifar_fast import scales
+        from cifar_fast.teaching import scales
 
         scales.here(self.scale)  # says what is wrong with it before a kernel starts
         for path in notebooks.find(self.names):
@@ -509,7 +515,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except WorkerError as error:
+    except RankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -523,8 +529,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def main_and_exit() -> NoReturn:
     """Run this process's command and end the process with its status."""
     status = main()
-    if "cifar_fast.peers" in sys.modules:  # without it no rank was joined, and torch need not be imported
-        from cifar_fast.peers import end_rank, joined_torchrun
+    if "cifar_fast.ranks" in sys.modules:  # without it no rank was joined, and torch need not be imported
+        from cifar_fast.distributed.torchrun import end_rank, joined_torchrun
 
         if joined_torchrun():
             end_rank(status)
@@ -559,7 +565,7 @@ def base_recipe(name: str | None, device: str | None) -> tuple[Recipe, str]:
         return recipes.named(name), "asked for"
     import torch
 
-    from cifar_fast.device import select_device
+    from cifar_fast.hardware.device import select_device
 
     if select_device(device).type == "cpu":
         return recipes.laptop(), "the recipe for a CPU" + ("" if device else ": torch can use no GPU here")
@@ -586,7 +592,7 @@ def print_recipe(base: Recipe, why: str, changes: dict[str, tuple[Any, Any]], wo
 
 def finished_runs(folder: Path) -> str:
     """Say how many runs of a benchmark are in its folder."""
-    from cifar_fast.benchmark import load_benchmark
+    from cifar_fast.experiments.benchmark import load_benchmark
 
     try:
         n = len(load_benchmark(folder).runs)
@@ -608,7 +614,9 @@ def silence_other_ranks() -> None:
 
 def open_data(path: str | None, mirrors: Sequence[str]) -> Dataset:
     """Load the data to train on: a folder, `synthetic`, or what can be found, with a banner where that is synthetic."""
-    from cifar_fast.data import SYNTHETIC, load_or_synthetic, synthetic
+    from cifar_fast.data.dataset import SYNTHETIC
+    from cifar_fast.data.load import load_or_synthetic
+    from cifar_fast.data.synthetic import synthetic
 
     return synthetic() if path == SYNTHETIC else load_or_synthetic(path, mirrors=mirrors)
 
@@ -629,7 +637,7 @@ def read_picture(path: Path) -> Tensor:
     import torch
     from PIL import Image, ImageOps
 
-    from cifar_fast.data import IMAGE_SIZE
+    from cifar_fast.data.dataset import IMAGE_SIZE
 
     try:
         with Image.open(path) as opened:
@@ -648,7 +656,7 @@ def read_picture(path: Path) -> Tensor:
 
 def save_learning_curve(result: RunResult, folder: Path) -> None:
     """Draw the run into its folder."""
-    from cifar_fast.plots import learning_curve
+    from cifar_fast.teaching.result_plots import learning_curve
 
     save_figure(lambda: learning_curve(result), folder / "learning_curve.png")
 

@@ -21,5 +21,5 @@ class TrainingError(UserError):
     """Training cannot go on, for instance because the loss is no longer a number."""
 
 
-class WorkerError(RuntimeError):
+class RankError(RuntimeError):
     """A process of a parallel training raised, died or hung; the message names its rank and holds its traceback."""

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
-    from cifar_fast.data import Dataset
+    from cifar_fast.data.dataset import Dataset
 
 # No test depends on time or on luck: no deadlines, and the same examples on every machine.
 settings.register_profile(
@@ -61,7 +61,7 @@ def user_data_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | 
 @pytest.fixture(scope="session")
 def tiny_data() -> Dataset:
     """640 training and 200 test images of the synthetic set, 10 classes."""
-    from cifar_fast.data import synthetic
+    from cifar_fast.data.synthetic import synthetic
 
     return synthetic(640, 200, seed=0)
 
@@ -71,7 +71,7 @@ def real_data(user_data_root: Path | None, monkeypatch: pytest.MonkeyPatch) -> D
     """CIFAR-10 from the user's CIFAR_FAST_DATA, which is set again while the test runs."""
     if user_data_root is None:
         pytest.skip("needs CIFAR-10: set CIFAR_FAST_DATA to the folder that holds it")
-    from cifar_fast.data import load_cifar10
+    from cifar_fast.data.load import load_cifar10
 
     monkeypatch.setenv("CIFAR_FAST_DATA", str(user_data_root))
     return load_cifar10(download=False)

@@ -12,46 +12,46 @@ from typing import Any
 import torch
 from torch import nn
 
+from cifar_fast.distributed.ranks import Ranks, flat_gradients
 from cifar_fast.errors import RecipeError
-from cifar_fast.layers import GhostBatchNorm
-from cifar_fast.peers import Peers, flat_gradients
+from cifar_fast.training.layers import GhostBatchNorm
 
 
-def add_ranks(peers: Peers) -> tuple[int, int, float, int]:
-    total = peers.sum(torch.tensor(float(peers.rank))).item()
-    return peers.rank, peers.agree(peers.rank + 7), total, torch.get_num_threads()
+def add_ranks(ranks: Ranks) -> tuple[int, int, float, int]:
+    total = ranks.sum(torch.tensor(float(ranks.rank))).item()
+    return ranks.rank, ranks.agree(ranks.rank + 7), total, torch.get_num_threads()
 
 
-def tell_twice(peers: Peers, word: str) -> str:
-    peers.tell(f"{word} {peers.rank}")
-    peers.tell(f"{word} again {peers.rank}")
+def tell_twice(ranks: Ranks, word: str) -> str:
+    ranks.tell(f"{word} {ranks.rank}")
+    ranks.tell(f"{word} again {ranks.rank}")
     return word
 
 
-def warn(peers: Peers) -> None:
-    warnings.warn(f"a warning of rank {peers.rank}", stacklevel=1)
+def warn(ranks: Ranks) -> None:
+    warnings.warn(f"a warning of rank {ranks.rank}", stacklevel=1)
 
 
-def fail(peers: Peers, how: str, culprit: int) -> None:
+def fail(ranks: Ranks, how: str, culprit: int) -> None:
     """Work together for a while, then let the rank `culprit` fail while the others wait for it."""
     for _ in range(20):
-        peers.barrier()
+        ranks.barrier()
         time.sleep(0.01)
-        peers.tick()
-    if how == "sleep at the end" and peers.rank != culprit:
+        ranks.tick()
+    if how == "sleep at the end" and ranks.rank != culprit:
         return
-    if peers.rank == culprit:
+    if ranks.rank == culprit:
         _fail(how)
     while True:
-        peers.barrier()
+        ranks.barrier()
 
 
-def take_turns_being_slow(peers: Peers, fast: float, slow: float) -> str:
+def take_turns_being_slow(ranks: Ranks, fast: float, slow: float) -> str:
     """Let one rank be slower than the other by more than the timeout, after steps that took as long."""
     for seconds in (fast, fast, slow):
-        time.sleep(seconds if peers.rank == 0 else fast)
-        peers.barrier()
-        peers.tick()
+        time.sleep(seconds if ranks.rank == 0 else fast)
+        ranks.barrier()
+        ranks.tick()
     return "done"
 
 
@@ -86,32 +86,32 @@ class Stubborn(Exception):
     """An exception that pickle cannot carry."""
 
 
-def report_own_pids(peers: Peers) -> int:
+def report_own_pids(ranks: Ranks) -> int:
     return os.getpid()
 
 
-def average(peers: Peers, half_precision: bool, scale: float) -> list[Any]:
+def average(ranks: Ranks, half_precision: bool, scale: float) -> list[Any]:
     """Average gradients of this rank's own, in two memory layouts and one parameter without; return them."""
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 2), nn.Linear(1, 1)).to(memory_format=torch.channels_last)
     for p in list(model.parameters())[:-1]:
-        p.grad = torch.empty_like(p).copy_(gradient(p.shape, peers.rank))
-    peers.average_gradients(model, half_precision=half_precision, scale=scale)
+        p.grad = torch.empty_like(p).copy_(gradient(p.shape, ranks.rank))
+    ranks.average_gradients(model, half_precision=half_precision, scale=scale)
     return [None if p.grad is None else p.grad.tolist() for p in model.parameters()]
 
 
-def average_in_one_buffer(peers: Peers, half_precision: bool, scale: float) -> bool:
+def average_in_one_buffer(ranks: Ranks, half_precision: bool, scale: float) -> bool:
     """Say whether gradients that are views of one buffer get the means that separate ones get."""
     means = []
     for in_one in (False, True):
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 2)).to(memory_format=torch.channels_last)
         flat = flat_gradients(model) if in_one else None
         for p in model.parameters():
-            value = gradient(p.shape, peers.rank)
+            value = gradient(p.shape, ranks.rank)
             p.grad = torch.empty_like(p).copy_(value) if p.grad is None else p.grad.copy_(value)
         if flat is None:
-            peers.average_gradients(model, half_precision=half_precision, scale=scale)
+            ranks.average_gradients(model, half_precision=half_precision, scale=scale)
         else:
-            peers.average_buffer(flat, half_precision=half_precision, scale=scale)
+            ranks.average_buffer(flat, half_precision=half_precision, scale=scale)
         means.append([p.grad for p in model.parameters()])
         if flat is not None:
             places = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
@@ -127,17 +127,17 @@ def gradient(shape: torch.Size, rank: int) -> torch.Tensor:
     return 1e-8 * torch.randn(shape, generator=random)
 
 
-def average_statistics(peers: Peers) -> tuple[list[float], list[float]]:
+def average_statistics(ranks: Ranks) -> tuple[list[float], list[float]]:
     norm = GhostBatchNorm(2, 4, eps=1e-5, momentum=0.1, freeze_scale=False)
     assert norm.running_mean is not None and norm.running_var is not None
-    norm.running_mean.fill_(peers.rank)
-    norm.running_var.fill_(10.0 * peers.rank)
-    peers.average_statistics(norm)
+    norm.running_mean.fill_(ranks.rank)
+    norm.running_var.fill_(10.0 * ranks.rank)
+    ranks.average_statistics(norm)
     return norm.running_mean.tolist(), norm.running_var.tolist()
 
 
-def start_together(peers: Peers) -> list[float]:
+def start_together(ranks: Ranks) -> list[float]:
     layer = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
-    nn.init.constant_(layer.weight, float(peers.rank + 1))
-    peers.start_together(layer)
+    nn.init.constant_(layer.weight, float(ranks.rank + 1))
+    ranks.start_together(layer)
     return layer.weight.flatten().tolist()

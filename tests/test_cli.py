@@ -20,8 +20,11 @@ import torch
 from PIL import Image
 
 import cifar_fast
-from cifar_fast import cli, data, notebooks, recipe
+from cifar_fast import cli
+from cifar_fast import recipes as recipe
+from cifar_fast.data import load as data
 from cifar_fast.recipe import Recipe
+from cifar_fast.teaching import notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("blue", "green", "red")
@@ -304,7 +307,7 @@ def test_mistakes_of_benchmark(benchmark_command, tmp_path, monkeypatch, capsys,
 
 
 def test_ctrl_c_in_a_benchmark_keeps_the_finished_runs(benchmark_command, tmp_path, monkeypatch, capsys):
-    from cifar_fast.parallel import Trainer
+    from cifar_fast.distributed.launch import Trainer
 
     train, arguments = Trainer.train, [*benchmark_command, "--runs", "3", "--out", tmp_path / "runs"]
     for at, said in enumerate(("no run was finished", "1 finished run is kept in", "2 finished runs are kept in")):

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cifar_fast import recipe as recipes
+from cifar_fast import recipes
 from cifar_fast.errors import RecipeError, UserError
-from cifar_fast.recipe import CHOICES, Recipe, changed_fields, ladder
+from cifar_fast.recipe import CHOICES, Recipe, changed_fields
+from cifar_fast.recipes import ladder
 
 TUNING = {"epochs", "peak_lr", "cutout"}
 

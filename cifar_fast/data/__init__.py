@@ -1,0 +1,1 @@
+"""Images and labels as tensors: found, downloaded, checked, decoded once, or drawn."""

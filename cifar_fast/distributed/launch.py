@@ -1,0 +1,335 @@
+"""One recipe on several processes by one call: a process per GPU with NCCL, or several on a CPU with gloo."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
+
+from cifar_fast.data.dataset import Dataset, read_decoded, write_decoded
+from cifar_fast.distributed.processes import WatchedProcesses
+from cifar_fast.distributed.ranks import Ranks, choose_backend
+from cifar_fast.distributed.torchrun import join_torchrun, torchrun_world_size, under_torchrun
+from cifar_fast.errors import RecipeError, RunError, UserError
+from cifar_fast.hardware.device import select_device
+from cifar_fast.recipe import Recipe
+from cifar_fast.training.batches import steps_per_epoch
+from cifar_fast.training.loop import train
+from cifar_fast.training.result import EpochResult, RunResult, run_from_dict, save_weights
+
+T = TypeVar("T")
+
+WARM_UP_STEPS = 3
+STEP_NEWS_SECONDS = 0.1
+"""How often, at most, rank 0 tells of its steps."""
+
+
+class Trainer:
+    """Processes that are started once and train any number of recipes on one data set.
+
+    A context manager. With one process nothing is started: the same training function is called directly. Under
+    torchrun, where RANK and WORLD_SIZE are set, this process joins the others instead of starting any, and each of them
+    runs the caller's code.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        *,
+        world_size: int | None = None,
+        device: str | None = None,
+        backend: str | None = None,
+        timeout: float = 10.0,
+    ) -> None:
+        """Start the processes.
+
+        Arguments:
+            data: the data set; where it is a decoded file, all processes map the same one.
+            world_size: number of processes; None takes all GPUs, or one process where there is none.
+            device: `cpu`, `cuda`, or None for GPUs where there are any.
+            backend: `nccl`, `gloo`, or None for what fits the device.
+            timeout: seconds within which a process that died or no longer answers has ended all of them.
+
+        Raises:
+            UserError: there are fewer GPUs than processes, or the backend does not fit.
+            RankError: a process failed to start.
+        """
+        self.data = data
+        self._workers: WatchedProcesses | None = None
+        if under_torchrun():
+            torchrun_world_size(world_size)
+            self._peers = join_torchrun(device, backend)
+            self.world_size = self._peers.world_size
+            return
+        self.world_size = choose_world_size(world_size, device)
+        on = select_device(device)
+        chosen = choose_backend(on, backend)
+        self._peers = Ranks(device=on)
+        if self.world_size > 1:
+            self._workers = WatchedProcesses(self.world_size, device=on.type, backend=chosen, timeout=timeout)
+            try:
+                self._share(data)
+            except BaseException:  # Ctrl-C too: nobody has this object yet who could close it
+                self.close()
+                raise
+
+    def _share(self, data: Dataset) -> None:
+        """Put the data where every process can map it, and have them do so."""
+        assert self._workers is not None
+        if data.decoded is not None:
+            self._file = data.decoded
+            self._workers.call(open_data, str(self._file))
+            return
+        self._file = self._workers.folder / "data.safetensors"
+        try:
+            write_decoded(data, self._file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the data set cannot be handed to the processes through {self._file.parent}: {error}; set TMPDIR to a "
+                "folder with 200 MB of space"
+            ) from error
+        self._workers.call(open_data, str(self._file))
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is the one that writes and prints: all are, but the ranks above 0 under torchrun."""
+        return self._peers.is_main
+
+    @property
+    def pids(self) -> list[int]:
+        """The numbers of the processes started here, by rank; none where this process trains itself."""
+        return self._workers.pids if self._workers else []
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise `RecipeError` unless the recipe can be trained by this many processes on this data."""
+        check_fit(recipe, self.world_size, self.data)
+
+    def agree(self, value: T) -> T:
+        """Return rank 0's `value` on every rank under torchrun, where each runs the same code; else the value."""
+        return self._peers.agree(value)
+
+    def warm_up(self, recipe: Recipe) -> None:
+        """Train a few steps and evaluate on random data: what is compiled, loaded or measured once is so before a clock
+        starts."""
+        self.check(recipe)
+        side = self.data.train_images.shape[-1]
+        arguments = (recipe, side, self.data.n_classes)
+        if self._workers:
+            self._workers.call(warm_up_task, *arguments)
+        else:
+            warm_up_task(self._peers, *arguments)
+
+    def train(
+        self,
+        recipe: Recipe,
+        *,
+        seed: int = 0,
+        out: Path | str | None = None,
+        progress: bool = True,
+        started: float | None = None,
+        on_epoch: Callable[[EpochResult], None] | None = None,
+    ) -> RunResult:
+        """Train `recipe` on all processes; arguments, result and errors are those of `train.train`.
+
+        The clocks are those of rank 0, `peak_memory_gb` is the sum over the processes, and `model` is on the CPU when
+        other processes trained it. An exception, Ctrl-C too, ends the processes.
+        """
+        self.check(recipe)
+        started = time.time() if started is None else started
+        if self.agree(out is not None and Path(out).exists()):
+            raise RunError(f"{out} exists already; choose another --out, or remove it: a run never overwrites another")
+        if not self._workers:
+            main = self._peers.is_main
+            return train(
+                recipe,
+                self.data,
+                device=str(self._peers.device),
+                seed=seed,
+                out=out if main else None,
+                progress=progress and main,
+                started=started,
+                on_epoch=on_epoch if main else None,
+                ranks=self._peers,
+            )
+        weights = self._workers.folder / "weights.safetensors"
+        where = str(Path(out).absolute()) if out is not None else None
+        description = f"{recipe.name} on {self.data.name}, {self.world_size} processes"
+        with tqdm(desc=description, unit="step", disable=not progress) as bar:
+
+            def hear(rank: int, message: tuple[str, Any]) -> None:
+                kind, content = message
+                if kind == "step":
+                    done, bar.total = content
+                    bar.update(done - bar.n)
+                elif kind == "epoch":
+                    epoch = EpochResult(**content)
+                    bar.set_postfix_str(f"epoch {epoch.epoch}: test accuracy {epoch.test_accuracy:.2%}")
+                    if on_epoch:
+                        on_epoch(epoch)
+
+            arguments = (recipe, str(self._file), seed, where, started, str(weights))
+            values = self._workers.call(train_task, *arguments, on_message=hear)[0]
+        result = run_from_dict(values, load_file(weights))
+        weights.unlink()
+        return result
+
+    def close(self) -> None:
+        """End the processes, if there are any."""
+        if self._workers:
+            self._workers.close()
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def launch(
+    recipe: Recipe,
+    data: Dataset,
+    *,
+    world_size: int | None = None,
+    device: str | None = None,
+    backend: str | None = None,
+    timeout: float = 10.0,
+    seed: int = 0,
+    out: Path | str | None = None,
+    progress: bool = True,
+    started: float | None = None,
+    on_epoch: Callable[[EpochResult], None] | None = None,
+) -> RunResult:
+    """Train `recipe` on `world_size` processes, started for this one training; for several see `Trainer`.
+
+    Its arguments are those of `Trainer` and of `Trainer.train`. What cannot work is said before a process is started.
+    """
+    started = time.time() if started is None else started
+    if not under_torchrun():
+        world_size = choose_world_size(world_size, device, recipe)
+        check_fit(recipe, world_size, data)
+    with Trainer(data, world_size=world_size, device=device, backend=backend, timeout=timeout) as trainer:
+        return trainer.train(recipe, seed=seed, out=out, progress=progress, started=started, on_epoch=on_epoch)
+
+
+def choose_world_size(world_size: int | None, device: str | None, recipe: Recipe | None = None) -> int:
+    """Return the number of processes: the one asked for if there are GPUs for it; else all GPUs (as many of them as
+    the recipe's shards can be divided among), or 1 on a CPU. Under torchrun it is what that has started.
+
+    Raises `UserError` when there are fewer GPUs.
+    """
+    if under_torchrun():
+        return torchrun_world_size(world_size)
+    on = select_device(device)
+    n_gpus = torch.cuda.device_count() if on.type == "cuda" else 0
+    if world_size is None:
+        usable = max(1, n_gpus) if on.index is None else 1
+        return max(n for n in range(1, usable + 1) if recipe is None or recipe.n_shards % n == 0)
+    if world_size < 1:
+        raise UserError(f"world_size={world_size} must be at least 1 process")
+    if n_gpus and world_size > 1 and on.index is not None:
+        raise UserError(f"device={device!r} is one GPU, and world_size={world_size} processes take one each: use cuda")
+    if n_gpus and world_size > n_gpus:
+        raise UserError(
+            f"world_size={world_size} processes need as many GPUs, and torch can use {n_gpus}: lower it, or use "
+            "device='cpu' (--device cpu), where any number of processes talk over gloo"
+        )
+    return world_size
+
+
+def check_fit(recipe: Recipe, world_size: int, data: Dataset) -> None:
+    """Raise `RecipeError` unless `world_size` processes can share the recipe's shards, batches and images evenly."""
+    if recipe.n_shards % world_size:
+        fitting = [n for n in range(1, recipe.n_shards + 1) if recipe.n_shards % n == 0]
+        raise RecipeError(
+            f"n_shards={recipe.n_shards} cannot be divided among world_size={world_size} processes: use "
+            f"{' or '.join(map(str, fitting))} of them, or a recipe with n_shards={world_size} (which is another "
+            "training: batch norm and shuffling know shards)"
+        )
+    steps_per_epoch(recipe, len(data.train_labels))
+    batch = recipe.global_batch_size // world_size
+    if recipe.micro_batch_size and batch % recipe.micro_batch_size:
+        raise RecipeError(
+            f"micro_batch_size={recipe.micro_batch_size} does not divide the {batch} images of a process "
+            f"(global_batch_size={recipe.global_batch_size} over world_size={world_size})"
+        )
+    if world_size > len(data.test_labels):
+        raise RecipeError(f"{len(data.test_labels)} test images cannot be shared by world_size={world_size} processes")
+
+
+# --- what every process does; top-level functions, so that they can be imported ---
+
+
+@cache
+def open_mapped(file: str) -> Dataset:
+    """Return the data set in a decoded file, mapped, so that all processes share its pages."""
+    return read_decoded(Path(file))
+
+
+def open_data(ranks: Ranks, file: str) -> None:
+    """Map the data set, before whoever wrote the file removes it."""
+    open_mapped(file)
+
+
+def train_task(
+    ranks: Ranks,
+    recipe: Recipe,
+    file: str,
+    seed: int,
+    out: str | None,
+    started: float,
+    weights: str,
+) -> dict[str, Any] | None:
+    """Train with the other ranks; rank 0 tells of its progress, leaves the weights in a file, returns the rest."""
+    told = 0.0
+
+    def on_step(done: int, total: int) -> None:
+        nonlocal told
+        ranks.tick()
+        if ranks.is_main and (done == total or time.monotonic() - told > STEP_NEWS_SECONDS):
+            told = time.monotonic()
+            ranks.tell(("step", (done, total)))
+
+    result = train(
+        recipe,
+        open_mapped(file),
+        device=str(ranks.device),
+        seed=seed,
+        out=out if ranks.is_main else None,
+        progress=False,
+        started=started,
+        on_epoch=(lambda epoch: ranks.tell(("epoch", asdict(epoch)))) if ranks.is_main else None,
+        on_step=on_step,
+        ranks=ranks,
+    )
+    if not ranks.is_main:
+        return None
+    with ranks.unhurried():
+        save_weights(result.model, weights)
+    return result.to_dict()
+
+
+def warm_up_task(ranks: Ranks, recipe: Recipe, side: int, n_classes: int) -> None:
+    """Train `WARM_UP_STEPS` steps on random images and labels, and evaluate."""
+    random = torch.Generator().manual_seed(0)
+    n = WARM_UP_STEPS * recipe.global_batch_size
+
+    def images(count: int) -> torch.Tensor:
+        return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=random)
+
+    def labels(count: int) -> torch.Tensor:
+        return torch.randint(0, n_classes, (count,), generator=random)
+
+    n_test = 500 * ranks.world_size  # a batch for each rank, as large as in an evaluation
+    classes = tuple(map(str, range(n_classes)))
+    data = Dataset("random", classes, images(n), labels(n), images(n_test), labels(n_test), "warm-up", "")
+    shorter = min(1.0, recipe.epochs)
+    brief = replace(recipe, epochs=shorter, flat_epochs=min(recipe.flat_epochs, shorter * (1 - recipe.warmup_fraction)))
+    train(brief, data, device=str(ranks.device), progress=False, ranks=ranks)

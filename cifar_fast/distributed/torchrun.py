@@ -1,0 +1,88 @@
+"""Joining processes that torchrun or Slurm has started."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from cifar_fast.distributed.ranks import Ranks, choose_backend, rank_device, set_threads
+from cifar_fast.errors import UserError
+from cifar_fast.hardware.cuda_graph import release_captures
+
+TORCHRUN_PATIENCE = timedelta(minutes=5)
+"""The same under torchrun, which sees a rank that died, but not one that hangs."""
+
+
+def under_torchrun() -> bool:
+    """Say whether a launcher such as torchrun has started this process as one rank of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def torchrun_world_size(asked_for: int | None = None) -> int:
+    """Return how many processes the launcher has started; `UserError` when another number is asked for."""
+    started = int(os.environ["WORLD_SIZE"]) if os.environ["WORLD_SIZE"].isdigit() else 0
+    if started < 1:
+        raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']!r} must be the number of processes")
+    if asked_for not in (None, started):
+        raise UserError(
+            f"world_size={asked_for}, and the launcher has started {started} processes (WORLD_SIZE): leave it out"
+        )
+    return started
+
+
+def join_torchrun(device: str | None, backend: str | None) -> Ranks:
+    """Join the ranks that torchrun (or Slurm, with the same variables set) has started, at the address that they give.
+
+    Raises `UserError` when a variable is missing or not a number, or this rank's GPU is not there.
+    """
+    try:
+        rank, world_size = int(os.environ["RANK"]), torchrun_world_size()
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}") from error
+    if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise UserError(
+            f"RANK={rank} and WORLD_SIZE={world_size} are set and {' and '.join(missing)} not: start with torchrun, "
+            "set all four, or unset RANK and WORLD_SIZE to train without other machines"
+        )
+    on = rank_device(device, local_rank)
+    set_threads(local_world_size)
+    chosen = choose_backend(on, backend)
+    if not dist.is_initialized():  # a second training in the same processes keeps their group
+        try:
+            dist.init_process_group(chosen, rank=rank, world_size=world_size, timeout=TORCHRUN_PATIENCE)
+            atexit.register(_leave)
+        except (dist.DistError, RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise UserError(f"rank {rank} of {world_size} cannot meet the others at {where}: {error}") from error
+    return Ranks(rank, world_size, chosen, on)
+
+
+def joined_torchrun() -> bool:
+    """Say whether this process is one of a launcher's ranks and has met the others."""
+    return under_torchrun() and dist.is_initialized()
+
+
+def end_rank(status: int) -> NoReturn:
+    """End a rank of torchrun's, all work done, with `status`, and without taking the interpreter down.
+
+    Once torch.optim has been imported, torch 2.15's group outlives destroy_process_group; seldom, its threads then
+    abort the process while the interpreter ends, and torchrun calls the whole training failed.
+    """
+    if status == 0:  # one that fails alone might wait there for the others, and torchrun would not see it end
+        _leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        release_captures()
+        dist.destroy_process_group()

@@ -1,0 +1,186 @@
+"""A recipe with and without a trick: each arm is trained with the same seeds, in turns, and compared pair by pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.distributed.launch import Trainer
+from cifar_fast.errors import UserError
+from cifar_fast.experiments.statistics import data_set, hardware, mean_interval
+from cifar_fast.experiments.tables import table
+from cifar_fast.hardware.clock import Clock
+from cifar_fast.recipe import CHOICES, Recipe, changed_fields
+from cifar_fast.training.evaluate import Evaluation, evaluate
+from cifar_fast.training.result import EpochResult, RunResult
+
+AS_IT_IS = "as it is"
+"""The first arm's name."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Finished runs by the name of their arm; the first arm is what the others are compared with."""
+
+    arms: dict[str, list[dict[str, Any]]]
+    """Each run as `RunResult.to_dict()` gives it; clocks are None where other work shared the machine."""
+
+    def differences(self, arm: str, field: str = "accuracy") -> list[float]:
+        """Return by how much each run of `arm` exceeds the first arm's run of the same seed.
+
+        `field`: `accuracy` (0 ... 1), `loss`, or a clock, in seconds. Raises `UserError` when no seed is in both.
+        """
+        first = {run["seed"]: run[field] for run in next(iter(self.arms.values()))}
+        differences = [run[field] - first[run["seed"]] for run in self.arms[arm] if run["seed"] in first]
+        if not differences:
+            raise UserError(f"no seed was trained both in {next(iter(self.arms))!r} and in {arm!r}")
+        return differences
+
+    def difference(self, arm: str, field: str = "accuracy") -> tuple[float, tuple[float, float] | None]:
+        """Return the mean of `differences`, and its 95 % interval from n = 2 on."""
+        differences = self.differences(arm, field)
+        return fmean(differences), mean_interval(differences)
+
+    def verdict(self, arm: str) -> str:
+        """Return whether the interval of the accuracy's difference leaves out zero, in words; from 3 seeds on."""
+        return _verdict(self.differences(arm))
+
+    def table(self) -> str:
+        """Return a line an arm: accuracy and time with their spread, and the difference from the first arm."""
+        rows = [("arm", "n", "accuracy", "train_seconds", "accuracy against the first arm, paired by seed")]
+        for number, (name, runs) in enumerate(self.arms.items()):
+            accuracies = [100 * run["accuracy"] for run in runs]
+            seconds = [run["train_seconds"] for run in runs if run["train_seconds"] is not None]
+            rows.append(
+                (
+                    name,
+                    str(len(runs)),
+                    _spread(accuracies, "%"),
+                    _spread(seconds, "s") if len(seconds) == len(runs) else "not timed",
+                    self._against_first(name) if number else "",
+                )
+            )
+        first = next(iter(self.arms.values()))[0]
+        data, recipe = first["dataset"], first["recipe"]
+        return (
+            f"{table(rows)}\n\n"
+            f"data set: {data_set(data)}; "
+            f"recipe {recipe['name']!r}, {recipe['epochs']:g} epochs\n"
+            f"hardware: {hardware(first['environment'])}; torch {first['environment']['torch']}"
+        )
+
+    def _against_first(self, name: str) -> str:
+        return points(self.differences(name))
+
+
+def _verdict(differences: Sequence[float]) -> str:
+    interval = mean_interval(differences)
+    if interval is None:
+        return "one seed: no interval"
+    if len(differences) == 2:
+        return "two seeds: too few to tell"  # two that agree by chance have an interval of no width
+    low, high = interval
+    return "more accurate" if low > 0 else "less accurate" if high < 0 else "no clear difference"
+
+
+def points(differences: Sequence[float]) -> str:
+    """Return the mean of differences in accuracy, and its interval, in percentage points."""
+    interval = mean_interval(differences)
+    between = f" ({100 * interval[0]:+.2f} to {100 * interval[1]:+.2f})" if interval else ""
+    return f"{100 * fmean(differences):+.2f}{between} points: {_verdict(differences)}"
+
+
+def _spread(values: Sequence[float], unit: str) -> str:
+    interval = mean_interval(values)
+    half = f" +- {(interval[1] - interval[0]) / 2:.2f}" if interval else ""
+    return f"{fmean(values):.2f}{half} {unit}"
+
+
+def ablation(
+    recipe: Recipe,
+    data: Dataset,
+    arms: Mapping[str, Mapping[str, Any]],
+    *,
+    seeds: Iterable[int] = (0, 1, 2),
+    world_size: int | None = 1,
+    device: str | None = None,
+    progress: bool = True,
+    on_epoch: Callable[[str, int, EpochResult], None] | None = None,
+    on_run: Callable[[str, dict[str, Any]], None] | None = None,
+) -> Ablation:
+    """Train `recipe` and, for each arm, the recipe with that arm's fields changed, with the same seeds, in turns.
+
+    Args:
+        recipe: the first arm, named `AS_IT_IS`.
+        data: what all train on.
+        arms: by name, the fields that differ: `{"no smoothing": {"label_smoothing": 0.0}}`.
+        seeds: one run of each arm for each.
+        world_size: processes, as in `parallel.launch`.
+        device: as in `train`.
+        progress: whether to show a bar.
+        on_epoch: called with the arm, the seed and each epoch's result, as it ends.
+        on_run: called with the arm and each finished run, as it ends.
+
+    Returns:
+        The runs. Arms take turns, so that a machine which slows down slows all of them.
+
+    Raises:
+        UserError: there is no arm or no seed, or an arm changes nothing; `RecipeError` for a recipe that cannot be.
+    """
+    seeds = list(seeds)
+    if not arms or not seeds:
+        raise UserError("an ablation needs at least one arm and one seed")
+    recipes = {AS_IT_IS: recipe}
+    for name, changes in arms.items():
+        recipes[name] = Recipe.from_dict(recipe.to_dict() | dict(changes))
+        if not changed_fields(recipe, recipes[name]):
+            raise UserError(f"the arm {name!r} changes nothing: {dict(changes)} is what the recipe has already")
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
+    with (
+        Trainer(data, world_size=world_size, device=device) as trainer,
+        tqdm(total=len(seeds) * len(recipes), desc=f"ablation on {data.name}", unit="run", disable=not progress) as bar,
+    ):
+        trainer.warm_up(recipe)
+        for seed in seeds:
+            for name, arm in recipes.items():
+                bar.set_postfix_str(f"{name}, seed {seed}")
+
+                def tell(epoch: EpochResult, name: str = name, seed: int = seed) -> None:
+                    if on_epoch:
+                        on_epoch(name, seed, epoch)
+
+                runs[name].append(trainer.train(arm, seed=seed, progress=False, on_epoch=tell).to_dict())
+                if on_run:
+                    on_run(name, runs[name][-1])
+                bar.update()
+    return Ablation(runs)
+
+
+def tta_ablation(results: Sequence[RunResult], data: Dataset, *, progress: bool = True) -> Ablation:
+    """Evaluate the networks of `results` in each way that test-time augmentation knows; nothing is trained again.
+
+    The first arm is `tta=none`. Each run is its training's, with accuracy, loss and `evaluate_seconds` of that way.
+    """
+    arms: dict[str, list[dict[str, Any]]] = {f"tta={tta}": [] for tta in CHOICES["tta"]}
+    with tqdm(total=len(results) * len(arms), desc=f"TTA on {data.name}", unit="way", disable=not progress) as bar:
+        for result in results:
+            for tta in CHOICES["tta"]:
+                clock = Clock(next(result.model.parameters()).device)
+                with clock.running():
+                    found = evaluate_as_trained(result, data, tta)
+                now = {"accuracy": found.accuracy, "loss": found.loss, "evaluate_seconds": clock.seconds}
+                arms[f"tta={tta}"].append(result.to_dict() | now)
+                bar.update()
+    return Ablation(arms)
+
+
+def evaluate_as_trained(result: RunResult, data: Dataset, tta: str) -> Evaluation:
+    """Evaluate the network of `result` by `tta`, in the precision in which its training did."""
+    dtype = getattr(torch, result.environment["precision"])
+    return evaluate(result.model, data.test_images, data.test_labels, tta=tta, dtype=dtype)

@@ -1,0 +1,144 @@
+"""Intervals and summaries of several runs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+CLOCKS = ("train_seconds", "evaluate_seconds", "total_seconds")
+
+
+# --- statistics ---
+
+
+def wilson_interval(k: float, n: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of which `k` of `n` were seen; unlike k/n +- 1.96 s it stays in 0 ... 1.
+
+    Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
+    """
+    if not 0 <= k <= n or n == 0:
+        raise ValueError(f"k={k} of n={n} is no share")
+    z = statistics.NormalDist().inv_cdf(0.975)
+    share, scale = k / n, 1 + z**2 / n
+    centre = (share + z**2 / (2 * n)) / scale
+    half_width = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    # At the ends the formula is 0 and 1; only rounding is not.
+    return (0.0 if k == 0 else centre - half_width), (1.0 if k == n else centre + half_width)
+
+
+def student_t_quantile(degrees_of_freedom: int) -> float:
+    """Return the t that Student's distribution stays within, on both sides, with 95 % probability.
+
+    For whole degrees of freedom P(|T| < t) is a finite sum in sines and cosines of atan(t / sqrt(degrees of freedom))
+    (Abramowitz and Stegun, 26.7.3 and 26.7.4), which rises with that angle: halving finds the angle.
+    """
+    if degrees_of_freedom < 1:
+        raise ValueError(f"degrees_of_freedom={degrees_of_freedom} must be at least 1")
+    low, high = 0.0, math.pi / 2
+    while low < (middle := (low + high) / 2) < high:
+        if _probability_within(middle, degrees_of_freedom) < 0.95:
+            low = middle
+        else:
+            high = middle
+    return math.sqrt(degrees_of_freedom) * math.tan(high)
+
+
+def _probability_within(angle: float, degrees_of_freedom: int) -> float:
+    """Return P(|T| < t) where t = sqrt(degrees of freedom) * tan(angle)."""
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees_of_freedom % 2
+    term = cosine if odd else 1.0
+    total = 0.0
+    for i in range(degrees_of_freedom // 2):
+        total += term
+        term *= cosine**2 * ((2 * i + 2) / (2 * i + 3) if odd else (2 * i + 1) / (2 * i + 2))
+    return 2 / math.pi * (angle + sine * total) if odd else sine * total
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean (Student's t) of independent values; None for fewer than 2."""
+    if len(values) < 2:
+        return None
+    half_width = student_t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    mean = statistics.fmean(values)
+    return mean - half_width, mean + half_width
+
+
+def excludes(values: Sequence[float], target: float) -> bool:
+    """Return whether at least 3 values are there and the 95 % interval of their mean leaves out the target.
+
+    Asked after every run this is wrong about the mean more often than 1 time in 20: it is a reason to stop, not a test.
+    """
+    interval = mean_interval(values)
+    return interval is not None and len(values) >= 3 and not interval[0] <= target <= interval[1]
+
+
+def reaches(accuracy: float, target: float) -> bool:
+    """Return whether an accuracy is at the target or above; less than any one image is rounding, not a shortfall."""
+    return accuracy >= target - 1e-9
+
+
+# --- summaries ---
+
+
+def summarise(runs: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]:
+    """Return what `runs` (lines of results.jsonl, at least one) come to, as plain values ready for JSON.
+
+    Shares, accuracies and `target` are 0 ... 1, clocks in seconds, `..._95` a 95 % interval (None where there is none).
+    """
+    first = runs[0]
+    at_target = sum(reaches(run["accuracy"], target) for run in runs)
+    return {
+        "recipe": first["recipe"]["name"],
+        "dataset": first["dataset"],
+        "hardware": hardware(first["environment"]),
+        "numerics": _different(
+            f"{run['environment']['precision']}, {run['environment']['convolution']} convolution" for run in runs
+        ),
+        "versions": {
+            "cifar_fast": _different(run["version"] for run in runs),
+            **{name: _different(run["environment"][name] for run in runs) for name in ("torch", "python")},
+        },
+        "seeds": [run["seed"] for run in runs],
+        "n": len(runs),
+        "target": target,
+        "at_target": at_target,
+        "share_at_target": at_target / len(runs),
+        "share_at_target_95": list(wilson_interval(at_target, len(runs))),
+        **{figure: spread([run[figure] for run in runs]) for figure in ("accuracy", *CLOCKS)},
+    }
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Return min, median, mean with its 95 % interval, and max of at least one value."""
+    interval = mean_interval(values)
+    return {
+        "min": min(values),
+        "median": statistics.median(values),
+        "mean": statistics.fmean(values),
+        "mean_95": None if interval is None else list(interval),
+        "max": max(values),
+    }
+
+
+def hardware(environment: Mapping[str, Any]) -> str:
+    """Return the machine that an environment names, in words, with the processes that shared the work."""
+    processes, backend = environment.get("world_size", 1), environment.get("backend")
+    together = f", {processes} processes" + (f" ({backend})" if backend else "") if processes > 1 else ""
+    if environment["gpu"]:
+        return f"{processes} x {environment['gpu']}{together}" if processes > 1 else environment["gpu"]
+    threads = f"{environment['threads']} thread" + ("s" if environment["threads"] != 1 else "")
+    each = " each" if together else ""
+    return f"{environment['cpu']}, {environment['cpu_capability']}{together}, {threads}{each}"
+
+
+def data_set(data: Mapping[str, Any]) -> str:
+    """Return the name and the size of the data set that `Dataset.describe` describes, in words."""
+    return f"{data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images)"
+
+
+def _different(values: Iterable[str]) -> str:
+    """Return the different values there are, in the order in which they came."""
+    return " / ".join(dict.fromkeys(values))

@@ -1,0 +1,144 @@
+"""Results as text: aligned tables, the run log, our runs beside published ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from cifar_fast.experiments.published import APPLE_2019, Published, comparable
+from cifar_fast.experiments.statistics import CLOCKS, data_set, summarise, wilson_interval
+from cifar_fast.hardware.clock import speeds
+
+# --- text ---
+
+
+def run_log(runs: Sequence[Mapping[str, Any]], target: float) -> str:
+    """Return the log of a benchmark: what was run where, a line a run, a closing summary."""
+    found = summarise(runs, target)
+    tta, data = runs[0]["recipe"]["tta"], found["dataset"]
+    lines = [
+        f"recipe: {found['recipe']}",
+        f"data set: {data_set(data)}, fingerprint {data['fingerprint']}",
+        f"hardware: {found['hardware']}; {found['numerics']}",
+        f"versions: {_versions(found)}",
+        "train: last epoch, images as they were trained on (augmented, with the recipe's label smoothing)",
+        f"validation: the test images after the last epoch (TTA: {tta}); wall time: train_seconds, without validation",
+        "",
+    ]
+    rows = [("run", "seed", "train acc %", "train loss", "val acc %", "val loss", "wall time s")]
+    for run in runs:
+        last = run["epochs"][-1]
+        train = (f"{100 * last['train_accuracy']:.2f}", f"{last['train_loss']:.4f}")
+        validation = (f"{100 * run['accuracy']:.2f}", f"{run['loss']:.4f}")
+        rows.append((str(run["run"]), str(run["seed"]), *train, *validation, f"{run['train_seconds']:.2f}"))
+    seconds, accuracy = found["train_seconds"], found["accuracy"]
+    lines += [
+        table(rows, right=True),
+        "",
+        f"runs: {found['n']}",
+        f"wall time: max {seconds['max']:.2f} s, median {seconds['median']:.2f} s",
+        f"validation accuracy: lowest {percent(accuracy['min'])}, median {percent(accuracy['median'])}",
+        f"runs at {percent(target)} or more: {_share(found['at_target'], found['n'])}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_2019) -> str:
+    """Return the runs of `summary` beside published ones, as text; loud where the data set forbids to compare."""
+    same_data = comparable(summary["dataset"])
+    accuracy, seconds = summary["accuracy"], summary["train_seconds"]
+    same_target = math.isclose(summary["target"], published.target)
+    there = (
+        _share(published.at_target, published.runs)
+        if same_target
+        else f"{_share(published.at_target, published.runs)} at {percent(published.target)}"
+    )
+    rows = [
+        ("", "here", f"published: {published.name}"),
+        ("data set", data_set(summary["dataset"]), "CIFAR-10" + ("" if same_data else ": NOT COMPARABLE")),
+        ("hardware", summary["hardware"], published.hardware),
+        ("recipe", f"{summary['recipe']} ({summary['numerics']})", "the one that apple_8gpu repeats"),
+        ("versions", _versions(summary), "not published"),
+        ("n", _runs(summary["n"]), _runs(published.runs)),
+        (f"at {percent(summary['target'])}", _share(summary["at_target"], summary["n"]), there),
+        ("accuracy min", percent(accuracy["min"]), percent(published.min_accuracy)),
+        ("accuracy median", percent(accuracy["median"]), percent(published.median_accuracy)),
+        ("accuracy mean", _mean(accuracy, 100, "%"), "not published"),
+        ("accuracy max", percent(accuracy["max"]), "not published"),
+        ("train_seconds min", f"{seconds['min']:.2f} s", "not published"),
+        ("train_seconds median", f"{seconds['median']:.2f} s", "not published"),
+        ("train_seconds mean", _mean(seconds, 1, "s"), f"{published.mean_seconds:.2f} s"),
+        ("train_seconds max", f"{seconds['max']:.2f} s", f"{published.max_seconds:.2f} s"),
+    ]
+    for clock in CLOCKS[1:]:
+        values = summary[clock]
+        text = f"{values['median']:.2f} s ({values['min']:.2f} to {values['max']:.2f})"
+        rows.append((f"{clock} median", text, "not published"))
+    notes = [
+        "train_seconds here: first byte to the device to the last step, whitening included, validation left out;",
+        "total_seconds: a whole run, with processes, imports and a warm-up paid for before the first.",
+        f"Published clock: {published.clock}.",
+        f"Source: {published.source}. Wilson intervals of both columns are ours.",
+    ]
+    banner = []
+    if not same_data:
+        rule = "!" * 100
+        banner = [
+            rule,
+            f"NOT COMPARABLE: these runs are of the data set {data_set(summary['dataset'])}, which is not the whole "
+            "of CIFAR-10. Neither their accuracies nor their times say anything about the published ones.",
+            rule,
+        ]
+    return "\n".join([*banner, table(rows), *notes])
+
+
+def _versions(summary: Mapping[str, Any]) -> str:
+    versions = summary["versions"]
+    return f"cifar_fast {versions['cifar_fast']}, torch {versions['torch']}, Python {versions['python']}"
+
+
+def _runs(n: int) -> str:
+    return f"{n} run" + ("s" if n != 1 else "")
+
+
+def _share(k: int, n: int) -> str:
+    low, high = wilson_interval(k, n)
+    return f"{k} of {n} ({100 * k / n:.1f} %, 95 % interval {100 * low:.1f} to {100 * high:.1f})"
+
+
+def _mean(values: Mapping[str, Any], scale: float, unit: str) -> str:
+    text = f"{scale * values['mean']:.2f} {unit}"
+    if values["mean_95"] is None:
+        return text
+    low, high = values["mean_95"]
+    return f"{text} (95 % interval {scale * low:.2f} to {scale * high:.2f})"
+
+
+def table(rows: Iterable[Sequence[str]], *, right: bool = False) -> str:
+    """Return the rows with their columns aligned, to the left or to the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    aligned = [
+        [cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        for row in rows
+    ]
+    return "\n".join("  ".join(row).rstrip() for row in aligned)
+
+
+def percent(share: float) -> str:
+    """Return a share of 0 ... 1 in per cent."""
+    return f"{100 * share:.2f} %"
+
+
+def turns_table(seconds: Mapping[str, Sequence[float]], n_images: int) -> str:
+    """Return a line a way: images per second, and the speed against the first way, median and range of the rounds.
+
+    `n_images`: images that each call handled.
+    """
+    rows = [("way", "images/s", "times as fast as the first", "round by round")]
+    for name, now in speeds(seconds).items():
+        rate = n_images / median(seconds[name])
+        rows.append((name, f"{rate:,.1f}", f"{median(now):.2f}", f"{min(now):.2f} to {max(now):.2f}"))
+    return table(rows)

@@ -1,0 +1,260 @@
+"""The named recipes, and Page's ladder of tricks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from cifar_fast.errors import RecipeError
+from cifar_fast.recipe import Recipe, changed_fields
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step up the ladder: the recipe, and what changed from the one before."""
+
+    kind: Literal["start", "trick", "retune"]
+    title: str
+    recipe: Recipe
+
+    def changes(self, previous: Rung) -> dict[str, tuple[Any, Any]]:
+        """Return the fields that changed from `previous`, as `changed_fields` gives them."""
+        return changed_fields(previous.recipe, self.recipe)
+
+
+def ladder() -> tuple[Rung, ...]:
+    """Return Page's ladder from `baseline_2018` to `page_2019`; a trick changes one field, retuning stands apart.
+
+    Source: David Page, "How to train your ResNet 8: bag of tricks", 2019; seconds and accuracies there are of one V100.
+    His learning rates for a loss summed over the batch, divided by the batch size, are ours for the mean loss.
+    """
+    steps: list[tuple[Literal["trick", "retune"], str, str, dict[str, Any]]] = [
+        ("trick", "preload_2019", "preprocessing and augmentation on the device", {"preload": True}),
+        (
+            "trick",
+            "pool_before_activation_2019",
+            "max-pool before the activation (the same function)",
+            {"pool_position": "before_activation"},
+        ),
+        ("trick", "pool_before_norm_2019", "max-pool before norm and activation", {"pool_position": "before_norm"}),
+        ("retune", "pool_before_norm_retuned_2019", "one epoch more", {"epochs": 25.0}),
+        ("trick", "label_smoothing_2019", "label smoothing", {"label_smoothing": 0.2}),
+        ("retune", "label_smoothing_retuned_2019", "two epochs fewer", {"epochs": 23.0}),
+        ("trick", "celu_2019", "CELU", {"activation": "celu"}),
+        ("retune", "celu_retuned_2019", "three epochs fewer", {"epochs": 20.0}),
+        ("trick", "ghost_batch_norm_2019", "ghost batch norm", {"ghost_batch_size": 32}),
+        (
+            "retune",
+            "ghost_batch_norm_retuned_2019",
+            "two epochs fewer at a higher learning rate",
+            {"epochs": 18.0, "peak_lr": 0.6},
+        ),
+        ("trick", "frozen_scale_2019", "frozen batch-norm scales", {"freeze_bn_scale": True}),
+        (
+            "retune",
+            "frozen_scale_rescaled_2019",
+            "CELU and logits rescaled to a scale of 1",
+            {"celu_alpha": 0.3, "logit_scale": 1 / 16},
+        ),
+        ("trick", "bias_lr_2019", "faster biases", {"bias_lr_scale": 16.0}),
+        (
+            "retune",
+            "bias_lr_retuned_2019",
+            "faster still, less decay, one epoch fewer",
+            {"bias_lr_scale": 64.0, "bias_weight_decay_scale": 1 / 64, "epochs": 17.0},
+        ),
+        ("trick", "whitening_2019", "patch whitening", {"whitening_size": 3}),
+        (
+            "retune",
+            "whitening_retuned_2019",
+            "three epochs fewer, higher learning rate, smaller cutout",
+            {"epochs": 14.0, "peak_lr": 1.0, "cutout": 5},
+        ),
+        ("trick", "ema_2019", "exponential moving average of the weights", {"ema_decay": 0.99}),
+        (
+            "retune",
+            "ema_retuned_2019",
+            "one epoch fewer, flat at the end",
+            {"epochs": 13.0, "flat_epochs": 2.0, "final_lr_fraction": 0.1},
+        ),
+        ("trick", "flip_tta_2019", "flip at test time", {"tta": "flip"}),
+        ("retune", "page_2019", "three epochs fewer, no cutout", {"epochs": 10.0, "cutout": 0}),
+    ]
+    rungs = [Rung("start", "the DAWNBench entry of 2018", Recipe(name="baseline_2018", preload=False, cutout=8))]
+    for kind, name, title, values in steps:
+        rungs.append(Rung(kind, title, replace(rungs[-1].recipe, name=name, **values)))
+    return tuple(rungs)
+
+
+def apple_8gpu() -> Recipe:
+    """Return the recipe of Apple's `ml-cifar-10-faster`, 2019: published mean 7.81 s on 8 V100, median 94.19 %."""
+    return replace(
+        page_2019(),
+        name="apple_8gpu",
+        epochs=18.0,
+        n_shards=8,
+        global_batch_size=2048,
+        ghost_batch_size=16,
+        # There: 1.5/256 for losses summed over the 256 images of a worker, and a decay of 5e-4 x 1.5 x 256.
+        peak_lr=1.5,
+        weight_decay=7.5e-4,
+        ema_decay=0.0,
+        cuda_graph="auto",
+        compile="auto",
+    )
+
+
+def page_2019() -> Recipe:
+    """Return the top of Page's ladder: published 26 s on one V100, mean accuracy 94.1 %."""
+    return ladder()[-1].recipe
+
+
+def baseline_2018() -> Recipe:
+    """Return the foot of Page's ladder: published 75 s on one V100, mean accuracy 94.1 %."""
+    return ladder()[0].recipe
+
+
+def airbench_2024() -> Recipe:
+    """Return airbench's Muon recipe (Keller Jordan, 2024): published 2.59 s on one A100, mean accuracy 94.01 %."""
+    return Recipe(
+        name="airbench_2024",
+        network="convnet6",
+        widths=(64, 256, 256),
+        activation="gelu",
+        pool_position="before_norm",
+        conv_init="dirac",
+        whitening_size=2,
+        whitening_eps=5e-4,
+        whitening_bias_epochs=3.0,
+        freeze_bn_scale=True,
+        bn_momentum=0.4,
+        bn_eps=1e-12,
+        logit_scale=1 / 256,
+        crop_padding=2,
+        flip="alternating",
+        label_smoothing=0.2,
+        epochs=8.0,
+        optimizer="muon",
+        start_lr_fraction=1.0,
+        warmup_fraction=0.0,
+        momentum=0.85,
+        tta="flip_shift",
+        **_summed_loss_rates(batch=2000, head_lr=0.67, bias_lr=0.053, decay=2e-6),
+    )
+
+
+def _summed_loss_rates(*, batch: int, head_lr: float, bias_lr: float, decay: float) -> dict[str, Any]:
+    """Return the fields for rates that were published for losses summed over a batch, and a decay an image and step."""
+    return {
+        "global_batch_size": batch,
+        "peak_lr": head_lr * batch,
+        "bias_lr_scale": bias_lr / head_lr,
+        "weight_decay": decay / head_lr,  # the same share of a weight at each step, whatever its learning rate
+        "bias_weight_decay_scale": head_lr / bias_lr,
+    }
+
+
+def _hiverge_rates() -> dict[str, Any]:
+    """Return what Hiverge's `cifar10-speedrun` (2025) changes in airbench's recipe, its epochs excepted."""
+    return {
+        "activation": "silu",
+        "whitening_bias_epochs": 0.19,  # then nothing more is computed back through the first block
+        "bn_momentum": 0.4434,
+        "color_jitter": 0.135,
+        "label_smoothing": 0.09,
+        "muon_lr": 0.205,
+        "muon_momentum": 0.655,
+        "momentum": 0.825,
+        **_summed_loss_rates(batch=1536, head_lr=0.5415, bias_lr=0.0573, decay=1.0418e-6),
+    }
+
+
+def speedrun() -> Recipe:
+    """Return our recipe for one modern GPU, which runs on 2, 4 or 8 too; its rates are those of Hiverge's
+    `cifar10-speedrun` (2025).
+
+    Ours are the eight shards, so that any number of processes up to eight can share it, with batch norm over the 192
+    images of each, and nine epochs.
+    """
+    return replace(
+        airbench_2024(),
+        name="speedrun",
+        epochs=9.0,
+        n_shards=8,
+        tta_margin=0.5,
+        cuda_graph="auto",
+        compile="auto",
+        **_hiverge_rates(),
+    )
+
+
+def laptop() -> Recipe:
+    """Return our recipe for a CPU with two cores; its rates are those of Hiverge's `cifar10-speedrun` (2025).
+
+    Ours are the small images of the first epochs, chosen on held-out training images, the average that is evaluated
+    while it is ahead, and a learning rate that falls for six epochs as if there were nine, and then slower.
+    """
+    return replace(
+        airbench_2024(),
+        name="laptop",
+        epochs=11.0,
+        bend_fraction=6 / 11,
+        bend_lr_fraction=1 / 3,
+        ghost_batch_size=512,
+        micro_batch_size=512,
+        resolutions=(18, 18, 24, 24, 32),
+        # While the rate is high the average is ahead of the weights; once they settle it is behind.
+        ema_decay=0.97,
+        ema_every=2,
+        ema_off_epochs=1.0,
+        **_hiverge_rates(),
+    )
+
+
+def shortened(recipe: Recipe, epochs: float) -> Recipe:
+    """Return `recipe` over few `epochs`, in which small images, averages and a slower end have no time to pay: without
+    them."""
+    return replace(
+        recipe,
+        epochs=epochs,
+        bend_fraction=0.0,
+        bend_lr_fraction=0.0,
+        resolutions=(),
+        ema_decay=0.0,
+        ema_off_epochs=0.0,
+    )
+
+
+def smoke() -> Recipe:
+    """Return a recipe of seconds, for tests: it shows that everything runs, on 1 to 8 processes, not what can be
+    reached."""
+    return replace(
+        airbench_2024(), name="smoke", widths=(16, 32, 32), n_shards=8, global_batch_size=320, epochs=2.0, tta="flip"
+    )
+
+
+def _recipes() -> dict[str, Callable[[], Recipe]]:
+    named: dict[str, Callable[[], Recipe]] = {
+        "laptop": laptop,
+        "speedrun": speedrun,
+        "apple_8gpu": apple_8gpu,
+        "airbench_2024": airbench_2024,
+        "smoke": smoke,
+    }
+    return named
+
+
+def names() -> tuple[str, ...]:
+    """Return the names that `named` knows: ours, Apple's, and every rung of the ladder."""
+    return (*_recipes(), *(rung.recipe.name for rung in ladder()))
+
+
+def named(name: str) -> Recipe:
+    """Return the recipe of that name; raise `RecipeError`, with the names there are, for another."""
+    if name in _recipes():
+        return _recipes()[name]()
+    for rung in ladder():
+        if rung.recipe.name == name:
+            return rung.recipe
+    raise RecipeError(f"there is no recipe {name!r}; the recipes are {', '.join(names())}")

@@ -1,0 +1,272 @@
+"""Figures drawn from results; nothing here trains, and nothing touches pyplot's state."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
+
+from cifar_fast.experiments.published import APPLE_2019, Published, comparable
+from cifar_fast.experiments.statistics import data_set, hardware, mean_interval, summarise, wilson_interval
+from cifar_fast.experiments.tables import percent
+
+if TYPE_CHECKING:
+    from cifar_fast.experiments.benchmark import Benchmark
+    from cifar_fast.experiments.plan import Prediction
+    from cifar_fast.training.result import EpochResult, RunResult
+
+# Blue and vermilion of Okabe and Ito (2008) differ for every kind of colour vision; in grey, marker and dash do.
+TEST = {"color": "#0072B2", "marker": "o", "linestyle": "-", "label": "test"}
+TRAIN = {"color": "#D55E00", "marker": "s", "linestyle": "--", "label": "training (augmented)"}
+
+
+class Picture(Figure):
+    """A figure on opaque white that a notebook shows without pyplot, with a sentence for those who cannot see it."""
+
+    alt = ""
+
+    def __init__(self, **options: Any) -> None:
+        """Take matplotlib's options of a figure."""
+        super().__init__(facecolor="white", **options)
+
+    def png(self) -> bytes:
+        """Return the figure as the bytes of a PNG file, small enough to be stored in a notebook by the dozen."""
+        raw = io.BytesIO()
+        self.savefig(raw, format="rgba", dpi=self.dpi)
+        image = Image.frombytes("RGBA", self.canvas.get_width_height(), raw.getvalue()).convert("RGB")
+        # Steps of 8 (white excepted) are below what an eye tells apart, and halve the file.
+        image = image.point([8 * round(value / 8) if value < 252 else 255 for value in range(256)] * 3)
+        if image.getcolors(256):
+            image = image.quantize(256, dither=Image.Dither.NONE)
+        file = io.BytesIO()
+        image.save(file, format="png", optimize=True)
+        return file.getvalue()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
+        """Return what IPython shows, and the alternative text as nbconvert looks for it."""
+        title = self.alt or self.get_suptitle()
+        data = {"image/png": b64encode(self.png()).decode(), "text/plain": f"<{title}>" if title else repr(self)}
+        return data, {"image/png": {"alt": title}}
+
+
+def learning_curve(run: RunResult | Sequence[EpochResult], axes: tuple[Axes, Axes] | None = None) -> Figure:
+    """Draw accuracy and loss, for training and test images, over the seconds of training.
+
+    Args:
+        run: a finished run, or its epochs so far (which have no title).
+        axes: where to draw accuracy and loss; without it in a new figure.
+
+    Returns:
+        The figure that holds the axes.
+    """
+    epochs = run if isinstance(run, Sequence) else run.epochs
+    if axes is None:
+        left, right = Picture(figsize=(9, 3.8), layout="constrained").subplots(1, 2)
+    else:
+        left, right = axes
+    seconds = [epoch.train_seconds for epoch in epochs]
+    left.plot(seconds, [100 * epoch.train_accuracy for epoch in epochs], **TRAIN)
+    left.plot(seconds, [100 * epoch.test_accuracy for epoch in epochs], **TEST)
+    # Smoothed targets keep the training loss above what the same predictions cost on the test set's.
+    smoothed = {"label": "training (augmented, smoothed labels)"}
+    right.plot(seconds, [epoch.train_loss for epoch in epochs], **(TRAIN | smoothed if _smooths(run) else TRAIN))
+    right.plot(seconds, [epoch.test_loss for epoch in epochs], **TEST)
+    for axis, label in ((left, "accuracy in %"), (right, "loss")):
+        axis.set(xlabel="train_seconds", ylabel=label)
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend()
+    figure = left.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    if not isinstance(run, Sequence):
+        figure.suptitle(_title(run), fontsize="medium")
+    return figure
+
+
+def _smooths(run: RunResult | Sequence[EpochResult]) -> bool:
+    return not isinstance(run, Sequence) and run.recipe.label_smoothing > 0
+
+
+def _title(run: RunResult) -> str:
+    reached = f"{100 * run.accuracy:.2f} % (TTA: {run.recipe.tta})"
+    return f"{run.recipe.name}, data set: {data_set(run.dataset)}, {reached}\n{hardware(run.environment)}"
+
+
+DOT: dict[str, Any] = {"color": "#0072B2", "edgecolor": "white", "linewidth": 0.4, "zorder": 3}
+MEAN: dict[str, Any] = {"color": "#0072B2", "marker": "D", "markersize": 5, "linewidth": 1.6, "capsize": 3, "zorder": 3}
+TARGET: dict[str, Any] = {"color": "#D55E00", "linestyle": "-", "linewidth": 1.8, "zorder": 2}
+PUBLISHED: dict[str, Any] = {"color": "#333333", "linewidth": 1.4, "zorder": 2}
+
+
+def accuracy_and_time(benchmark: Benchmark, published: Published = APPLE_2019) -> Figure:
+    """Draw how accuracy and train_seconds are distributed over the runs, each run a dot, stacked where they meet.
+
+    The target, the mean with its 95 % interval (Student's t), and published figures are marked. Where the runs are not
+    of CIFAR-10 the published figures are left out, and the figure says so.
+    """
+    found = summarise(benchmark.runs, benchmark.target)
+    figure = Picture(figsize=(10, 4.6))
+    left, right = figure.subplots(1, 2)
+    figure.subplots_adjust(left=0.03, right=0.97, top=0.84, bottom=0.37, wspace=0.08)
+    low, high = wilson_interval(found["at_target"], found["n"])
+    share = f"{found['at_target']} of {found['n']} (95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+    lines = [(100 * found["target"], TARGET, f"target {percent(found['target'])}, reached by {share}")]
+    seconds: list[tuple[float, dict[str, Any], str]] = []
+    title = f"{found['recipe']}, data set: {data_set(found['dataset'])}, n = {found['n']}\n{found['hardware']}"
+    if comparable(found["dataset"]):
+        name = f"published ({published.name}, n = {published.runs})"
+        dashed, dotted = PUBLISHED | {"linestyle": "--"}, PUBLISHED | {"linestyle": ":"}
+        lines.append((100 * published.median_accuracy, dashed, f"{name} median {percent(published.median_accuracy)}"))
+        lines.append((100 * published.min_accuracy, dotted, f"{name} minimum {percent(published.min_accuracy)}"))
+        seconds.append((published.mean_seconds, dashed, f"{name} mean {published.mean_seconds:.2f} s"))
+        seconds.append((published.max_seconds, dotted, f"{name} maximum {published.max_seconds:.2f} s"))
+    else:
+        title += "\nnot the whole of CIFAR-10: the published figures cannot be compared with these and are not drawn"
+    times = [run["train_seconds"] for run in benchmark.runs]
+    if max(times) > 4 * published.mean_seconds and seconds:
+        right.set_xscale("log")  # on a linear axis the faster of the two would be one blot
+        right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.xaxis.set_major_formatter("{x:g}")
+        right.xaxis.set_minor_locator(NullLocator())
+    _dots(left, [100 * run["accuracy"] for run in benchmark.runs], lines, "%", least_span=0.4)
+    _dots(right, times, seconds, "s", least_span=0.02 * max(times))
+    left.set_xlabel("test accuracy in %")
+    right.set_xlabel("train_seconds" + (", logarithmic" if right.get_xscale() == "log" else ""))
+    figure.suptitle(title, fontsize="medium", y=0.97, va="top")
+    return figure
+
+
+def _dots(
+    axis: Axes,
+    values: Sequence[float],
+    lines: Sequence[tuple[float, dict[str, Any], str]],
+    unit: str,
+    *,
+    least_span: float,
+) -> None:
+    """Draw values as stacked dots over a baseline, their mean with its interval below, and vertical lines."""
+    shown = [*values, *(place for place, _, _ in lines)]
+    interval = mean_interval(values)
+    if interval and len(values) > 2:  # that of two runs can be so wide that the runs would be one dot
+        shown += [end for end in interval if end > 0]
+    low, high = min(shown), max(shown)
+    if axis.get_xscale() == "log":
+        low, high = low / (high / low) ** 0.07, high * (high / low) ** 0.07
+    else:
+        margin = max(0.07 * (high - low), (least_span - (high - low)) / 2)
+        low, high = low - margin, high + margin
+    axis.set_xlim(low, high)
+    figure, box = axis.get_figure(root=True), axis.get_position()
+    assert isinstance(figure, Figure)
+    width, height = (72 * size for size in figure.get_size_inches() * box.size)
+    below = 22.0
+    axis.set_ylim(-below, height - below)  # the y axis counts points, 1/72 inch, which places do too
+    to_axes = axis.transData + axis.transAxes.inverted()
+    places = [width * to_axes.transform((value, 0))[0] for value in values]
+    for diameter in (9.0, 8.0, 7.0, 6.0, 5.0):
+        levels = stack(places, diameter)
+        room = height - below - diameter - 2
+        if max(levels) * diameter <= room:
+            break
+    step = min(diameter, room / max(1, *levels))  # less than a diameter: the dots of a stack overlap
+    heights = [diameter / 2 + 2 + step * level for level in levels]
+    handles: list[Any] = [axis.scatter(values, heights, s=diameter**2, label="one run", **DOT)]
+    if interval is not None:
+        start, end = interval
+        mean = (start + end) / 2
+        label = f"mean {mean:.2f} {unit}, 95 % interval {start:.2f} to {end:.2f} {unit}"
+        handles.append(axis.errorbar([mean], [-below / 2], xerr=[(end - start) / 2], label=label, **MEAN))
+    handles += [axis.axvline(place, label=text, **style) for place, style, text in lines]
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_yticks([])
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["left", "top", "right"]].set_visible(False)
+    axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.26), fontsize="small", frameon=False)
+
+
+def stack(places: Sequence[float], diameter: float) -> list[int]:
+    """Return for each dot at `places` the lowest level, from 0, on which it touches none of the others."""
+    levels = [0] * len(places)
+    last: list[float] = []  # on each level the place of the dot furthest to the right
+    for i in sorted(range(len(places)), key=lambda i: places[i]):
+        free = (level for level, place in enumerate(last) if places[i] - place >= diameter)
+        levels[i] = next(free, len(last))
+        last[levels[i] :] = [places[i], *last[levels[i] + 1 :]]
+    return levels
+
+
+# Hatches tell the terms apart where colours cannot.
+TERMS = {
+    "compute": {"color": "#0072B2", "hatch": ""},
+    "all-reduce": {"color": "#D55E00", "hatch": "///"},
+    "launch overhead": {"color": "#F0E442", "hatch": "..."},
+    "set-up": {"color": "#BBBBBB", "hatch": "xxx"},
+}
+BOUND = "\u2265"
+"""Before a figure: it is a lower bound."""
+
+
+def predicted_scaling(predictions: Sequence[Prediction]) -> Figure:
+    """Draw what `plan.predict` expects over the number of workers: the terms in seconds, and as shares of the whole.
+
+    Args:
+        predictions: of one recipe, one link and one measurement, at least one.
+
+    Returns:
+        The figure, which says that it is a prediction.
+    """
+    figure = Picture(figsize=(10, 4.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    first, places = predictions[0], range(len(predictions))
+    for axis, wholes in ((left, [1.0] * len(predictions)), (right, [now.train_seconds / 100 for now in predictions])):
+        bottoms = [0.0] * len(predictions)
+        for name, style in TERMS.items():
+            heights = [now.terms[name] / whole for now, whole in zip(predictions, wholes, strict=True)]
+            axis.bar(places, heights, bottom=bottoms, label=name, edgecolor="white", linewidth=0, width=0.7, **style)
+            bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+        axis.set_xticks(places, [str(now.world_size) for now in predictions])
+        axis.set_xlabel("workers")
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    for place, now in zip(places, predictions, strict=True):
+        digits = sum(now.train_seconds < limit for limit in (10, 100))
+        left.annotate(
+            f"{BOUND * now.lower_bound}{now.train_seconds:.{digits}f}",
+            (place, now.train_seconds),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize="small",
+        )
+    left.plot(
+        places,
+        [now.evaluate_seconds for now in predictions],
+        color="black",
+        marker="D",
+        markerfacecolor="white",
+        linestyle=":",
+        label="evaluation (not in train_seconds)",
+    )
+    left.set_ylabel("predicted train_seconds")
+    right.set_ylabel("predicted share of train_seconds in %")
+    left.margins(y=0.08)
+    right.set_ylim(0, 100)
+    handles, labels = left.get_legend_handles_labels()
+    left.legend(handles[1:] + handles[:1], labels[1:] + labels[:1], fontsize="small")  # the bars first
+    link = f"all-reduce: {first.link.name}, up to {first.link.most_workers} workers"
+    if any(now.lower_bound for now in predictions):
+        link += f"; {BOUND}: lower bound, no figure for several machines is known"
+    figure.suptitle(
+        f"PREDICTION, not a measurement: {first.recipe}, {first.n_train:,} training and {first.n_test:,} test images\n"
+        f"steps measured on one {first.hardware}\n{link}",
+        fontsize="medium",
+    )
+    return figure

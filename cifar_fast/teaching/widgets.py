@@ -1,0 +1,348 @@
+"""Explorers for notebooks: sliders over the plain functions of `figures` and `galleries`, and a curve that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from html import escape
+from typing import Any
+
+from torch import Tensor
+
+from cifar_fast.errors import UserError
+from cifar_fast.experiments import plan
+from cifar_fast.experiments.tables import percent
+from cifar_fast.recipe import CHOICES, Recipe
+from cifar_fast.teaching import concept_plots as figures
+from cifar_fast.teaching import image_grids as galleries
+from cifar_fast.teaching.result_plots import Picture, learning_curve
+from cifar_fast.training.model import Network
+from cifar_fast.training.result import EpochResult, RunResult
+
+try:
+    import ipywidgets
+    from traitlets import Unicode
+except ImportError as error:
+    raise UserError(
+        "cifar_fast.widgets needs ipywidgets, which is not installed: pip install 'cifar_fast[notebooks]' (in a clone: "
+        "pip install -e '.[notebooks]'), then restart the kernel"
+    ) from error
+
+
+class Shown(ipywidgets.Image):
+    """A PNG as wide as there is room for, with a tooltip for those who cannot see it."""
+
+    description = Unicode("").tag(sync=True)  # the browser's part of ipywidgets fails at a tooltip without one
+
+    def __init__(self) -> None:
+        """Start without a picture."""
+        super().__init__(format="png", layout={"max_width": "100%", "object_fit": "contain"})
+
+
+class Explorer(ipywidgets.VBox):
+    """Controls above the picture that a function draws of their values; whenever one changes it is drawn anew.
+
+    `controls` has them by the name of the function's argument, `figure` is the picture that is shown, and `message`
+    tells what cannot be drawn. The picture is replaced in place: nothing flickers, no output is appended to the cell.
+    """
+
+    def __init__(self, draw: Callable[..., Picture], **controls: Any) -> None:
+        """Take the function and, for each of its arguments, a widget with a `value`."""
+        self.draw, self.controls = draw, controls
+        self.figure: Picture | None = None
+        self.picture = Shown()
+        self.message = ipywidgets.HTML()
+        self.reset = ipywidgets.Button(description="start values", icon="undo")
+        first = {name: control.value for name, control in controls.items()}
+        self.reset.on_click(lambda _: self._set(first))
+        # Sliders stand in two columns where there is room for them.
+        panel = ipywidgets.Box([*controls.values(), self.reset], layout={"flex_flow": "row wrap"})
+        super().__init__([panel, self.message, self.picture])
+        for control in controls.values():
+            control.observe(self._redraw, "value")
+        self._redraw()
+
+    def _redraw(self, change: Any = None) -> None:
+        try:
+            figure = self.draw(**{name: control.value for name, control in self.controls.items()})
+        except UserError as error:  # the picture stays as it was
+            self.message.value = f"<b>Not drawn:</b> {escape(str(error))}"
+            return
+        self.figure = figure
+        self.message.value = ""
+        self.picture.tooltip = figure.alt
+        self.picture.value = figure.png()
+
+    def _set(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            self.controls[name].value = value
+
+    def __repr__(self) -> str:
+        """Return the controls' values, which is what a page without widgets shows."""
+        values = (f"{name}={control.value!r}" for name, control in self.controls.items())
+        return f"Explorer({', '.join(values)})"
+
+
+class LiveCurve(ipywidgets.VBox):
+    """The learning curve of a training that is going on: `train(..., on_epoch=curve.add)` lets it grow in its cell."""
+
+    def __init__(self) -> None:
+        """Start without an epoch."""
+        self.epochs: list[EpochResult] = []
+        self.picture = Shown()
+        self.message = ipywidgets.HTML("The curve appears after the first epoch.")
+        super().__init__([self.message, self.picture])
+
+    def add(self, epoch: EpochResult) -> None:
+        """Draw the curve anew with one epoch more."""
+        self.epochs.append(epoch)
+        figure = learning_curve(self.epochs)
+        assert isinstance(figure, Picture)
+        self.picture.value = figure.png()
+        self.message.value = f"epoch {epoch.epoch}: test accuracy {percent(epoch.test_accuracy)}"
+
+    def __repr__(self) -> str:
+        """Return what a page without widgets shows."""
+        return "LiveCurve()"
+
+
+def _control(kind: Any, name: str, **options: Any) -> Any:
+    """Return a slider or another control, with its whole name beside it."""
+    return kind(description=name, style={"description_width": "11em"}, layout={"width": "28em"}, **options)
+
+
+def _whole(name: str, value: int, low: int, high: int) -> Any:
+    return _control(ipywidgets.IntSlider, name, value=value, min=low, max=high)
+
+
+def _real(name: str, value: float, low: float, high: float, step: float, format: str = ".2f") -> Any:
+    options = {"min": low, "max": high, "step": step, "readout_format": format}
+    return _control(ipywidgets.FloatSlider, name, value=value, **options)
+
+
+def _powers(name: str, value: float, low: float, high: float, format: str = ".3g") -> Any:
+    """Return a slider whose steps are factors, from 10^low to 10^high."""
+    options = {"base": 10, "min": low, "max": high, "step": 0.05, "readout_format": format}
+    return _control(ipywidgets.FloatLogSlider, name, value=value, **options)
+
+
+def _select(name: str, value: Any, options: Sequence[Any]) -> Any:
+    return _control(ipywidgets.SelectionSlider, name, value=value, options=list(options))
+
+
+def augmentation(images: Tensor, *, dataset: str, padding: int = 4, most_cutout: int = 16) -> Explorer:
+    """Explore crop, flip and cutout on one of uint8 `images` (N, 3, H, W); `padding` and `most_cutout` in pixels."""
+    side = images.shape[-1]
+
+    def draw(image: int, **choices: Any) -> Picture:
+        return galleries.augmentation_steps(images[image], padding=padding, dataset=dataset, **choices)
+
+    return Explorer(
+        draw,
+        image=_whole("image", 0, 0, len(images) - 1),
+        top=_whole("crop, top", padding, 0, 2 * padding),
+        left=_whole("crop, left", padding, 0, 2 * padding),
+        mirrored=_control(ipywidgets.Checkbox, "flip", value=False, indent=True),
+        cutout=_whole("cutout, pixels", most_cutout // 2, 0, most_cutout),
+        cutout_top=_whole("cutout, top", side // 4, 1 - most_cutout, side - 1),
+        cutout_left=_whole("cutout, left", side // 4, 1 - most_cutout, side - 1),
+    )
+
+
+def label_smoothing(logits: Tensor, label: int, classes: Sequence[str]) -> Explorer:
+    """Explore target, softmax and loss of one image: its logits, float (K,), its class, the names of the classes."""
+
+    def draw(label_smoothing: float, temperature: float) -> Picture:
+        return figures.label_smoothing(logits, label, classes, label_smoothing=label_smoothing, temperature=temperature)
+
+    return Explorer(
+        draw,
+        label_smoothing=_real("label_smoothing", 0.2, 0.0, 0.9, 0.01),
+        temperature=_powers("temperature", 1.0, -1, 1, ".2f"),
+    )
+
+
+def calibration(logits: Mapping[str, Tensor], labels: Tensor, *, dataset: str) -> Explorer:
+    """Explore confidence and accuracy over the temperature: networks' logits, float (N, K), by name; int64 (N,)."""
+
+    def draw(temperature: float) -> Picture:
+        return figures.calibration(logits, labels, dataset=dataset, temperature=temperature)
+
+    return Explorer(draw, temperature=_powers("temperature", 1.0, -1, 1, ".2f"))
+
+
+def activations() -> Explorer:
+    """Explore the activations, and where max-pool may stand, over the alpha of CELU."""
+    return Explorer(figures.activation_curves, celu_alpha=_real("celu_alpha", 0.3, 0.025, 1.0, 0.025, ".3f"))
+
+
+def number_formats() -> Explorer:
+    """Explore what float16, bfloat16 and float32 make of a number."""
+    return Explorer(figures.number_formats, value=_powers("number", 1e-5, -12, 8, ".3g"))
+
+
+def loss_scale(gradients: Mapping[str, Tensor]) -> Explorer:
+    """Explore which of the gradients of layers, float (n,) each, float16 loses when the loss is multiplied first."""
+
+    def draw(loss_scale: int) -> Picture:
+        return figures.gradient_sizes(gradients, loss_scale)
+
+    return Explorer(draw, loss_scale=_select("loss scale", 1, [2**power for power in range(0, 33, 2)]))
+
+
+def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
+    """Explore the statistics of ghost groups in `activations`, float (N, C, H, W), by group size and channel."""
+    n, channels = activations.shape[:2]
+    sizes = [size for size in range(2, n + 1) if n % size == 0]
+
+    def draw(group_size: int, channel: int) -> Picture:
+        return figures.group_statistics(activations, group_size, dataset=dataset, channel=channel)
+
+    return Explorer(
+        draw,
+        group_size=_select("group_size, images", sizes[len(sizes) // 2], sizes),
+        channel=_whole("channel", 0, 0, channels - 1),
+    )
+
+
+def scaled_activation(values: Tensor, *, dataset: str) -> Explorer:
+    """Explore scale and bias of a batch norm and the alpha of the CELU behind them, on normalised `values`, float."""
+
+    def draw(scale: float, bias: float, celu_alpha: float) -> Picture:
+        return figures.scaled_activation(values, scale, bias, celu_alpha=celu_alpha, dataset=dataset)
+
+    return Explorer(
+        draw,
+        scale=_powers("scale", 0.25, -1.5, 0.5, ".2f"),
+        bias=_real("bias", -0.1, -1.0, 1.0, 0.05),
+        celu_alpha=_real("celu_alpha", 0.075, 0.025, 1.0, 0.025, ".3f"),
+    )
+
+
+def whitening(images: Tensor, *, dataset: str) -> Explorer:
+    """Explore spectrum and covariance of the patches of normalised `images` (N, 3, H, W) by patch size and eps."""
+
+    def draw(size: int, eps: float) -> Picture:
+        return galleries.whitening_spectrum(images, size, eps, dataset=dataset)
+
+    return Explorer(
+        draw,
+        size=_select("patch size, pixels", 3, (2, 3, 4)),
+        eps=_powers("whitening_eps", 1e-2, -6, 0, ".1e"),
+    )
+
+
+def schedule(recipe: Recipe) -> Explorer:
+    """Explore the learning rate's knots, beside those of `recipe`, and its value under a pointer."""
+
+    def draw(at: float, **changes: Any) -> Picture:
+        return figures.learning_rates({recipe.name: recipe, "as set here": replace(recipe, **changes)}, at)
+
+    most = 2 * recipe.epochs
+    return Explorer(
+        draw,
+        epochs=_real("epochs", recipe.epochs, 1.0, most, 0.5, ".1f"),
+        start_lr_fraction=_real("start_lr_fraction", recipe.start_lr_fraction, 0.0, 1.0, 0.05),
+        warmup_fraction=_real("warmup_fraction", recipe.warmup_fraction, 0.0, 0.95, 0.05),
+        flat_epochs=_real("flat_epochs", recipe.flat_epochs, 0.0, recipe.epochs, 0.5, ".1f"),
+        final_lr_fraction=_real("final_lr_fraction", recipe.final_lr_fraction, 0.0, 1.0, 0.05),
+        at=_real("at epoch", recipe.epochs / 2, 0.0, most, 0.1, ".1f"),
+    )
+
+
+def newton_schulz(matrices: Mapping[str, Tensor]) -> Explorer:
+    """Explore what Newton-Schulz iterations make of the singular values of `matrices`, float (m, n), by their names."""
+
+    def draw(matrix: str, steps: int) -> Picture:
+        return figures.newton_schulz(matrices[matrix], steps)
+
+    return Explorer(
+        draw,
+        matrix=_control(ipywidgets.Dropdown, "matrix", value=next(iter(matrices)), options=list(matrices)),
+        steps=_whole("iterations", 3, 0, 10),
+    )
+
+
+def averaging(decay: float = 0.99, every: int = 5, *, values: Sequence[float] | None = None) -> Explorer:
+    """Explore how far back an exponential moving average looks, on a random curve or on `values`, one a step.
+
+    `decay` is a recipe's `ema_decay`, of one step: an update after `every` steps keeps `decay**every`.
+    """
+
+    def draw(decay: float, every: int) -> Picture:
+        return figures.ema_horizon(decay**every, every, values=values)
+
+    return Explorer(
+        draw,
+        decay=_real("ema_decay, a step", decay, 0.0, 0.999, 0.001, ".3f"),
+        every=_whole("ema_every, steps", every, 1, 50),
+    )
+
+
+def averages_on_a_bowl(ema_decay: float = 0.9, lookahead_alpha: float = 0.5, every: int = 5) -> Explorer:
+    """Explore what EMA and Lookahead do to the way of two weights under noisy gradients."""
+    return Explorer(
+        figures.averages_on_a_bowl,
+        ema_decay=_real("ema_decay, a step", ema_decay, 0.0, 0.99, 0.01),
+        lookahead_alpha=_real("lookahead_alpha", lookahead_alpha, 0.05, 1.0, 0.05),
+        every=_whole("every, steps", every, 1, 20),
+        seed=_whole("seed of the noise", 0, 0, 20),
+    )
+
+
+def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Explorer:
+    """Explore when `runs` first reach a target accuracy, by the clock that DAWNBench counts."""
+    epochs = [e for run in runs.values() for e in (run.to_dict() if isinstance(run, RunResult) else run)["epochs"]]
+    best = 100 * max(epoch["test_accuracy"] for epoch in epochs)
+
+    def draw(target: float) -> Picture:
+        return figures.time_to_accuracy(runs, target / 100)
+
+    return Explorer(draw, target=_real("target, %", round(0.9 * best, 1), 0.0, 100.0, 0.1, ".1f"))
+
+
+def share_intervals(share: float = 0.82, n: int = 50) -> Explorer:
+    """Explore how well the share of runs that reach a target is known after n runs; the start is Apple's 41 of 50."""
+
+    def draw(share: float, n: int) -> Picture:
+        return figures.share_intervals(share / 100, n)
+
+    return Explorer(
+        draw, share=_real("at the target, %", 100 * share, 0.0, 100.0, 1.0, ".0f"), n=_whole("runs", n, 1, 500)
+    )
+
+
+def workers(measured: plan.StepCosts, recipe: Recipe, n_train: int, n_test: int, link: plan.Link) -> Explorer:
+    """Explore what more workers and another link would do to a step, from costs that `plan.measure_step` measured.
+
+    `n_train`, `n_test`: training and test images. The sliders start at `link`; what they are moved to is nobody's
+    measurement.
+    """
+    sizes = plan.planned_world_sizes(recipe)
+
+    def draw(world_size: int, latency: float, bandwidth: float) -> Picture:
+        wire = replace(link, latency_seconds=latency / 1e6, bytes_per_second=bandwidth * 1e9)
+        alone, together = (plan.predict(measured, recipe, n_train, n_test, n, wire) for n in (1, world_size))
+        return figures.timeline(together, alone)
+
+    return Explorer(
+        draw,
+        world_size=_select("workers", sizes[-1], sizes),
+        latency=_powers("latency, us", 1e6 * link.latency_seconds, 0, 5, ".3g"),
+        bandwidth=_powers("bandwidth, GB/s", link.bytes_per_second / 1e9, -1, 3, ".3g"),
+    )
+
+
+def tta_votes(
+    model: Network, images: Tensor, labels: Tensor, classes: Sequence[str], *, dataset: str, tta: str = "flip_shift"
+) -> Explorer:
+    """Explore what the views of one of uint8 `images` (N, 3, H, W) make a trained network vote for."""
+
+    def draw(image: int, tta: str) -> Picture:
+        return galleries.tta_votes(model, images[image], int(labels[image]), classes, tta=tta, dataset=dataset)
+
+    return Explorer(
+        draw,
+        image=_whole("image", 0, 0, len(images) - 1),
+        tta=_control(ipywidgets.Dropdown, "tta", value=tta, options=CHOICES["tta"]),
+    )

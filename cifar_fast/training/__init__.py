@@ -1,0 +1,1 @@
+"""One training run: the network, the batches, the step, the loop, the result."""

@@ -1,0 +1,224 @@
+"""What a training run leaves behind: `RunResult` in memory, a run folder on disk.
+
+A run folder holds `recipe.json`, `environment.json`, `epochs.jsonl` and `timing_log.tsv` (each grows by a line an
+epoch, so that an interrupted run keeps them), and, once the run has finished, `result.json` and `weights.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cifar_fast.errors import RunError
+from cifar_fast.files import write_text, written_whole
+from cifar_fast.recipe import Recipe
+from cifar_fast.training.model import Network, build_model
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """One epoch: losses are means over images, accuracies shares 0 ... 1."""
+
+    epoch: int
+    """Epochs done, from 1."""
+    train_loss: float
+    """Mean loss of the batches as they were trained on: augmented, with label smoothing."""
+    train_accuracy: float
+    """Share of those images that were classified right."""
+    test_loss: float
+    test_accuracy: float
+    tta: str
+    """Test-time augmentation behind the two test figures."""
+    train_seconds: float
+
+
+@dataclass
+class RunResult:
+    """A finished training run."""
+
+    recipe: Recipe
+    dataset: dict[str, Any]
+    """`name`, `fingerprint`, `n_train`, `n_test`, `classes`."""
+    environment: dict[str, Any]
+    """Hardware and versions, as `device.environment` gives them, with `precision`, `convolution` and why."""
+    seed: int
+    epochs: list[EpochResult]
+    train_seconds: float
+    evaluate_seconds: float
+    total_seconds: float
+    first_step_seconds: float
+    """From the start of the command (or of the call) to the first training step."""
+    peak_memory_gb: float
+    """Largest resident memory of the process, in 1e9 bytes; in a notebook that of the whole kernel, and of several
+    processes the sum, pages that they share counted in each."""
+    model: Network = field(repr=False)
+    """The network that was evaluated: the averaged one where the recipe averages."""
+    warm_up_seconds: float = 0.0
+    """Compiling and recording the step, on steps that are taken back; in `total_seconds`, not in `train_seconds`."""
+
+    @property
+    def accuracy(self) -> float:
+        """Final test accuracy, with the recipe's test-time augmentation, 0 ... 1."""
+        return self.epochs[-1].test_accuracy
+
+    @property
+    def loss(self) -> float:
+        """Final test loss, with the recipe's test-time augmentation."""
+        return self.epochs[-1].test_loss
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything but the weights as plain values, ready for JSON."""
+        return {
+            "accuracy": self.accuracy,
+            "loss": self.loss,
+            "train_seconds": self.train_seconds,
+            "evaluate_seconds": self.evaluate_seconds,
+            "total_seconds": self.total_seconds,
+            "first_step_seconds": self.first_step_seconds,
+            "warm_up_seconds": self.warm_up_seconds,
+            "peak_memory_gb": self.peak_memory_gb,
+            "seed": self.seed,
+            "dataset": self.dataset,
+            "environment": self.environment,
+            "recipe": self.recipe.to_dict(),
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+        }
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write `values` to `path`, whole or not at all."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def save_weights(model: Network, path: Path | str) -> None:
+    """Write the network's weights and statistics to a safetensors file."""
+    save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, path)
+
+
+class RunFolder:
+    """The folder of one run, made before training starts and filled as it goes on."""
+
+    def __init__(
+        self, path: Path | str, recipe: Recipe, dataset: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> None:
+        """Make the folder; raise `RunError` when it exists or cannot be written."""
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True)
+            write_json(self.path / "recipe.json", recipe.to_dict())
+            write_json(self.path / "environment.json", {"dataset": dict(dataset), **environment})
+            (self.path / "timing_log.tsv").write_text("epoch\thours\ttop1Accuracy\n")
+        except FileExistsError as error:
+            raise RunError(
+                f"{self.path} exists already; choose another --out, or remove it: a run never overwrites another"
+            ) from error
+        except OSError as error:
+            raise RunError(
+                f"the run folder {self.path} cannot be written: {error.strerror}; choose another with --out"
+            ) from error
+
+    def log(self, epoch: EpochResult) -> None:
+        """Append one epoch to the logs and flush them to disk."""
+        try:
+            self._append("epochs.jsonl", json.dumps(asdict(epoch)))
+            # The columns of DAWNBench: hours of training, accuracy in per cent.
+            self._append(
+                "timing_log.tsv", f"{epoch.epoch}\t{epoch.train_seconds / 3600:.8f}\t{100 * epoch.test_accuracy:.2f}"
+            )
+        except OSError as error:
+            raise RunError(
+                f"the log in {self.path} cannot be written: {error.strerror}; free some space and start again"
+            ) from error
+
+    def _append(self, name: str, line: str) -> None:
+        with open(self.path / name, "a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self, result: RunResult) -> None:
+        """Write weights and result, each whole or not at all."""
+        try:
+            with written_whole(self.path / "weights.safetensors") as temporary:
+                save_weights(result.model, temporary)
+                temporary.chmod(0o644)  # safetensors keeps its files to their owner
+            write_json(self.path / "result.json", result.to_dict())
+        except (OSError, SafetensorError) as error:
+            raise RunError(
+                f"the result cannot be written to {self.path}: {error}; its logs are there; make space and run again"
+            ) from error
+
+
+def save_run(result: RunResult, path: Path | str) -> None:
+    """Write a finished run to the new folder `path`; raise `RunError` when it exists or cannot be written."""
+    folder = RunFolder(path, result.recipe, result.dataset, result.environment)
+    for epoch in result.epochs:
+        folder.log(epoch)
+    folder.finish(result)
+
+
+def load_run(path: Path | str) -> RunResult:
+    """Read a run folder back, network on the CPU; a `RunError` when it is incomplete or weights do not fit."""
+    folder = Path(path)
+    try:
+        values = json.loads((folder / "result.json").read_text())
+        weights = load_file(folder / "weights.safetensors")
+    except FileNotFoundError as error:
+        raise RunError(f"{folder} is not a finished run ({error}); train it again to another folder") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+        raise RunError(f"the run in {folder} cannot be read: {error}; train it again") from error
+    try:
+        return run_from_dict(values, weights)
+    except (KeyError, TypeError) as error:
+        raise RunError(
+            f"result.json in {folder} lacks or has too much of {error}; it was not written by this version"
+        ) from error
+    except RuntimeError as error:
+        raise RunError(
+            f"the weights in {folder} do not fit its recipe {values['recipe']['name']!r}: {error}"
+        ) from error
+
+
+def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor]) -> RunResult:
+    """Put a run together again from what `RunResult.to_dict` gave and the network's state dict; network on the CPU.
+
+    Raises `KeyError` or `TypeError` for values of another shape, `RuntimeError` for weights that do not fit.
+    """
+    recipe = Recipe.from_dict(values["recipe"])
+    # Computed as it was in training where this machine can, so that not a bit of its logits differs.
+    model = build_model(
+        recipe,
+        len(values["dataset"]["classes"]),
+        torch.zeros(3),
+        torch.ones(3),
+        convolution=values["environment"].get("convolution", "direct"),
+        fuse_norm=values["environment"].get("norm_and_activation") == "at once",
+    )
+    model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    if any(value.dtype == torch.float64 for value in weights.values()):
+        model.double()
+    model.load_state_dict(weights)
+    model.eval()
+    clocks = {
+        key: values[key]
+        for key in ("train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds", "peak_memory_gb")
+    }
+    return RunResult(
+        recipe=recipe,
+        dataset=values["dataset"],
+        environment=values["environment"],
+        seed=values["seed"],
+        epochs=[EpochResult(**epoch) for epoch in values["epochs"]],
+        model=model,
+        warm_up_seconds=values.get("warm_up_seconds", 0.0),  # results from before it was counted have none
+        **clocks,
+    )

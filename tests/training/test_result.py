@@ -1,0 +1,192 @@
+"""Run folders: what is saved comes back, and nothing is half-written or written over."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.errors import RunError
+from cifar_fast.kernels import amx, winograd
+from cifar_fast.recipes import smoke
+from cifar_fast.training import result as result_module
+from cifar_fast.training.evaluate import predict_logits
+from cifar_fast.training.loop import train
+from cifar_fast.training.result import RunFolder, RunResult, load_run, save_run
+
+RECIPE = replace(smoke(), n_shards=1, epochs=2.0, widths=(8, 8, 8), precision="float32", convolution="direct")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Dataset) -> RunResult:
+    return train(RECIPE, tiny_data, device="cpu", progress=False)
+
+
+@pytest.fixture
+def folder(trained: RunResult, tmp_path: Path) -> Path:
+    save_run(trained, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_saved_run_comes_back_with_identical_logits(trained, folder, tiny_data):
+    loaded = load_run(folder)
+    expected = predict_logits(trained.model, tiny_data.test_images, tta="flip")
+    assert torch.equal(predict_logits(loaded.model, tiny_data.test_images, tta="flip"), expected)
+    assert loaded.to_dict() == trained.to_dict()
+    assert not loaded.model.training
+
+
+@pytest.mark.parametrize(("loops", "precision"), [(winograd, "float32"), (amx, "bfloat16")], ids=["winograd", "amx"])
+def test_so_does_one_that_was_trained_with_compiled_loops(
+    loops: ModuleType, precision: str, tiny_data: Dataset, tmp_path: Path
+) -> None:
+    usable, why_not = loops.available()
+    if not usable:
+        pytest.skip(why_not)
+    convolution = loops.__name__.removeprefix("cifar_fast.")
+    recipe = replace(RECIPE, widths=(16, 16, 16), precision=precision, convolution=convolution)
+    trained = train(recipe, tiny_data, device="cpu", progress=False)
+    assert trained.environment["convolution"] == convolution
+    save_run(trained, tmp_path / "run")
+    loaded = load_run(tmp_path / "run")
+    assert loaded.model.layers.block1a.conv.convolution == convolution
+    for dtype in (torch.float32, torch.bfloat16):
+        logits = [predict_logits(each.model, tiny_data.test_images, dtype=dtype) for each in (trained, loaded)]
+        assert torch.equal(*logits)
+
+
+def test_the_logs_say_what_the_result_says(trained, folder):
+    epochs = [json.loads(line) for line in (folder / "epochs.jsonl").read_text().splitlines()]
+    assert epochs == [asdict(epoch) for epoch in trained.epochs]
+    header, *lines = [line.split("\t") for line in (folder / "timing_log.tsv").read_text().splitlines()]
+    assert header == ["epoch", "hours", "top1Accuracy"]
+    assert [int(line[0]) for line in lines] == [1, 2]
+    assert float(lines[-1][1]) == pytest.approx(trained.train_seconds / 3600, abs=1e-8)
+    assert float(lines[-1][2]) == pytest.approx(100 * trained.accuracy, abs=0.005)
+    assert json.loads((folder / "environment.json").read_text())["dataset"]["name"] == "synthetic"
+
+
+def test_a_folder_that_exists_is_left_alone(trained, folder):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(RunError, match="exists already"):
+        save_run(trained, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_folder_that_cannot_be_written(trained, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(RunError, match="cannot be written.*--out"):
+        save_run(trained, tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "not a folder"
+
+
+def test_a_disk_that_fills_up_while_logging(trained, tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run", RECIPE, trained.dataset, trained.environment)
+    folder.log(trained.epochs[0])
+    monkeypatch.setattr(result_module.os, "fsync", no_space)
+    with pytest.raises(RunError, match="No space left on device"):
+        folder.log(trained.epochs[1])
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "run" / "epochs.jsonl").read_text().splitlines()[0]) == asdict(trained.epochs[0])
+
+
+@pytest.mark.parametrize("function", ["save_file", "write_json"])
+def test_a_disk_that_fills_up_at_the_end_keeps_the_logs_and_no_half_result(trained, tmp_path, monkeypatch, function):
+    folder = RunFolder(tmp_path / "run", RECIPE, trained.dataset, trained.environment)
+    folder.log(trained.epochs[0])
+    monkeypatch.setattr(result_module, function, no_space)
+    with pytest.raises(RunError, match="No space left on device.*logs are there"):
+        folder.finish(trained)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"epochs.jsonl", "timing_log.tsv"} <= names
+    assert "result.json" not in names and not any(name.endswith(".part") for name in names)
+    with pytest.raises(RunError, match="not a finished run"):
+        load_run(tmp_path / "run")
+
+
+def test_json_that_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    result_module.write_json(path, {"accuracy": 0.94})
+
+    def fills_up(self: Path, text: str) -> None:
+        self.write_bytes(text[:5].encode())
+        no_space()
+
+    monkeypatch.setattr(Path, "write_text", fills_up)
+    with pytest.raises(OSError):
+        result_module.write_json(path, {"accuracy": 0.95})
+    assert json.loads(path.read_text()) == {"accuracy": 0.94}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_weights_of_another_recipe(trained, folder):
+    values = json.loads((folder / "result.json").read_text())
+    values["recipe"]["widths"] = [8, 16, 8]
+    (folder / "result.json").write_text(json.dumps(values))
+    with pytest.raises(RunError, match="do not fit its recipe 'smoke'"):
+        load_run(folder)
+
+
+def test_weights_that_lack_a_tensor(trained, folder):
+    weights = {name: value.contiguous() for name, value in trained.model.state_dict().items()}
+    weights.pop("layers.linear.weight")
+    save_file(weights, folder / "weights.safetensors")
+    with pytest.raises(RunError, match="layers.linear.weight"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize("name", ["result.json", "weights.safetensors"])
+def test_a_file_that_is_missing(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(RunError, match=f"not a finished run.*{name}"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize("name", ["result.json", "weights.safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_a_file_that_is_cut_short(folder, name, share):
+    content = (folder / name).read_bytes()
+    (folder / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(RunError, match="cannot be read"):
+        load_run(folder)
+
+
+@pytest.mark.parametrize("edit", [lambda v: v.pop("seed"), lambda v: v["epochs"][0].update(odd=1), lambda v: v.clear()])
+def test_a_result_of_another_version(folder, edit):
+    values = json.loads((folder / "result.json").read_text())
+    edit(values)
+    (folder / "result.json").write_text(json.dumps(values))
+    with pytest.raises(RunError, match="not written by this version"):
+        load_run(folder)
+
+
+def test_a_result_that_is_no_object(folder):
+    (folder / "result.json").write_text("[1, 2]")
+    with pytest.raises(RunError):
+        load_run(folder)
+
+
+def test_a_recipe_with_an_unknown_field(folder):
+    values = json.loads((folder / "result.json").read_text())
+    values["recipe"]["warp"] = 9
+    (folder / "result.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="unknown recipe field warp"):
+        load_run(folder)
+
+
+def test_a_run_from_before_warm_up_was_counted_can_be_read(folder):
+    values = json.loads((folder / "result.json").read_text())
+    assert values.pop("warm_up_seconds") >= 0
+    (folder / "result.json").write_text(json.dumps(values))
+    assert load_run(folder).warm_up_seconds == 0
