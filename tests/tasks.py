@@ -136,8 +136,8 @@ def average_statistics(ranks: Ranks) -> tuple[list[float], list[float]]:
     return norm.running_mean.tolist(), norm.running_var.tolist()
 
 
-def start_together(ranks: Ranks) -> list[float]:
+def copy_from_main(ranks: Ranks) -> list[float]:
     layer = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
     nn.init.constant_(layer.weight, float(ranks.rank + 1))
-    ranks.start_together(layer)
+    ranks.copy_from_main(layer)
     return layer.weight.flatten().tolist()

@@ -105,3 +105,7 @@ def read_decoded(path: Path) -> Dataset:
     data = Dataset(**{**text, "classes": tuple(text["classes"])}, **tensors)
     object.__setattr__(data, "decoded", path)  # not an argument, so that `replace` does not carry it to other images
     return data
+
+
+def require_variation(data: Dataset) -> None:
+    """TEMP."""

@@ -21,6 +21,7 @@ from cifar_fast.distributed.torchrun import join_torchrun, torchrun_world_size, 
 from cifar_fast.errors import RecipeError, RunError, UserError
 from cifar_fast.hardware.device import select_device
 from cifar_fast.recipe import Recipe
+from cifar_fast.training.alone import Alone
 from cifar_fast.training.batches import steps_per_epoch
 from cifar_fast.training.loop import train
 from cifar_fast.training.result import EpochResult, RunResult, run_from_dict, save_weights
@@ -64,15 +65,16 @@ class Trainer:
         """
         self.data = data
         self._workers: WatchedProcesses | None = None
+        self._ranks: Alone
         if under_torchrun():
             torchrun_world_size(world_size)
-            self._peers = join_torchrun(device, backend)
-            self.world_size = self._peers.world_size
+            self._ranks = join_torchrun(device, backend)
+            self.world_size = self._ranks.world_size
             return
         self.world_size = choose_world_size(world_size, device)
         on = select_device(device)
         chosen = choose_backend(on, backend)
-        self._peers = Ranks(device=on)
+        self._ranks = Alone(device=on)
         if self.world_size > 1:
             self._workers = WatchedProcesses(self.world_size, device=on.type, backend=chosen, timeout=timeout)
             try:
@@ -101,7 +103,7 @@ class Trainer:
     @property
     def is_main(self) -> bool:
         """Whether this process is the one that writes and prints: all are, but the ranks above 0 under torchrun."""
-        return self._peers.is_main
+        return self._ranks.is_main
 
     @property
     def pids(self) -> list[int]:
@@ -114,7 +116,7 @@ class Trainer:
 
     def agree(self, value: T) -> T:
         """Return rank 0's `value` on every rank under torchrun, where each runs the same code; else the value."""
-        return self._peers.agree(value)
+        return self._ranks.agree(value)
 
     def warm_up(self, recipe: Recipe) -> None:
         """Train a few steps and evaluate on random data: what is compiled, loaded or measured once is so before a clock
@@ -125,7 +127,7 @@ class Trainer:
         if self._workers:
             self._workers.call(warm_up_task, *arguments)
         else:
-            warm_up_task(self._peers, *arguments)
+            warm_up_task(self._ranks, *arguments)
 
     def train(
         self,
@@ -147,17 +149,17 @@ class Trainer:
         if self.agree(out is not None and Path(out).exists()):
             raise RunError(f"{out} exists already; choose another --out, or remove it: a run never overwrites another")
         if not self._workers:
-            main = self._peers.is_main
+            main = self._ranks.is_main
             return train(
                 recipe,
                 self.data,
-                device=str(self._peers.device),
+                device=str(self._ranks.device),
                 seed=seed,
                 out=out if main else None,
                 progress=progress and main,
                 started=started,
                 on_epoch=on_epoch if main else None,
-                ranks=self._peers,
+                ranks=self._ranks,
             )
         weights = self._workers.folder / "weights.safetensors"
         where = str(Path(out).absolute()) if out is not None else None
@@ -311,12 +313,12 @@ def train_task(
     )
     if not ranks.is_main:
         return None
-    with ranks.unhurried():
+    with ranks.slow_work():
         save_weights(result.model, weights)
     return result.to_dict()
 
 
-def warm_up_task(ranks: Ranks, recipe: Recipe, side: int, n_classes: int) -> None:
+def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int) -> None:
     """Train `WARM_UP_STEPS` steps on random images and labels, and evaluate."""
     random = torch.Generator().manual_seed(0)
     n = WARM_UP_STEPS * recipe.global_batch_size

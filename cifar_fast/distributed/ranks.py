@@ -13,44 +13,34 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar_fast.errors import UserError
 from cifar_fast.hardware.device import cores
-from cifar_fast.training.layers import GhostBatchNorm
+from cifar_fast.training.alone import Alone
+from cifar_fast.training.gradients import in_memory_order
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
 """How long a collective waits for a missing rank before it fails; the caller that started the ranks notices earlier."""
-ALIGNMENT = 64
-"""Numbers to a multiple of which each gradient in a flat buffer starts, as a GPU's wide loads want it."""
 
 
 @dataclass
-class Ranks:
-    """One rank's place among `world_size`; alone, every method is the identity and costs nothing."""
+class Ranks(Alone):
+    """One rank's place among `world_size` processes that talk over a process group of torch's."""
 
-    rank: int = 0
-    world_size: int = 1
-    backend: str | None = None
-    """`nccl`, `gloo`, or None for a process that is alone."""
-    device: torch.device = torch.device("cpu")
     tell: Callable[[Any], None] = lambda message: None
     """Sends a message to the process that started this one, where there is one."""
     ticks: int = field(default=0, init=False)
-    """Counts what this rank has done, so that others see it is getting on."""
+    """Counts what this rank has done, so that others see progress."""
     waiting: bool = field(default=False, init=False)
-    """Whether this rank waits for the others at this moment."""
+    """Whether this rank is waiting for the others at this moment."""
     settled: bool = field(default=False, init=False)
-    """Whether its work has become regular: set-up and the first step, which may hold a compilation, are over."""
+    """Whether its work has become regular: set-up and the first step, which may include a compilation, are over."""
     longest_work: float = field(default=0.0, init=False)
-    """Longest piece of work since then, in seconds, without what was spent waiting."""
+    """Longest piece of work since then, in seconds, without the time spent waiting."""
     _since: float = field(default=0.0, init=False)
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the rank that writes and prints."""
-        return self.rank == 0
 
     def begin(self) -> None:
         """Forget what an earlier task has done."""
@@ -62,7 +52,7 @@ class Ranks:
         self.settled = True
 
     @contextmanager
-    def unhurried(self) -> Iterator[None]:
+    def slow_work(self) -> Iterator[None]:
         """Mark work that may take longer than any step, such as writing to a slow disk."""
         self._note_work()
         self.settled = False
@@ -105,6 +95,20 @@ class Ranks:
             dist.broadcast(there, src=0)
             return there.cpu()
 
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's `value`, which has to be small and picklable, in the order of the ranks."""
+        if self.world_size == 1:
+            return [value]
+        coded = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = torch.zeros(self.world_size)
+        sizes[self.rank] = len(coded)
+        lengths = [int(size) for size in self.sum(sizes)]
+        # A row a rank, to which the others add zeros: a sum is all that this needs of a backend.
+        rows = torch.zeros(self.world_size, max(lengths))
+        rows[self.rank, : len(coded)] = coded
+        gathered = self.sum(rows).to(torch.uint8)
+        return [pickle.loads(bytes(row[:n].tolist())) for row, n in zip(gathered, lengths, strict=True)]
+
     def all(self, condition: bool) -> bool:
         """Say on every rank whether `condition` holds on each."""
         return self.sum(torch.tensor(float(condition))).item() == self.world_size
@@ -119,7 +123,7 @@ class Ranks:
             return total.cpu()
 
     @torch.no_grad()
-    def start_together(self, model: nn.Module) -> None:
+    def copy_from_main(self, model: nn.Module) -> None:
         """Give every rank rank 0's weights and buffers."""
         if self.world_size == 1:
             return
@@ -142,7 +146,7 @@ class Ranks:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         # In each gradient's own memory order, channels-last or not, so that nothing is moved about to flatten it.
-        flat = torch.cat([_in_memory_order(gradient) for gradient in gradients])
+        flat = torch.cat([in_memory_order(gradient) for gradient in gradients])
         # Divided before they are added: a sum could leave float16's range where the mean does not.
         buffer = flat.mul_(scale / self.world_size).to(torch.float16 if half_precision else flat.dtype)
         with self._together():
@@ -151,7 +155,7 @@ class Ranks:
             buffer = buffer.to(flat.dtype).div_(scale)
         parts = buffer.split([gradient.numel() for gradient in gradients])
         for gradient, mean in zip(gradients, parts, strict=True):
-            _in_memory_order(gradient).copy_(mean)
+            in_memory_order(gradient).copy_(mean)
 
     @torch.no_grad()
     def average_buffer(self, flat: Tensor, *, half_precision: bool = False, scale: float = 1.0) -> None:
@@ -172,36 +176,13 @@ class Ranks:
         """
         if self.world_size == 1:
             return
-        norms = [module for module in model.modules() if isinstance(module, GhostBatchNorm)]
+        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         flat = torch.cat(buffers).div_(self.world_size)
         with self._together():
             dist.all_reduce(flat)
         for buffer, mean in zip(buffers, flat.split([len(b) for b in buffers]), strict=True):
             buffer.copy_(mean)
-
-
-ALONE = Ranks()
-
-
-def flat_gradients(model: nn.Module) -> Tensor:
-    """Make every gradient of `model` a view of one new buffer, zero, which is returned, and which they must stay in.
-
-    A view has its weights' memory order, so that the backward pass adds to it in place.
-    """
-    learned = [p for p in model.parameters() if p.requires_grad]
-    sizes = [-(-p.numel() // ALIGNMENT) * ALIGNMENT for p in learned]
-    buffer = torch.zeros(sum(sizes), dtype=learned[0].dtype, device=learned[0].device)
-    for p, part in zip(learned, buffer.split(sizes), strict=True):
-        p.grad = part.as_strided(p.size(), p.stride())
-    return buffer
-
-
-def _in_memory_order(gradient: Tensor) -> Tensor:
-    """Return a flat view of a dense tensor, (numel,), elements as they lie in memory."""
-    if gradient.is_contiguous():
-        return gradient.view(-1)
-    return gradient.permute(0, 2, 3, 1).view(-1)  # channels-last: the only other layout that our layers have
 
 
 def choose_backend(device: torch.device, backend: str | None = None) -> str:

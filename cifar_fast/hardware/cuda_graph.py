@@ -14,11 +14,11 @@ import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cifar_fast.files import cache_folder
 from cifar_fast.recipe import Recipe
@@ -33,31 +33,31 @@ COMPILERS = ("gcc", "clang", "cc")
 
 @dataclass(frozen=True)
 class StepMode:
-    """What is recorded and what is compiled, and what stands against it."""
+    """How a step gets to the device: eager (kernel by kernel), compiled, captured, or both; and why it is not more."""
 
     cuda_graph: bool = False
+    """Captured: recorded once as a CUDA graph, then replayed."""
     compile: bool = False
+    """Compiled: torch.compile has fused its kernels."""
     reasons: tuple[str, ...] = ()
     """Why not, for what the recipe leaves to `auto` or asks for and does not get."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, str]:
         """Return it as plain words, for results."""
-        return {
-            "launch": "cuda graph" if self.cuda_graph else "kernel by kernel",
-            "compiled": self.compile,
-            "launch_reason": "; ".join(self.reasons),
-        }
+        words = ["compiled"] * self.compile + ["captured"] * self.cuda_graph
+        return {"step_mode": " and ".join(words) or "eager", "step_mode_reason": "; ".join(self.reasons)}
 
     def without(self, field: str, why: str) -> StepMode:
         """Return it with `cuda_graph` or `compile` given up, and the reason added."""
-        given_up: dict[str, Any] = {field: False}
-        kept: dict[str, Any] = {"cuda_graph": self.cuda_graph, "compile": self.compile}
-        return StepMode(**(kept | given_up), reasons=(*self.reasons, f"no {field}: {why}"))
+        return replace(self, **{field: False}, reasons=(*self.reasons, f"no {field}: {why}"))  # type: ignore[arg-type]
+
+
+EAGER = StepMode()
 
 
 def choose_step_mode(recipe: Recipe, device: torch.device, backend: str | None = None) -> StepMode:
-    """Return how `recipe` is launched on `device` by processes that talk over `backend` (None: there is one alone)."""
-    launch = StepMode(recipe.cuda_graph != "off", recipe.compile != "off")
+    """Return how `recipe`'s step runs on `device`; `backend` connects the processes, None for a single one."""
+    mode = StepMode(recipe.cuda_graph != "off", recipe.compile != "off")
     against_both = None
     if device.type != "cuda":
         against_both = "the device is no CUDA GPU"
@@ -68,13 +68,13 @@ def choose_step_mode(recipe: Recipe, device: torch.device, backend: str | None =
         against_graph = f"this process could not record a step before ({CapturedFunction.refused}); start it again"
     elif not against_both and backend == "gloo":
         against_graph = "gloo averages gradients on the CPU, which no graph records; use NCCL"
-    if not against_both and launch.compile:
+    if not against_both and mode.compile:
         against_compile = _no_compiler()
-    if launch.cuda_graph and against_graph:
-        launch = launch.without("cuda_graph", against_graph)
-    if launch.compile and against_compile:
-        launch = launch.without("compile", against_compile)
-    return launch
+    if mode.cuda_graph and against_graph:
+        mode = mode.without("cuda_graph", against_graph)
+    if mode.compile and against_compile:
+        mode = mode.without("compile", against_compile)
+    return mode
 
 
 def _no_compiler() -> str | None:
@@ -169,24 +169,3 @@ def measured_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
-
-
-@contextmanager
-def rolled_back(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
-    """Take back what the block does to weights, statistics and optimisers; these must not have made a step before.
-
-    Every tensor stays where it is. What the optimisers have gathered becomes zero, which is where momentum starts.
-    """
-    values = list(model.state_dict().values())
-    before = [value.clone() for value in values]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for value, old in zip(values, before, strict=True):
-                value.copy_(old)
-            for optimizer in optimizers:
-                for state in optimizer.state.values():
-                    for gathered in state.values():
-                        if isinstance(gathered, Tensor):
-                            gathered.zero_()

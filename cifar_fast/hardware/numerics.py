@@ -37,6 +37,16 @@ class Numerics:
     reason: str
     fuse_norm: bool = False
 
+    def restricted_to(self, others):
+        """TEMP."""
+        numerics = self
+        if not all(self.convolution in other.convolutions for other in others):
+            why = f"not every rank can compute a {self.convolution} convolution: direct instead"
+            numerics = replace(numerics, convolution="direct", reason=why)
+        if numerics.fuse_norm and not all(other.fused_norm for other in others):
+            numerics = replace(numerics, fuse_norm=False)
+        return numerics
+
     def describe(self) -> dict[str, str]:
         """Return them as plain words, for results."""
         return {
@@ -140,3 +150,16 @@ def convolution_rates() -> dict[str, float]:
             torch.autograd.grad(y, (inputs, filters), gradient)
             best[way] = min(best[way], time.perf_counter() - start)
     return {way: flops / seconds / 1e9 for way, seconds in best.items()}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """TEMP."""
+
+    convolutions: dict[str, str]
+    fused_norm: bool
+
+
+def capabilities() -> Capabilities:
+    """TEMP."""
+    return Capabilities({c: "" for c in ("direct", "winograd", "amx") if can_convolve(c)[0]}, fused.available()[0])

@@ -186,9 +186,11 @@ class TrainBatches:
         self._drawn = epoch, Choices(*together)
         return self._drawn[1]
 
-    def forget_choices(self) -> None:
-        """Have the next epoch's drawn anew; they will be the same."""
-        self._drawn = None
+    def example_choices(self) -> list[Tensor]:
+        """Return the choices for one batch, (B,) each, for whoever compiles `make`; training draws its own."""
+        chosen = [values[0].clone() for values in vars(self.choices(0)).values()]
+        self._drawn = None  # the clock of training counts the drawing
+        return chosen
 
     def make(self, side: int, *chosen: Tensor) -> tuple[Tensor, Tensor]:
         """Return the normalised images (B, C, side, side) and labels (B,) of the choices for one batch, (B,) each."""
@@ -205,5 +207,5 @@ class TrainBatches:
         return images, self.all_labels[choices.index].to(self.device)
 
     def total_steps(self) -> int:
-        """Return the number of optimiser steps of the whole training."""
+        """Return the number of optimiser steps of the whole training run."""
         return math.ceil(self.recipe.epochs * self.steps_per_epoch)

@@ -1,80 +1,183 @@
-"""The training loop: a `Recipe` and a data set in, a `RunResult` out; the only file that knows the order of a step."""
+"""Builds all that a training step needs: the only place that does."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from cifar_fast.errors import TrainingError
-from cifar_fast.hardware.cuda_graph import (
-    CapturedFunction,
-    StepMode,
-    compiled,
-    measured_convolutions,
-    rolled_back,
-)
-from cifar_fast.training.batches import TrainBatches
-from cifar_fast.training.optim import keep_learning_rates_on
-from cifar_fast.training.step import TrainingStep, forward_backward, freeze_whitening_bias
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.errors import UserError
+from cifar_fast.hardware.cuda_graph import EAGER, StepMode, choose_step_mode
+from cifar_fast.hardware.device import environment
+from cifar_fast.hardware.numerics import Capabilities, Numerics, capabilities, choose_numerics
+from cifar_fast.recipe import Recipe
+from cifar_fast.training.alone import ALONE, Alone
+from cifar_fast.training.averaging import EMA, Lookahead
+from cifar_fast.training.batches import TrainBatches, pixel_statistics
+from cifar_fast.training.gradients import flat_gradients
+from cifar_fast.training.model import Network, build_model, whiten_first_layer
+from cifar_fast.training.optim import PiecewiseLinear, build_optimizers, fuse, lr_schedule
+from cifar_fast.training.step import TrainingStep, Update
 
 WHITENING_IMAGES = 10_000
+"""Training images whose patches the whitening layer is computed from: the first ones, as Page (2019) takes them."""
 
 
-def prepare_steps(
-    take: TrainingStep, batches: TrainBatches, launch: StepMode, variants: set[bool]
-) -> tuple[dict[bool, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]], StepMode]:
-    """Compile and record as `launch` says; return the step for each of `variants`, and what was done in the end.
+@dataclass(frozen=True)
+class Execution:
+    """How a recipe is computed here: its numerics, and whether its step is eager, compiled or captured."""
 
-    `variants` says whether the whitening bias is frozen, which no recorded step can find out. Weights and optimisers
-    are left as they were. What a compiler or a GPU refuses is done without, and a warning says so.
+    numerics: Numerics
+    step_mode: StepMode = EAGER
+
+    def describe(self) -> dict[str, Any]:
+        """Return it as plain values, for results."""
+        return self.numerics.describe() | self.step_mode.describe()
+
+
+def choose_execution(recipe: Recipe, device: torch.device, backend: str | None = None) -> Execution:
+    """Return how `device` computes `recipe`; `backend` connects the processes, None for a single one."""
+    return Execution(choose_numerics(recipe, device), choose_step_mode(recipe, device, backend))
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What one rank tells the others before they start."""
+
+    started_with: dict[str, Any]
+    can: Capabilities
+    execution: Execution | None
+    """Rank 0's choice, which all follow: ranks that measured for themselves might choose differently."""
+
+
+def agree_on_execution(recipe: Recipe, data: Dataset, seed: int, device: torch.device, ranks: Alone) -> Execution:
+    """Have all ranks check that they train the same thing, and choose how, in one exchange.
+
+    Raises `UserError` on every rank if one was started with another recipe, data set or seed than rank 0. Warns where
+    the recipe asks for a precision, a compilation or a capture that cannot be had.
     """
-    steps: dict[bool, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = dict.fromkeys(variants, take)
-    if not (launch.compile or launch.cuda_graph):
-        return steps, launch
-    make: Callable[..., tuple[Tensor, Tensor]] = partial(batches.make, batches.side)
-    made_there = batches.home == batches.device  # else on the CPU, and sent
-    chosen = [values[0].clone() for values in vars(batches.choices(0)).values()]  # of one batch
-    batches.forget_choices()  # the clock of training counts them
-    if launch.compile:
-        compiled_model: Any = compiled(take.model)  # a module around the model, with its parameters
-        compiled_make, why = compiled(make) if made_there else make, ""
-        with rolled_back(take.model, take.optimizers), measured_convolutions():
-            try:
-                for frozen in sorted(variants):
-                    freeze_whitening_bias(take.model, frozen)
-                    images, labels = compiled_make(*chosen)
-                    forward_backward(compiled_model, images, labels, take.recipe, take.dtype)
-            except Exception as error:  # a compiler fails in many ways, and none need end a training
-                why = f"{type(error).__name__}: {error}".splitlines()[0]
-            take.clear_gradients()
-        if take.ranks.all(not why):
-            take, make = replace(take, model=compiled_model), compiled_make
-            steps, batches.prepared = dict.fromkeys(variants, take), make
-        else:
-            launch = launch.without("compile", why or "another rank failed to")
-            warnings.warn(f"torch.compile is done without: {why or 'another rank failed to'}", stacklevel=3)
-    if launch.cuda_graph:
-        keep_learning_rates_on(batches.device, take.optimizers)
-        try:
-            with rolled_back(take.model, take.optimizers):
-                recorded_make = CapturedFunction(make, *chosen) if made_there else make
-                images, labels = recorded_make(*chosen)
-                for frozen in sorted(variants):
-                    freeze_whitening_bias(take.model, frozen)
-                    steps[frozen] = CapturedFunction(take, images, labels)
-            batches.prepared = recorded_make
-        except RuntimeError as error:
-            why = str(error).splitlines()[0]
-            if take.ranks.world_size > 1:  # nobody knows which collective the others are in
-                raise TrainingError(
-                    f"rank {take.ranks.rank} cannot record its step: {why}; train with cuda_graph=off"
-                ) from error
-            take.clear_gradients()
-            launch, steps = launch.without("cuda_graph", why), dict.fromkeys(variants, take)
-            warnings.warn(f"the CUDA graph is done without: {why}", stacklevel=3)
-    return steps, launch
+    mine = {"recipe": recipe.to_dict(), "data set": data.describe(), "seed": seed}
+    chosen = choose_execution(recipe, device, ranks.backend) if ranks.is_main else None
+    reports = ranks.gather(_Report(mine, capabilities(), chosen))
+    _require_same_start([report.started_with for report in reports])
+    execution = reports[0].execution
+    assert execution is not None
+    numerics = execution.numerics.restricted_to([report.can for report in reports])
+    if recipe.precision not in ("auto", numerics.describe()["precision"]):
+        warnings.warn(f"precision={recipe.precision} is not used: {numerics.reason}", stacklevel=3)
+    return Execution(numerics, execution.step_mode)
+
+
+def _require_same_start(reports: Sequence[Mapping[str, Any]]) -> None:
+    for rank, report in enumerate(reports):
+        for name, expected in reports[0].items():
+            if report[name] != expected:
+                raise UserError(
+                    f"rank {rank} was started with another {name} than rank 0: {report[name]}, where rank 0 has "
+                    f"{expected}; start all ranks with the same command and the same data"
+                )
+
+
+@dataclass
+class Setup:
+    """All that a training step needs, on the device."""
+
+    recipe: Recipe
+    device: torch.device
+    execution: Execution
+    ranks: Alone
+    model: Network
+    batches: TrainBatches
+    optimizers: list[torch.optim.Optimizer]
+    schedule: PiecewiseLinear
+    ema: EMA | None
+    lookahead: Lookahead | None
+    gradients: Tensor | None
+    """The buffer that holds all gradients where NCCL averages them."""
+
+    def update(self) -> Update:
+        """Return the part of the step that works on tensors alone, eager."""
+        return Update(
+            self.model, self.optimizers, self.recipe, self.execution.numerics.dtype, self.ranks, self.gradients
+        )
+
+    def step(self) -> TrainingStep:
+        """Return the training step, eager; `capture.prepare_step` compiles or captures it."""
+        return TrainingStep(
+            self.recipe,
+            self.model,
+            self.optimizers,
+            self.schedule,
+            self.batches.steps_per_epoch,
+            self.ema,
+            self.lookahead,
+            updates=dict.fromkeys((False, True), self.update()),
+        )
+
+    def environment(self) -> dict[str, Any]:
+        """Return what the results of this set-up stand on: hardware, versions, numerics, step mode, processes."""
+        processes = {"world_size": self.ranks.world_size, "backend": self.ranks.backend}
+        return environment(self.device) | self.execution.describe() | processes
+
+
+def set_up(
+    recipe: Recipe, data: Dataset, execution: Execution, *, device: torch.device, seed: int = 0, ranks: Alone = ALONE
+) -> Setup:
+    """Send the data to the device and build there what a training step needs: everything a recipe's clock counts.
+
+    Args:
+        recipe: what is trained.
+        data: its images and labels; the ranks share the training set.
+        execution: how it is computed.
+        device: where.
+        seed: of the weights and of every random choice.
+        ranks: the processes that share the work; all start from rank 0's weights.
+
+    Raises:
+        RecipeError: the recipe does not fit the data.
+    """
+    images = data.train_images.to(device) if recipe.preload else data.train_images
+    mean, std = pixel_statistics(images)
+    numerics = execution.numerics
+    model = build_model(
+        recipe, data.n_classes, mean, std, convolution=numerics.convolution, fuse_norm=numerics.fuse_norm, seed=seed
+    )
+    # Weights stay in float32: a format with fewer digits would lose the small steps.
+    dtype = torch.float64 if numerics.dtype == torch.float64 else torch.float32
+    model = model.to(device, dtype)
+    model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    batches = TrainBatches(
+        images,
+        data.train_labels,
+        recipe,
+        device=device,
+        dtype=dtype,
+        mean=mean,
+        std=std,
+        seed=seed,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    whiten_first_layer(model, recipe, images[:WHITENING_IMAGES].to(device))
+    ranks.copy_from_main(model)
+    optimizers = build_optimizers(model, recipe)
+    if device.type == "cuda":
+        fuse(optimizers)
+    return Setup(
+        recipe,
+        device,
+        execution,
+        ranks,
+        model,
+        batches,
+        optimizers,
+        lr_schedule(recipe),
+        EMA(model, recipe.ema_decay**recipe.ema_every) if recipe.ema_decay else None,
+        Lookahead(model, recipe.lookahead_alpha) if recipe.lookahead_alpha else None,
+        flat_gradients(model) if ranks.backend == "nccl" else None,
+    )

@@ -1,53 +1,107 @@
-"""The training loop: a `Recipe` and a data set in, a `RunResult` out; the only file that knows the order of a step."""
+"""The training step: the only place that knows its order.
+
+Schedule, forward, loss, backward, average the gradients, update the weights, move the averages. `Update` is the part
+that works on tensors alone, so that a GPU can capture it; `TrainingStep` adds what Python decides at each step.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar_fast.distributed.ranks import Ranks
 from cifar_fast.hardware.numerics import HALF
 from cifar_fast.recipe import Recipe
+from cifar_fast.training.alone import Alone
+from cifar_fast.training.averaging import EMA, Lookahead
 from cifar_fast.training.evaluate import at_least_float32
 from cifar_fast.training.layers import GhostBatchNorm
 from cifar_fast.training.model import Network
+from cifar_fast.training.optim import PiecewiseLinear, set_learning_rates
+
+UpdateFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Images (N, 3, H, W), normalised, and labels int64 (N,) to the mean loss and the number of correct predictions."""
 
 
 @dataclass
 class TrainingStep:
-    """One step from a batch to new weights: a function of two tensors, to be called as it is, or recorded and replayed.
+    """One training step after the other, from a batch to new weights and averages."""
 
-    The schedule comes before it, because a recorded step takes no numbers from Python; averages of weights come after.
-    """
+    recipe: Recipe
+    model: Network
+    optimizers: list[torch.optim.Optimizer]
+    schedule: PiecewiseLinear
+    steps_per_epoch: int
+    ema: EMA | None
+    lookahead: Lookahead | None
+    updates: dict[bool, UpdateFunction]
+    """The update while the whitening bias is learned (False) and when it is frozen (True): a captured update cannot
+    find out which."""
+    done: int = 0
+    """Steps taken so far."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Take one step on normalised images (N, 3, H, W) and int64 labels (N,).
+
+        Returns the mean loss and the number of correct predictions, two scalars on the device. The next captured step
+        writes to the same place: copy what you keep.
+        """
+        epoch = self.done / self.steps_per_epoch
+        frozen = epoch >= self.recipe.whitening_bias_epochs
+        freeze_whitening_bias(self.model, frozen)
+        set_learning_rates(self.optimizers, self.schedule, epoch)
+        loss, correct = self.updates[frozen](images, labels)
+        self.done += 1
+        if self.ema and self.done % self.recipe.ema_every == 0:
+            self.ema.update(self.model)
+        if self.lookahead and self.done % self.recipe.lookahead_every == 0:
+            self.lookahead.move()
+        return loss, correct
+
+    def start_epoch(self, epoch: int) -> None:
+        """Drop the EMA for good once the recipe no longer evaluates it; epochs count from 0."""
+        if epoch >= self.recipe.epochs - self.recipe.ema_off_epochs:
+            self.ema = None
+
+    @property
+    def evaluated(self) -> Network:
+        """The network to evaluate now: the averaged one, or the trained one where there is no average."""
+        return self.ema.model if self.ema else self.model
+
+
+@dataclass
+class Update:
+    """Forward, loss, backward, average the gradients, update the weights: a function of two tensors."""
 
     model: Network
     optimizers: list[torch.optim.Optimizer]
     recipe: Recipe
     dtype: torch.dtype
-    ranks: Ranks
+    """The number format of the convolutions."""
+    ranks: Alone
     gradients: Tensor | None = None
-    """The buffer of `flat_gradients`, where they lie in one."""
+    """The buffer of `flat_gradients`, where all gradients lie in one."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Take the step; return what `forward_backward` does."""
+        """Update the weights once; arguments and result as for `forward_backward`."""
         half_precision = self.dtype in HALF
-        loss, hits = forward_backward(self.model, images, labels, self.recipe, self.dtype)
+        loss, correct = forward_backward(self.model, images, labels, self.recipe, self.dtype)
         if self.gradients is None:
             self.ranks.average_gradients(self.model, half_precision=half_precision, scale=len(images))
         else:
             self.ranks.average_buffer(self.gradients, half_precision=half_precision, scale=len(images))
-        # The matrices of Muon's Newton-Schulz iterations are multiplied in half precision, too.
+        # Muon multiplies its matrices in half precision, too.
         with torch.autocast(images.device.type, self.dtype, enabled=half_precision):
             for optimizer in self.optimizers:
                 optimizer.step()
         self.clear_gradients()
-        return loss, hits
+        return loss, correct
 
     def clear_gradients(self) -> None:
-        """Make room for the next ones: none are there, or zeros in the buffer where they all lie."""
+        """Remove the gradients; those that lie in one buffer become zeros instead."""
         if self.gradients is not None:
             self.gradients.zero_()
             return
@@ -56,17 +110,25 @@ class TrainingStep:
 
 
 def forward_backward(
-    model: Network, images: Tensor, labels: Tensor, recipe: Recipe, dtype: torch.dtype
+    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Leave the gradients of the batch's mean loss in the parameters; return that loss and the number of images hit.
+    """Leave the gradients of the batch's mean loss in the parameters.
 
-    `images`: (N, 3, H, W), normalised; `labels`: int64 (N,). The convolutions compute in `dtype`. With
-    `micro_batch_size` only that many images' activations exist at a time; the gradients add up to the same.
+    Args:
+        model: the network.
+        images: (N, 3, H, W), normalised.
+        labels: int64 (N,).
+        recipe: label smoothing, and `micro_batch_size`: that many images' activations exist at a time, and the
+            gradients of all of them add up to the same.
+        dtype: the number format of the convolutions.
+
+    Returns:
+        The mean loss and the number of correct predictions, two scalars on the device.
     """
     size = recipe.micro_batch_size or len(images)
     # A mean loss has gradients too small for float16; those of the sum, which the original recipes took, are not.
     loss_scale = len(images) if dtype == torch.float16 else 1
-    loss, hits = images.new_zeros(()), images.new_zeros(())
+    loss, correct = images.new_zeros(()), images.new_zeros(())
     parts = list(zip(images.split(size), labels.split(size), strict=True))
     for number, (part, target) in enumerate(parts, start=1):
         expect_part(model, number, len(parts))
@@ -76,21 +138,21 @@ def forward_backward(
         part_loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing) / len(images)
         (part_loss * loss_scale).backward()
         loss += part_loss.detach()
-        hits += (logits.detach().argmax(1) == target).sum()
+        correct += (logits.detach().argmax(1) == target).sum()
     if loss_scale != 1:
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], loss_scale)
-    return loss, hits
+    return loss, correct
 
 
-def expect_part(model: Network, part: int, n_parts: int) -> None:
-    """Tell the batch norms which part of the batch comes next, for their running statistics."""
+def expect_part(model: nn.Module, part: int, n_parts: int) -> None:
+    """Tell the batch norms which part of the batch comes next, so that their running statistics come out right."""
     for module in model.modules():
         if isinstance(module, GhostBatchNorm):
             module.expect_part(part, n_parts)
 
 
 def freeze_whitening_bias(model: Network, frozen: bool) -> None:
-    """Stop or go on learning the whitening bias; frozen, nothing need be computed back through the first block."""
+    """Freeze the whitening bias or learn it; while it is frozen the backward pass stops before the first layer."""
     whiten = getattr(model.layers, "whiten", None)
     if isinstance(whiten, nn.Conv2d) and whiten.bias is not None:
         whiten.bias.requires_grad = not frozen

@@ -94,7 +94,7 @@ def test_statistics_become_their_mean(four):
 
 
 def test_all_start_from_the_weights_of_rank_0(four):
-    assert four.call(tasks.start_together) == [[1.0] * 54] * 4
+    assert four.call(tasks.copy_from_main) == [[1.0] * 54] * 4
 
 
 def test_nothing_listens_but_on_the_loopback_interface(four):

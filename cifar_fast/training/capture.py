@@ -1,0 +1,126 @@
+"""Compiles a training step and captures it as a CUDA graph, where the recipe and the device allow it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar_fast.errors import TrainingError
+from cifar_fast.hardware.cuda_graph import CapturedFunction, compiled, measured_convolutions
+from cifar_fast.training.optim import keep_learning_rates_on
+from cifar_fast.training.setup import Setup
+from cifar_fast.training.step import TrainingStep, forward_backward, freeze_whitening_bias
+
+Make = Callable[..., tuple[Tensor, Tensor]]
+"""From the random choices for a batch to its images and labels."""
+
+
+def prepare_step(setup: Setup) -> TrainingStep:
+    """Return the training step, compiled and captured as `setup.execution` says; nothing is learned meanwhile.
+
+    What a compiler or a GPU refuses is left out: a warning says so, and so does `setup.execution` from then on. A field
+    that the recipe turned `on` and the device cannot do is warned about as well.
+    """
+    step, mode = setup.step(), setup.execution.step_mode
+    if mode.compile:
+        _compile(setup, step)
+    if mode.cuda_graph:
+        _capture(setup, step)
+    mode = setup.execution.step_mode
+    for field in ("cuda_graph", "compile"):
+        if getattr(setup.recipe, field) == "on" and not getattr(mode, field):
+            warnings.warn(f"{field}=on is not used: {'; '.join(mode.reasons)}", stacklevel=3)
+    return step
+
+
+def _compile(setup: Setup, step: TrainingStep) -> None:
+    """Compile the network, and the making of a batch where that happens on the device."""
+    update, make = setup.update(), _make(setup)
+    compiled_model: Any = compiled(update.model)  # a module around the model, with its parameters
+    compiled_make = compiled(make) if setup.batches.home == setup.device else make
+    why = ""
+    with rolled_back(setup.model, setup.optimizers), measured_convolutions():
+        try:
+            for frozen in _variants(setup):
+                freeze_whitening_bias(setup.model, frozen)
+                images, labels = compiled_make(*setup.batches.example_choices())
+                forward_backward(compiled_model, images, labels, setup.recipe, update.dtype)
+        except Exception as error:  # a compiler fails in many ways, and none need end a training run
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+        update.clear_gradients()
+    if not setup.ranks.all(not why):
+        _do_without(setup, "compile", why or "another rank failed to")
+        warnings.warn(f"torch.compile is done without: {why or 'another rank failed to'}", stacklevel=4)
+        return
+    step.updates = dict.fromkeys((False, True), replace(update, model=compiled_model))
+    setup.batches.prepared = compiled_make
+
+
+def _capture(setup: Setup, step: TrainingStep) -> None:
+    """Capture the making of a batch, and the update once for each state of the whitening bias."""
+    keep_learning_rates_on(setup.device, setup.optimizers)
+    make = setup.batches.prepared or _make(setup)
+    eager = dict(step.updates)
+    try:
+        with rolled_back(setup.model, setup.optimizers):
+            chosen = setup.batches.example_choices()
+            if setup.batches.home == setup.device:  # else it is made on the CPU, and sent
+                make = CapturedFunction(make, *chosen)
+            images, labels = make(*chosen)
+            for frozen in _variants(setup):
+                freeze_whitening_bias(setup.model, frozen)
+                step.updates[frozen] = CapturedFunction(eager[frozen], images, labels)
+        setup.batches.prepared = make
+    except RuntimeError as error:
+        why = str(error).splitlines()[0]
+        if setup.ranks.world_size > 1:  # nobody knows which collective the others are in
+            raise TrainingError(
+                f"rank {setup.ranks.rank} cannot capture its step: {why}; train with cuda_graph=off"
+            ) from error
+        setup.update().clear_gradients()
+        step.updates = eager
+        _do_without(setup, "cuda_graph", why)
+        warnings.warn(f"the CUDA graph is done without: {why}", stacklevel=4)
+
+
+def _make(setup: Setup) -> Make:
+    return partial(setup.batches.make, setup.batches.side)
+
+
+def _variants(setup: Setup) -> list[bool]:
+    """Return the states of the whitening bias, frozen or not, that this training run meets."""
+    batches, learned = setup.batches, setup.recipe.whitening_bias_epochs
+    last = (batches.total_steps() - 1) / batches.steps_per_epoch
+    return sorted({learned <= 0, last >= learned})
+
+
+def _do_without(setup: Setup, field: str, why: str) -> None:
+    setup.execution = replace(setup.execution, step_mode=setup.execution.step_mode.without(field, why))
+
+
+@contextmanager
+def rolled_back(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
+    """Undo what the block does to weights, statistics and optimisers; these must not have taken a step before.
+
+    Every tensor stays where it is. What the optimisers have gathered becomes zero, which is where momentum starts.
+    """
+    values = list(model.state_dict().values())
+    before = [value.clone() for value in values]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for value, old in zip(values, before, strict=True):
+                value.copy_(old)
+            for optimizer in optimizers:
+                for state in optimizer.state.values():
+                    for gathered in state.values():
+                        if isinstance(gathered, Tensor):
+                            gathered.zero_()
