@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from cifar_fast.data.dataset import Dataset
+    from cifar_fast.kernels.compile import Library
 
 # No test depends on time or on luck: no deadlines, and the same examples on every machine.
 settings.register_profile(
@@ -56,6 +58,34 @@ def user_data_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | 
         patch.setenv("CIFAR_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("MPLBACKEND", "agg")
         yield Path(root).absolute() if root else None
+
+
+@pytest.fixture(scope="session")
+def emulated_amx() -> Library:
+    """`amx.c` with the instructions of AMX and AVX-512 in plain C, which runs on any processor."""
+    from cifar_fast.kernels import amx, fused
+    from cifar_fast.kernels import compile as native
+
+    header = Path(__file__).with_name("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "FLAGS", (*native.FLAGS, "-DCIFAR_FAST_EMULATE_AMX", f"-I{header}"))
+        patch.setattr(native, "FILES", ("amx.c",))
+        library = replace(amx.LIBRARY)
+        usable, why_not = library.available()
+    if not usable and not fused.available()[0]:
+        pytest.skip(why_not)
+    assert usable, why_not
+    return library
+
+
+@pytest.fixture
+def amx_everywhere(emulated_amx: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMX is available in this test, emulated where the processor has none."""
+    from cifar_fast.kernels import amx
+
+    if not amx.available()[0]:
+        monkeypatch.setattr(amx, "LIBRARY", emulated_amx)
+        monkeypatch.setattr(amx, "available", emulated_amx.available)
 
 
 @pytest.fixture(scope="session")
