@@ -871,7 +871,8 @@ def text_of(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"A step of {report['recipe']['name']}: {report['images']:,} images, {machine['precision']}, "
-            f"{machine['convolution']} convolution, norm and activation {machine['norm_and_activation']}",
+            f"{machine['convolution']} convolution, norm and activation "
+            f"{'fused' if machine['fused_norm'] else 'separate'}",
             f"{hardware(machine)}; torch {machine['torch']}; {report['data']}; {report['rounds']} rounds, "
             f"{report['steps']} step{'s' * (report['steps'] > 1)} a turn; commit {report['commit'][:12]}",
             "",

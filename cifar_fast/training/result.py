@@ -201,7 +201,7 @@ def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor]) -> RunR
         torch.zeros(3),
         torch.ones(3),
         convolution=values["environment"].get("convolution", "direct"),
-        fuse_norm=values["environment"].get("norm_and_activation") == "at once",
+        fuse_norm=values["environment"].get("fused_norm", False),
     )
     model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
     if any(value.dtype == torch.float64 for value in weights.values()):

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_fast import recipes
 from cifar_fast.distributed.ranks import ALONE
-from cifar_fast.hardware.numerics import Numerics, can_convolve
+from cifar_fast.hardware.numerics import Numerics, capabilities
 from cifar_fast.kernels import amx, fused, winograd
 from cifar_fast.recipe import Recipe
 from cifar_fast.training import optim
@@ -77,8 +77,7 @@ def setting_of(
 
 @pytest.fixture(params=["direct", "winograd", "amx"])
 def convolution(request: pytest.FixtureRequest) -> str:
-    usable, why_not = can_convolve(request.param)
-    if not usable:
+    if why_not := capabilities().unavailable.get(request.param):
         pytest.skip(why_not)
     return request.param
 

@@ -23,7 +23,7 @@ from cifar_fast.experiments.statistics import (
     summarise,
     wilson_interval,
 )
-from cifar_fast.experiments.tables import comparison_table, run_log
+from cifar_fast.experiments.tables import comparison_table, run_log, turns_table
 from cifar_fast.recipes import apple_8gpu, ladder
 
 CIFAR10 = {"name": "CIFAR-10", "fingerprint": CIFAR10_FINGERPRINT, "n_train": 50_000, "n_test": 10_000}
@@ -220,6 +220,12 @@ def test_another_data_set_is_loudly_not_comparable_even_under_the_same_name():
 def test_another_target_does_not_get_the_published_share_as_its_own():
     text = comparison_table(summarise(RUNS, 0.95))
     assert re.search(r"^at 95\.00 % +0 of 5 .* 41 of 50 .* at 94\.00 %$", text, re.MULTILINE)
+
+
+def test_turns_table_gives_rates_and_the_speed_against_the_first_way() -> None:
+    _, first, second = turns_table({"slow": [6.0, 8.0], "fast": [3.0, 2.0]}, 700).splitlines()
+    assert first.split() == ["slow", "100.0", "1.00", "1.00", "to", "1.00"]
+    assert second.split() == ["fast", "280.0", "3.00", "2.00", "to", "4.00"]
 
 
 def test_published_figures_are_those_of_the_paper_trail():
