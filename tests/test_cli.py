@@ -22,7 +22,9 @@ from PIL import Image
 import cifar_fast
 from cifar_fast import cli
 from cifar_fast import recipes as recipe
-from cifar_fast.data import load as data
+from cifar_fast.data import download, load
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.errors import DataNotFoundError
 from cifar_fast.recipe import Recipe
 from cifar_fast.teaching import notebooks
 
@@ -149,11 +151,11 @@ def test_train_prints_the_epochs_and_a_table(pictures, tmp_path, monkeypatch, ca
 
 
 def test_synthetic_data_is_never_silent(tiny_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(data, "synthetic", lambda: tiny_data)
+    monkeypatch.setattr(load, "synthetic", lambda: tiny_data)
     arguments = ["train", "--recipe", "smoke", "--device", "cpu", "--quiet", *QUICK, "--epochs", "1"]
     assert status_of(*arguments, "--data", "synthetic", "--out", tmp_path / "asked") == 0
     assert re.search(r"data set +synthetic", capsys.readouterr().out)
-    monkeypatch.setattr(data, "load_cifar10", nothing_found)
+    monkeypatch.setattr(load, "load_cifar10", nothing_found)
     assert status_of(*arguments, "--out", tmp_path / "found") == 0
     printed = capsys.readouterr()
     assert "data set: synthetic" in printed.err
@@ -162,8 +164,8 @@ def test_synthetic_data_is_never_silent(tiny_data, tmp_path, monkeypatch, capsys
     assert re.search(r"data set +synthetic", capsys.readouterr().out)
 
 
-def nothing_found(*_: object) -> data.Dataset:
-    raise data.DataNotFoundError("no host answers")
+def nothing_found(*_: object) -> Dataset:
+    raise DataNotFoundError("no host answers")
 
 
 @pytest.mark.parametrize("word", ["train", "benchmark"])
@@ -355,7 +357,7 @@ def test_evaluate_on_other_data_says_so(run_folder, pictures, tmp_path, capsys):
 
 
 def test_evaluate_needs_as_many_classes(run_folder, tiny_data, monkeypatch, capsys):
-    monkeypatch.setattr(data, "synthetic", lambda: tiny_data)
+    monkeypatch.setattr(load, "synthetic", lambda: tiny_data)
     assert status_of("evaluate", run_folder, "--data", "synthetic") == 2
     assert "knows 3 classes and synthetic has 10" in capsys.readouterr().err
 
@@ -462,11 +464,11 @@ def test_data_without_any_and_with_damaged_data(tmp_path, monkeypatch, capsys):
 def test_data_downloads_from_the_mirrors(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def download(mirrors: tuple[str, ...]) -> Path:
+    def downloaded(mirrors: tuple[str, ...]) -> Path:
         asked.append(mirrors)
         return tmp_path
 
-    monkeypatch.setattr(data, "download", download)
+    monkeypatch.setattr(download, "download_cifar10", downloaded)
     monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path / "empty"))
     assert status_of("data", "--download", "--mirror", "http://a/x", "--mirror", "http://b/x") == 1
     assert asked == [("http://a/x", "http://b/x")]
