@@ -14,11 +14,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cifar_fast.errors import DataError
 from cifar_fast.files import written_whole
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SIZE = 32  # pixels, height and width
 SYNTHETIC = "synthetic"  # marks every table, log and file of a run without real data
+_CHUNK = 1000  # images compared at once, so that the working set stays in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +74,26 @@ def build_dataset(
     for tensor in (*train, *test):
         digest.update(tensor.numpy().data)
     return Dataset(name, tuple(classes), *train, *test, source=source, fingerprint=digest.hexdigest()[:16])
+
+
+def require_variation(data: Dataset) -> None:
+    """Raise a `DataError` if all training images are the same picture, for instance one plain colour.
+
+    Such a set teaches nothing, and it has no variance: whitening and batch norm would amplify rounding errors.
+    """
+    images = data.train_images.numpy()  # (n_train, 3, 32, 32)
+    first = images[0]
+    # In chunks, so that ordinary data pass at the first one.
+    if not all((images[start : start + _CHUNK] == first).all() for start in range(0, len(images), _CHUNK)):
+        return
+    what = "are all the same picture"
+    if (first == first[:, :1, :1]).all():
+        red, green, blue = first[:, 0, 0]
+        what = f"all have the same single colour (red {red}, green {green}, blue {blue})"
+    raise DataError(
+        f"No network can learn from the data set {data.name} ({data.source}): its {len(images):,} training images "
+        f"{what}. Check how these images were made or converted, or train on another data set."
+    )
 
 
 # --- the decoded file ---

@@ -1,15 +1,17 @@
-"""A data set survives its decoded file, and its fingerprint notices any change."""
+"""A data set survives its decoded file, its fingerprint notices any change, and one without variation is refused."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from small_sets import same
 from torch import Tensor
 
-from cifar_fast.data.dataset import Dataset, build_dataset, read_decoded, write_decoded
+from cifar_fast.data.dataset import Dataset, build_dataset, read_decoded, require_variation, write_decoded
+from cifar_fast.errors import DataError
 
 
 def dataset(train_images: Tensor, train_labels: Tensor | None = None) -> Dataset:
@@ -21,6 +23,11 @@ def dataset(train_images: Tensor, train_labels: Tensor | None = None) -> Dataset
 
 def random_images(n: int) -> Tensor:
     return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def plain(red: int, green: int, blue: int, n: int = 2500) -> Tensor:
+    """Images of one colour."""
+    return torch.tensor([red, green, blue], dtype=torch.uint8).view(1, 3, 1, 1).repeat(n, 1, 32, 32)
 
 
 # --- the decoded file ---
@@ -49,3 +56,37 @@ def test_fingerprint_changes_with_any_pixel_or_label() -> None:
     same_again = dataset(images.clone(), labels.clone()).fingerprint
     assert dataset(images, labels).fingerprint == same_again
     assert len({same_again, dataset(other_pixel, labels).fingerprint, dataset(images, other_label).fingerprint}) == 3
+
+
+# --- variation ---
+
+
+@pytest.mark.parametrize("colour", [(0, 0, 0), (255, 255, 255), (10, 20, 200)])
+def test_images_of_a_single_colour_are_refused(colour: tuple[int, int, int]) -> None:
+    with pytest.raises(DataError) as caught:
+        require_variation(dataset(plain(*colour)))
+    message = str(caught.value)
+    assert "single colour (red {}, green {}, blue {})".format(*colour) in message
+    for words in ("data set pets (image folder pets)", "2,500 training images", "Check how", "another data set"):
+        assert words in message
+
+
+def test_images_that_are_all_the_same_are_refused() -> None:
+    with pytest.raises(DataError, match="2,500 training images are all the same picture"):
+        require_variation(dataset(random_images(1).repeat(2500, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("index", [0, 1, 1000, 2499])
+def test_a_single_pixel_that_differs_is_variation(index: int) -> None:
+    images = plain(10, 20, 200)
+    images[index, 2, 31, 31] ^= 1
+    require_variation(dataset(images))
+
+
+def test_ordinary_grey_and_partly_constant_images_pass() -> None:
+    images = random_images(100)
+    require_variation(dataset(images))
+    require_variation(dataset(images[:, :1].repeat(1, 3, 1, 1)))  # greyscale pictures stored as RGB
+    images[:, 1] = 7
+    require_variation(dataset(images))  # a constant channel
+    require_variation(dataset(torch.cat([plain(1, 2, 3, n=50), plain(1, 2, 4, n=50)])))  # plain, but two colours
