@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 def written_whole(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends, the file written there replaces `path`.
 
-    The data reach the disk before the file is renamed, so neither a reader nor a power cut ever sees half a file. If
+    The data reaches the disk before the file is renamed, so neither a reader nor a power cut ever sees half a file. If
     the block raises, the temporary file is removed and `path` stays as it was.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")

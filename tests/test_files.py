@@ -64,7 +64,7 @@ def test_system_that_refuses_leaves_the_old_file_and_the_next_try_works(
     assert target.read_text() == "new"
 
 
-def test_data_reach_the_disk_before_the_file_gets_its_name(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_reaches_the_disk_before_the_file_gets_its_name(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
     for step in ("fsync", "replace"):
         real = getattr(os, step)

@@ -83,7 +83,7 @@ def require_variation(data: Dataset) -> None:
     """
     images = data.train_images.numpy()  # (n_train, 3, 32, 32)
     first = images[0]
-    # In chunks, so that ordinary data pass at the first one.
+    # In chunks, so that ordinary data passes at the first one.
     if not all((images[start : start + _CHUNK] == first).all() for start in range(0, len(images), _CHUNK)):
         return
     what = "are all the same picture"

@@ -55,7 +55,7 @@ def load_cifar10(root: str | Path | None = None, download: bool = True, mirrors:
 
 
 def load_or_synthetic(root: str | Path | None = None, download: bool = True, mirrors: Sequence[str] = ()) -> Dataset:
-    """Load real data as `load_cifar10` does; if there are none, say so loudly and return the synthetic set.
+    """Load real data as `load_cifar10` does; if there is none, say so loudly and return the synthetic set.
 
     A named folder that cannot be used is still an error: whoever names a data set does not want another one.
 
