@@ -329,11 +329,11 @@ class Data:
 
     def run(self) -> int:
         """Print the state; the exit status is 1 when `train` would find no usable data set on this machine."""
-        from cifar_fast.data.download import download
+        from cifar_fast.data.download import download_cifar10
         from cifar_fast.data.load import status
 
         if self.download:
-            print(f"downloaded: {download(self.mirror)}")
+            print(f"downloaded: {download_cifar10(self.mirror)}")
         elif self.mirror:
             raise UserError("--mirror is a place to download from: add --download")
         places = status(self.data)

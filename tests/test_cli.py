@@ -24,10 +24,9 @@ from PIL import Image
 
 import cifar_fast
 from cifar_fast import cli, recipes
-from cifar_fast.data import download as downloading
-from cifar_fast.data import load
-from cifar_fast.data import synthetic as drawing
-from cifar_fast.data.dataset import DataNotFoundError, Dataset
+from cifar_fast.data import download, load
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.errors import DataNotFoundError
 from cifar_fast.recipe import Recipe
 from cifar_fast.teaching import notebooks
 
@@ -149,8 +148,7 @@ def test_train_prints_the_epochs_and_a_table(pictures, tmp_path, monkeypatch, ca
 
 
 def test_synthetic_data_is_never_silent(tiny_data, tmp_path, monkeypatch, capsys):
-    for module in (drawing, load):
-        monkeypatch.setattr(module, "synthetic", lambda: tiny_data)
+    monkeypatch.setattr(load, "synthetic", lambda: tiny_data)
     arguments = ["train", "--recipe", "smoke", "--device", "cpu", "--quiet", *QUICK, "--epochs", "1"]
     assert status_of(*arguments, "--data", "synthetic", "--out", tmp_path / "asked") == 0
     assert re.search(r"data set +synthetic", capsys.readouterr().out)
@@ -356,7 +354,7 @@ def test_evaluate_on_other_data_says_so(run_folder, pictures, tmp_path, capsys):
 
 
 def test_evaluate_needs_as_many_classes(run_folder, tiny_data, monkeypatch, capsys):
-    monkeypatch.setattr(drawing, "synthetic", lambda: tiny_data)
+    monkeypatch.setattr(load, "synthetic", lambda: tiny_data)
     assert status_of("evaluate", run_folder, "--data", "synthetic") == 2
     assert "knows 3 classes and synthetic has 10" in capsys.readouterr().err
 
@@ -463,11 +461,11 @@ def test_data_without_any_and_with_damaged_data(tmp_path, monkeypatch, capsys):
 def test_data_downloads_from_the_mirrors(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def download(mirrors: tuple[str, ...]) -> Path:
+    def downloaded(mirrors: tuple[str, ...]) -> Path:
         asked.append(mirrors)
         return tmp_path
 
-    monkeypatch.setattr(downloading, "download", download)
+    monkeypatch.setattr(download, "download_cifar10", downloaded)
     monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path / "empty"))
     assert status_of("data", "--download", "--mirror", "http://a/x", "--mirror", "http://b/x") == 1
     assert asked == [("http://a/x", "http://b/x")]
