@@ -23,8 +23,8 @@ What was measured elsewhere and copied there gets into the README by `--out benc
 
 The first hour on a GPU checks, in this order:
 
- 1. `--parts tests`. First look at test_what_is_recorded_is_done_again_with_new_inputs, then at
-    test_the_recorded_step_gives_the_eager_steps_weights (muon, then sgd), then at the compiled ones, NCCL last.
+ 1. `--parts tests`. First look at test_a_captured_function_repeats_its_work_on_new_inputs, then at
+    test_the_captured_step_gives_the_eager_steps_weights (muon, then sgd), then at the compiled ones, NCCL last.
  2. `cifar-fast train --recipe speedrun --cuda-graph on --compile off`, then `--cuda-graph off --compile on`, then both:
     no warning, and `launch`, `compiled` and `launch_reason` in result.json as asked for. Where a warning gives a
     reason, that comes first.
