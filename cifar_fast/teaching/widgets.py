@@ -10,8 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from cifar_fast.errors import UserError
-from cifar_fast.experiments import plan
+from cifar_fast.experiments.all_reduce import Link
+from cifar_fast.experiments.plan import predict
+from cifar_fast.experiments.step_costs import StepCosts
 from cifar_fast.experiments.tables import percent
+from cifar_fast.experiments.world_sizes import planned_world_sizes
 from cifar_fast.recipe import Recipe, choices
 from cifar_fast.teaching import concept_plots as figures
 from cifar_fast.teaching import image_grids as galleries
@@ -312,17 +315,17 @@ def share_intervals(share: float = 0.82, n: int = 50) -> Explorer:
     )
 
 
-def workers(measured: plan.StepCosts, recipe: Recipe, n_train: int, n_test: int, link: plan.Link) -> Explorer:
-    """Explore what more workers and another link would do to a step, from costs that `plan.measure_step` measured.
+def workers(measured: StepCosts, recipe: Recipe, n_train: int, n_test: int, link: Link) -> Explorer:
+    """Explore what more workers and another link would do to a step, from costs that `measure_step` found.
 
     `n_train`, `n_test`: training and test images. The sliders start at `link`; what they are moved to is nobody's
     measurement.
     """
-    sizes = plan.planned_world_sizes(recipe)
+    sizes = planned_world_sizes(recipe)
 
     def draw(world_size: int, latency: float, bandwidth: float) -> Picture:
         wire = replace(link, latency_seconds=latency / 1e6, bytes_per_second=bandwidth * 1e9)
-        alone, together = (plan.predict(measured, recipe, n_train, n_test, n, wire) for n in (1, world_size))
+        alone, together = (predict(measured, recipe, n_train, n_test, n, wire) for n in (1, world_size))
         return figures.timeline(together, alone)
 
     return Explorer(

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar_fast.errors import UserError
-from cifar_fast.experiments.plan import Link, StepCosts, StepPoint, predict
+from cifar_fast.experiments.all_reduce import Link
+from cifar_fast.experiments.plan import predict
 from cifar_fast.experiments.published import LADDER_2019, RECORDS
 from cifar_fast.experiments.statistics import mean_interval, wilson_interval
+from cifar_fast.experiments.step_costs import StepCosts, StepPoint
 from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import apple_8gpu, ladder, page_2019
 from cifar_fast.teaching import concept_plots as figures
