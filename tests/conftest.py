@@ -25,12 +25,7 @@ settings.register_profile(
 settings.load_profile("cifar_fast")
 
 
-LONGEST = ("test_lab.py", "test_benchmark.py", "test_workers.py", "test_parallel.py", "test_notebooks.py")
-"""Files of minutes, which start first: else one test process is still at the last of them when the other has ended."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
@@ -48,14 +43,23 @@ def interruptible() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def user_data_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """Hides the user's settings and cache from every test; the value is what CIFAR_FAST_DATA was before."""
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache folder of all tests of a session: kernels are compiled into it once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def user_data_root(cache_folder: Path) -> Iterator[Path | None]:
+    """Hides the user's settings and cache from the tests of a file; the value is what CIFAR_FAST_DATA was before.
+
+    Notebooks, which the same process may run between two files of tests, see them.
+    """
     root = os.environ.get("CIFAR_FAST_DATA")
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("CIFAR_FAST_")]:
             patch.delenv(name)
-        patch.setenv("CIFAR_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CIFAR_FAST_CACHE", str(cache_folder))
         patch.setenv("MPLBACKEND", "agg")
         yield Path(root).absolute() if root else None
 

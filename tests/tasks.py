@@ -1,4 +1,4 @@
-"""What other processes do in test_workers.py and test_parallel.py: an importable module, as tasks have to be in one."""
+"""What other processes do in tests/distributed: an importable module, as tasks have to be in one."""
 
 from __future__ import annotations
 

@@ -153,26 +153,34 @@ def _numerics(way: Way, reason: str) -> Numerics:
 def convolution_rates(n: int = 128) -> dict[Way, float]:
     """Measure the GFLOP/s of one typical convolution of `n` images on this CPU, forward and backward, each way.
 
-    It takes about a second where bfloat16 is fast, and several where it is not.
+    It takes about a second.
     Winograd's rate counts the multiplications of the direct algorithm, so that rates compare as speeds do. The ways
-    take turns and the best time of each counts, so that another process slows all of them down alike. A way that
-    takes twice as long as another one drops out after two turns.
+    take turns and the best time of each counts, so that another process slows all of them down alike. Two turns on few
+    images come first: a way that takes four times as long as another, as bfloat16 does on a processor without
+    instructions for it, would need many seconds for all of them, so it keeps the rate of these.
     """
     channels, side = 256, 7  # as in the layers with most of the arithmetic
-    flops = 3 * 2 * n * channels**2 * 9 * side**2
-    x, dy = (torch.randn(n, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2))
     weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
     functions: dict[str, Callable[..., Tensor]] = {
         "winograd": winograd.winograd_conv2d,
         "amx": amx.amx_conv2d,
         "direct": partial(F.conv2d, padding=1),
     }
-    best = dict.fromkeys(_possible_ways(), math.inf)
-    for turn in range(6):
-        for way in [way for way in best if turn < 2 or best[way] < 2 * min(best.values())]:
-            inputs, filters, gradient = (value.to(DTYPES[way.precision]) for value in (x, weight, dy))
-            start = time.perf_counter()
-            y = functions[way.convolution](inputs.requires_grad_(), filters.requires_grad_())
-            torch.autograd.grad(y, (inputs, filters), gradient)
-            best[way] = min(best[way], time.perf_counter() - start)
-    return {way: flops / seconds / 1e9 for way, seconds in best.items()}
+    rates: dict[Way, float] = {}
+    ways = _possible_ways()
+    for n_images, turns in ((min(n, 8), 2), (n, 4)):
+        x, dy = (
+            torch.randn(n_images, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2)
+        )
+        best = dict.fromkeys(ways, math.inf)
+        for _ in range(turns):
+            for way in ways:
+                inputs, filters, gradient = (value.to(DTYPES[way.precision]) for value in (x, weight, dy))
+                start = time.perf_counter()
+                y = functions[way.convolution](inputs.requires_grad_(), filters.requires_grad_())
+                torch.autograd.grad(y, (inputs, filters), gradient)
+                best[way] = min(best[way], time.perf_counter() - start)
+        flops = 3 * 2 * n_images * channels**2 * 9 * side**2
+        rates |= {way: flops / seconds / 1e9 for way, seconds in best.items()}
+        ways = [way for way in ways if best[way] < 4 * min(best.values())]
+    return rates
