@@ -21,7 +21,7 @@ from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.load import load_cifar10
 from cifar_fast.errors import RunError
 from cifar_fast.experiments.ablation import AS_IT_IS, Ablation, evaluate_as_trained
-from cifar_fast.recipe import CHOICES, Recipe, changed_fields
+from cifar_fast.recipe import Recipe, changed_fields, choices
 from cifar_fast.training.loop import train
 from cifar_fast.training.result import RunResult, load_run
 
@@ -66,7 +66,7 @@ def without_clocks(run: dict) -> dict:
 def tta_lines(result: RunResult, data: Dataset) -> list[dict]:
     """Return a line for each other kind of TTA on the network of `result`, with the clocks of its training."""
     lines = []
-    for tta in CHOICES["tta"]:
+    for tta in choices("tta"):
         if tta != result.recipe.tta:
             found = evaluate_as_trained(result, data, tta)
             other = line(f"tta={tta}", result)

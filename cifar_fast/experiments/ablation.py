@@ -16,7 +16,7 @@ from cifar_fast.errors import UserError
 from cifar_fast.experiments.statistics import data_set, hardware, mean_interval
 from cifar_fast.experiments.tables import table
 from cifar_fast.hardware.clock import Clock
-from cifar_fast.recipe import CHOICES, Recipe, changed_fields
+from cifar_fast.recipe import Recipe, changed_fields, choices
 from cifar_fast.training.evaluate import Evaluation, evaluate
 from cifar_fast.training.result import EpochResult, RunResult
 
@@ -166,12 +166,11 @@ def tta_ablation(results: Sequence[RunResult], data: Dataset, *, progress: bool 
     The first arm is `tta=none`. Each run keeps the clocks of its training; its accuracy, loss and `evaluate_seconds`
     are those of the arm.
     """
-    arms: dict[str, list[dict[str, Any]]] = {f"tta={tta}": [] for tta in CHOICES["tta"]}
-    with tqdm(
-        total=len(results) * len(arms), desc=f"TTA on {data.name}", unit="evaluation", disable=not progress
-    ) as bar:
+    arms: dict[str, list[dict[str, Any]]] = {f"tta={tta}": [] for tta in choices("tta")}
+    n_runs = len(results) * len(arms)
+    with tqdm(total=n_runs, desc=f"TTA on {data.name}", unit="evaluation", disable=not progress) as bar:
         for result in results:
-            for tta in CHOICES["tta"]:
+            for tta in choices("tta"):
                 clock = Clock(next(result.model.parameters()).device)
                 with clock.running():
                     found = evaluate_as_trained(result, data, tta)

@@ -12,7 +12,7 @@ from torch import Tensor
 from cifar_fast.errors import UserError
 from cifar_fast.experiments import plan
 from cifar_fast.experiments.tables import percent
-from cifar_fast.recipe import CHOICES, Recipe
+from cifar_fast.recipe import Recipe, choices
 from cifar_fast.teaching import concept_plots as figures
 from cifar_fast.teaching import image_grids as galleries
 from cifar_fast.teaching.result_plots import Picture, learning_curve
@@ -134,8 +134,8 @@ def augmentation(images: Tensor, *, dataset: str, padding: int = 4, most_cutout:
     """Explore crop, flip and cutout on one of uint8 `images` (N, 3, H, W); `padding` and `most_cutout` in pixels."""
     side = images.shape[-1]
 
-    def draw(image: int, **choices: Any) -> Picture:
-        return galleries.augmentation_steps(images[image], padding=padding, dataset=dataset, **choices)
+    def draw(image: int, **chosen: Any) -> Picture:
+        return galleries.augmentation_steps(images[image], padding=padding, dataset=dataset, **chosen)
 
     return Explorer(
         draw,
@@ -344,5 +344,5 @@ def tta_votes(
     return Explorer(
         draw,
         image=_whole("image", 0, 0, len(images) - 1),
-        tta=_control(ipywidgets.Dropdown, "tta", value=tta, options=CHOICES["tta"]),
+        tta=_control(ipywidgets.Dropdown, "tta", value=tta, options=choices("tta")),
     )

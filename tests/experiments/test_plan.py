@@ -24,7 +24,7 @@ from cifar_fast.experiments.plan import (
     ring_all_reduce,
 )
 from cifar_fast.hardware import device as devices
-from cifar_fast.recipe import Recipe
+from cifar_fast.recipe import Recipe, choices
 from cifar_fast.teaching.result_plots import predicted_scaling
 from cifar_fast.training.batches import TrainBatches, pixel_statistics
 from cifar_fast.training.evaluate import views
@@ -207,7 +207,7 @@ def test_too_few_images_for_a_batch_are_refused():
         predict(GPU, APPLE, 1000, 100, 8, LINK)
 
 
-@pytest.mark.parametrize("tta", recipe.CHOICES["tta"])
+@pytest.mark.parametrize("tta", choices("tta"))
 def test_views_are_those_that_evaluation_shows(tta):
     assert plan.VIEWS[tta] == len(list(views(torch.zeros(1, 3, 8, 8), tta)))
 
