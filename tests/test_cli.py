@@ -268,14 +268,14 @@ def test_benchmark_goes_on_prints_the_comparison_and_draws_it(benchmark_command,
     assert f"folder: {folder}" in out and "epochs: 2.0 -> 1.0" in out
     assert "run   0 (1 of 2)  seed   0" in out and "run   1 (2 of 2)  seed   1" in out
     assert re.search(r"^n +2 runs +50 runs$", out, re.MULTILINE) and re.search(r"^at 30\.00 %", out, re.MULTILINE)
-    assert "NOT COMPARABLE: these runs are of the data set colours" in out
+    assert "NOT COMPARABLE: these runs used the data set colours" in out
     assert {path.name for path in folder.iterdir()} - {".lock"} == {
         "results.jsonl", "run_log.txt", "summary.json", "timing_log.tsv", "weights.safetensors", "result.json",
         "accuracy_and_time.png",
     }  # fmt: skip
     assert status_of(*benchmark_command, "--runs", "3", "--quiet", "--out", folder) == 0
     printed = capsys.readouterr()
-    assert "going on with run 2" in printed.err and "run   2" not in printed.out
+    assert "resuming with run 2" in printed.err and "run   2" not in printed.out
     assert len(cifar_fast.load_benchmark(folder).runs) == 3
     with Image.open(folder / "accuracy_and_time.png") as picture:
         assert picture.width > 1000
