@@ -23,7 +23,7 @@ settings.register_profile(
 settings.load_profile("cifar_fast")
 
 
-LONGEST = ("test_lab.py", "test_benchmark.py", "test_workers.py", "test_parallel.py", "test_notebooks.py")
+LONGEST = ("test_lab.py", "test_benchmark.py", "test_processes.py", "test_launch.py", "test_notebooks.py")
 """Files of minutes, which start first: else one test process is still at the last of them when the other has ended."""
 
 

@@ -39,6 +39,11 @@ def _generator(*key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
+def allowed_world_sizes(recipe: Recipe) -> tuple[int, ...]:
+    """Return every number of processes that can share the recipe's shards equally."""
+    return tuple(number for number in range(1, recipe.n_shards + 1) if recipe.n_shards % number == 0)
+
+
 def steps_per_epoch(recipe: Recipe, n_images: int) -> int:
     """Return the whole batches in one pass over `n_images`; raise `RecipeError` when a shard does not hold one."""
     smallest = n_images // recipe.n_shards

@@ -326,7 +326,7 @@ class Here:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         return [function(ALONE, *args)]
 
 
