@@ -7,31 +7,9 @@ from dataclasses import replace
 
 from made_up import CIFAR10, CIFAR10_FINGERPRINT, RUNS
 
-<<<<<<< HEAD
-from cifar_fast.experiments.published import APPLE_2019, CIFAR10_FINGERPRINT, LADDER_2019, RECORDS
-from cifar_fast.experiments.statistics import (
-    excludes,
-    hardware,
-    mean_interval,
-    reaches,
-    spread,
-    student_t_quantile,
-    summarise,
-    wilson_interval,
-)
-from cifar_fast.experiments.tables import comparison_table, run_log, turns_table
-from cifar_fast.recipes import apple_8gpu, ladder
-
-CIFAR10 = {"name": "CIFAR-10", "fingerprint": CIFAR10_FINGERPRINT, "n_train": 50_000, "n_test": 10_000}
-MACHINE = {
-    "device": "cpu", "gpu": None, "cpu": "Some Processor", "cpu_capability": "AVX512", "threads": 2, "torch": "2.14.1",
-    "python": "3.11.7", "precision": "float32", "convolution": "winograd", "world_size": 1, "backend": None,
-}  # fmt: skip
-=======
 from cifar_fast.experiments.published import APPLE_2019
 from cifar_fast.experiments.statistics import summarise
 from cifar_fast.experiments.tables import comparison_table, run_log, turns_table
->>>>>>> w-benchmark
 
 
 def test_the_run_log_has_a_line_for_each_run_and_the_originals_closing_summary():
@@ -75,20 +53,7 @@ def test_the_published_share_keeps_its_own_target():
     assert re.search(r"^at 95\.00 % +0 of 5 .* 41 of 50 .* at 94\.00 %$", text, re.MULTILINE)
 
 
-<<<<<<< HEAD
-def test_turns_table_gives_rates_and_the_speed_against_the_first_way() -> None:
-    _, first, second = turns_table({"slow": [6.0, 8.0], "fast": [3.0, 2.0]}, 700).splitlines()
-    assert first.split() == ["slow", "100.0", "1.00", "1.00", "to", "1.00"]
-    assert second.split() == ["fast", "280.0", "3.00", "2.00", "to", "4.00"]
-
-
-def test_published_figures_are_those_of_the_paper_trail():
-    assert (APPLE_2019.at_target, APPLE_2019.runs, APPLE_2019.target) == (41, 50, 0.94)
-    assert (APPLE_2019.min_accuracy, APPLE_2019.median_accuracy) == (0.9374, 0.9419)
-    assert (APPLE_2019.mean_seconds, APPLE_2019.max_seconds) == (7.81, 10.31)
-=======
 def test_the_published_share_is_the_one_passed_in():
->>>>>>> w-benchmark
     assert "1 of 50 (2.0 %" in comparison_table(summarise(RUNS, 0.94), replace(APPLE_2019, at_target=1))
 
 
