@@ -144,3 +144,9 @@ def data_set(data: Mapping[str, Any]) -> str:
 def _different(values: Iterable[str]) -> str:
     """Return the distinct values in their order."""
     return " / ".join(dict.fromkeys(values))
+
+
+def speeds(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Return how many times as fast as the first way each way was, in each round of what `in_turns` measured."""
+    first = next(iter(seconds.values()))
+    return {name: [a / b for a, b in zip(first, now, strict=True)] for name, now in seconds.items()}

@@ -8,8 +8,7 @@ from statistics import median
 from typing import Any
 
 from cifar_fast.experiments.published import APPLE_2019, Published, comparable
-from cifar_fast.experiments.statistics import CLOCKS, data_set, summarise, wilson_interval
-from cifar_fast.hardware.clock import speeds
+from cifar_fast.experiments.statistics import CLOCKS, data_set, speeds, summarise, wilson_interval
 
 # --- text ---
 

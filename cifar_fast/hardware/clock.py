@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -61,12 +61,6 @@ def in_turns(
                 work()
             seconds[name].append(clock.seconds)
     return seconds
-
-
-def speeds(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Return how many times as fast as the first way each way was, in each round of what `in_turns` measured."""
-    first = next(iter(seconds.values()))
-    return {name: [a / b for a, b in zip(first, now, strict=True)] for name, now in seconds.items()}
 
 
 def process_start() -> float:

@@ -16,6 +16,7 @@ from cifar_fast.experiments.statistics import (
     hardware,
     mean_interval,
     reaches,
+    speeds,
     spread,
     student_t_quantile,
     summarise,
@@ -160,3 +161,7 @@ def test_hardware_in_words(changes, words):
 
 def test_spread_of_one_value_has_no_interval():
     assert spread([2.0]) == {"min": 2.0, "median": 2.0, "mean": 2.0, "mean_95": None, "max": 2.0}
+
+
+def test_speeds_compare_each_way_with_the_first_round_by_round():
+    assert speeds({"slow": [6, 8], "fast": [3, 2]}) == {"slow": [1, 1], "fast": [2, 4]}
