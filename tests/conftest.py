@@ -45,8 +45,11 @@ def interruptible() -> None:
 
 @pytest.fixture(scope="session")
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache folder of all tests of a session: kernels are compiled into it once."""
-    return tmp_path_factory.mktemp("cache")
+    """The cache folder of all tests of a session, in all its processes: kernels are compiled into it once."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)

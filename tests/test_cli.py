@@ -24,7 +24,7 @@ from PIL import Image
 
 import cifar_fast
 from cifar_fast import cli, recipes
-from cifar_fast.data import download, load
+from cifar_fast.data import download, load, synthetic
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.errors import DataNotFoundError
 from cifar_fast.recipe import Recipe
@@ -148,7 +148,8 @@ def test_train_prints_the_epochs_and_a_table(pictures, tmp_path, monkeypatch, ca
 
 
 def test_synthetic_data_is_never_silent(tiny_data, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(load, "synthetic", lambda: tiny_data)
+    for module in (load, synthetic):
+        monkeypatch.setattr(module, "synthetic", lambda: tiny_data)
     arguments = ["train", "--recipe", "smoke", "--device", "cpu", "--quiet", *QUICK, "--epochs", "1"]
     assert status_of(*arguments, "--data", "synthetic", "--out", tmp_path / "asked") == 0
     assert re.search(r"data set +synthetic", capsys.readouterr().out)
@@ -354,7 +355,8 @@ def test_evaluate_on_other_data_says_so(run_folder, pictures, tmp_path, capsys):
 
 
 def test_evaluate_needs_as_many_classes(run_folder, tiny_data, monkeypatch, capsys):
-    monkeypatch.setattr(load, "synthetic", lambda: tiny_data)
+    for module in (load, synthetic):
+        monkeypatch.setattr(module, "synthetic", lambda: tiny_data)
     assert status_of("evaluate", run_folder, "--data", "synthetic") == 2
     assert "knows 3 classes and synthetic has 10" in capsys.readouterr().err
 
