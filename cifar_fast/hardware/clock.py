@@ -68,8 +68,10 @@ def process_start() -> float:
     return psutil.Process().create_time()
 
 
-def peak_memory() -> int:
-    """Return the largest resident memory that this process has had so far, in bytes."""
+def peak_memory(device: torch.device) -> int:
+    """Return the largest memory that this process has had so far, in bytes: allocated on a GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # there is none on Windows

@@ -75,13 +75,13 @@ def test_the_augmented_images_are_those_of_training(tiny_data):
     for epoch in (0, 1):
         ((seen, order),) = batches.epoch(epoch)
         pixels = (seen * std + mean).round().clamp(0, 255).to(torch.uint8)
-        choices = draw_choices(AUGMENTED, 8, 32, seed=3, run=0, epoch=epoch, shard=0)
+        choices = draw_choices(AUGMENTED, 8, 32, seed=3, epoch=epoch, shard=0)
         assert torch.equal(image_grids.augment_images(images[order], choices, AUGMENTED), pixels)
 
 
 def test_rows_show_the_same_images_under_each_choice(tiny_data):
     images = tiny_data.train_images[:8]
-    rows = {f"epoch {e}": draw_choices(AUGMENTED, 8, 32, seed=0, run=0, epoch=e, shard=0) for e in (1, 2)}
+    rows = {f"epoch {e}": draw_choices(AUGMENTED, 8, 32, seed=0, epoch=e, shard=0) for e in (1, 2)}
     figure = image_grids.augmented_images(images, rows, AUGMENTED, dataset="synthetic")
     (axes,) = figure.axes
     expected = [*images, *(one for row in rows.values() for one in image_grids.augment_images(images, row, AUGMENTED))]

@@ -348,6 +348,12 @@ def test_without_a_start_the_total_counts_from_the_call(
     assert (result.train_seconds, result.evaluate_seconds, result.total_seconds) == (0, 7, 7)
 
 
+def test_peak_memory_is_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {torch.device("cuda", 1): 123}.__getitem__)
+    assert timing.peak_memory(torch.device("cuda", 1)) == 123
+    assert timing.peak_memory(CPU) > 1e7  # Python and torch alone need more
+
+
 # --- The run folder ---
 
 

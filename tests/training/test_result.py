@@ -167,7 +167,7 @@ def test_a_result_of_another_version(folder, edit):
     values = json.loads((folder / "result.json").read_text())
     edit(values)
     (folder / "result.json").write_text(json.dumps(values))
-    with pytest.raises(RunError, match="not written by this version"):
+    with pytest.raises(RunError, match="written by another version"):
         load_run(folder)
 
 
