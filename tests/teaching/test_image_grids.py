@@ -175,5 +175,8 @@ def test_the_confusion_matrix_shows_shares_of_each_class_and_colours_mistakes_al
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
 
 
-def test_an_empty_class_is_drawn():
-    image_grids.confusion_matrix(torch.tensor([[1, 0], [0, 0]]), ("a", "b"), dataset="made up")
+def test_a_class_without_images_has_an_empty_row():
+    figure = image_grids.confusion_matrix(torch.tensor([[3, 1], [0, 0]]), ("a", "b"), dataset="made up")
+    assert drawn(figure.axes[0])[0].tolist() == [[0, 25], [0, 0]]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["75.0", "25.0"]
+    assert "accuracy 75.00 %" in figure.get_suptitle()
