@@ -170,7 +170,7 @@ def test_processes_get_a_part_of_the_data_not_the_file_of_all(tiny_data, tmp_pat
 @pytest.mark.parametrize(
     ("error", "expected", "message"),
     [
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
         (OSError("no space left"), UserError, "cannot be written to .*: no space left; set TMPDIR to a folder"),
     ],
 )
