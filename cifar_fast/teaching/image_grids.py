@@ -198,7 +198,7 @@ def augmentation_steps(
         left: likewise.
         mirrored: whether it is flipped.
         cutout: side in pixels of the square that is blanked, here to the image's mean colour.
-        cutout_top: where, in pixels; may lie partly outside.
+        cutout_top: where, in pixels.
         cutout_left: likewise.
         dataset: name of the data set.
 

@@ -79,7 +79,7 @@ def test_the_8_gpu_schedule_passes_through_the_published_knots() -> None:
 
 def test_the_baseline_schedule_goes_up_and_down_to_zero() -> None:
     schedule = lr_schedule(recipes.baseline_2018())
-    assert [schedule(t) for t in (0.0, 4.8, 14.4, 24.0)] == pytest.approx([0.0, 1.0, 0.5, 0.0])
+    assert [schedule(t) for t in (0.0, 5.0, 14.5, 24.0)] == pytest.approx([0.0, 1.0, 0.5, 0.0])
 
 
 def test_without_warm_up_the_first_step_has_the_peak() -> None:
@@ -205,9 +205,15 @@ def test_learning_rates_in_memory_are_set_where_they_are_and_step_as_plain_ones_
 
 
 def test_the_mean_loss_with_our_rates_is_the_published_summed_loss() -> None:
-    # There: losses summed over the batch of N images, learning rate lr / N, weight decay N * wd.
+    # There: losses summed over the batch of N images, learning rate lr / N inside the velocity, weight decay N * wd.
     recipe = replace(
-        TINY, peak_lr=0.3, weight_decay=5e-3, bias_lr_scale=4.0, bias_weight_decay_scale=0.25, freeze_bn_scale=True
+        TINY,
+        peak_lr=0.3,
+        lr_in_velocity=True,
+        weight_decay=5e-3,
+        bias_lr_scale=4.0,
+        bias_weight_decay_scale=0.25,
+        freeze_bn_scale=True,
     )
     n = recipe.global_batch_size
     ours = build(recipe)
@@ -217,7 +223,8 @@ def test_the_mean_loss_with_our_rates_is_the_published_summed_loss() -> None:
     velocities = {name: torch.zeros_like(p) for name, p in learned}
     generator = torch.Generator().manual_seed(0)
     start = copy.deepcopy(ours.state_dict())
-    for _ in range(3):
+    for share in (0.3, 0.6, 1.0):  # the warm-up, in which the two forms of SGD differ
+        set_learning_rates([optimizer], PiecewiseLinear((0.0,), (share,)), 0.0)
         images, labels = torch.randn(n, 3, 32, 32, generator=generator), torch.randint(0, 10, (n,), generator=generator)
         F.cross_entropy(ours(images), labels).backward()
         optimizer.step()
@@ -226,11 +233,11 @@ def test_the_mean_loss_with_our_rates_is_the_published_summed_loss() -> None:
         F.cross_entropy(theirs(images), labels, reduction="sum").backward()
         for name, p in learned:
             bias = name.endswith("bias")
-            lr, decay = recipe.peak_lr / n * (4 if bias else 1), recipe.weight_decay * n / (4 if bias else 1)
+            lr, decay = share * recipe.peak_lr / n * (4 if bias else 1), recipe.weight_decay * n / (4 if bias else 1)
             assert p.grad is not None
-            gradient = p.grad + decay * p.detach()
-            velocities[name] = 0.9 * velocities[name] + gradient
-            p.data -= lr * (gradient + 0.9 * velocities[name])
+            update = -lr * (p.grad + decay * p.detach())
+            velocities[name] = 0.9 * velocities[name] + update
+            p.data += update + 0.9 * velocities[name]
             p.grad = None
     for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=name)
