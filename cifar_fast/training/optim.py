@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +23,8 @@ class PiecewiseLinear:
     values: tuple[float, ...]
 
     def __call__(self, t: float) -> float:
-        """Return the value at `t`; where two knots coincide the later one counts from there on."""
-        right = bisect_right(self.knots, t)
-        if right == 0 or right == len(self.knots):
-            return self.values[min(right, len(self.knots) - 1)]
-        (t0, t1), (v0, v1) = self.knots[right - 1 : right + 1], self.values[right - 1 : right + 1]
-        return v0 + (v1 - v0) * (t - t0) / (t1 - t0)
+        """Return the value at `t`; where two knots coincide, the later one counts from there on."""
+        return float(np.interp(t, self.knots, self.values))
 
 
 def lr_schedule(recipe: Recipe) -> PiecewiseLinear:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -51,23 +52,28 @@ def random_matrices(*shape: int, seed: int = 0) -> Tensor:
 # --- Schedules ---
 
 
-@given(
-    st.lists(st.tuples(st.floats(0, 100), st.floats(-10, 10)), min_size=1, max_size=6),
-    st.lists(st.floats(-10, 110), min_size=1, max_size=5),
-)
-def test_a_piecewise_linear_schedule_is_numpys_interpolation(
-    points: list[tuple[float, float]], times: list[float]
+@given(st.lists(st.tuples(st.integers(0, 9), st.floats(-10, 10)), min_size=1, max_size=6), st.floats(0, 1))
+def test_a_schedule_is_straight_between_its_knots_and_constant_outside(
+    points: list[tuple[int, float]], share: float
 ) -> None:
-    knots, values = zip(*sorted(points), strict=True)
-    assume(all(b - a > 1e-6 for a, b in zip(knots, knots[1:], strict=False)))
+    knots, values = zip(*sorted(points, key=lambda point: point[0]), strict=True)  # knots may coincide
     schedule = PiecewiseLinear(knots, values)
-    for t in (*times, *knots):
-        assert schedule(t) == pytest.approx(np.interp(t, knots, values), abs=1e-6)
+    assert schedule(knots[0] - 1.0) == values[0]
+    assert schedule(knots[-1]) == schedule(knots[-1] + 1.0) == schedule(math.inf) == values[-1]
+    for (t0, v0), (t1, v1) in pairwise(zip(knots, values, strict=True)):
+        if t0 < t1:
+            assert schedule(t0) == v0  # of coinciding knots the last
+            assert schedule(t0 + share * (t1 - t0)) == pytest.approx(v0 + share * (v1 - v0), abs=1e-9) or share == 1
 
 
 def test_where_two_knots_coincide_the_later_counts_from_there_on() -> None:
     schedule = PiecewiseLinear((0.0, 1.0, 1.0, 2.0), (0.0, 1.0, 5.0, 6.0))
     assert [schedule(t) for t in (0.5, 1.0, 1.5)] == [0.5, 5.0, 5.5]
+
+
+def test_a_schedule_with_a_single_knot_is_constant() -> None:
+    schedule = PiecewiseLinear((3.0,), (0.25,))
+    assert [schedule(t) for t in (0.0, 3.0, 5.0, math.inf)] == [0.25] * 4
 
 
 def test_the_8_gpu_schedule_passes_through_the_published_knots() -> None:
