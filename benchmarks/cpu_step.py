@@ -921,17 +921,17 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """Measure limits, then the sides in turns, then the limits again."""
     threads, started = torch.get_num_threads(), datetime.now(UTC)
     with ExitStack() as stack:
-        workers = {
+        processes = {
             side: stack.enter_context(WatchedProcesses(1, device="cpu", backend="gloo", timeout=60.0))
             for side in SIDES[:-1]
         }
-        (execution,) = workers[OURS].call(choose, recipe, threads)
+        (execution,) = processes[OURS].run(choose, recipe, threads)
         setting = Setting(recipe, options.data, N_IMAGES, threads, execution, options.reference_part)
         steps, turns = options.steps, {side: [] for side in SIDES}
         sides: dict[str, Callable[[], list[dict[str, Any]]]] = {
-            side: lambda side=side: workers[side].call(take_turn, setting, side, steps) for side in workers
+            side: lambda side=side: processes[side].run(take_turn, setting, side, steps) for side in processes
         }
-        sides[SPLIT] = lambda: workers[OURS].call(split_turn, setting, steps)
+        sides[SPLIT] = lambda: processes[OURS].run(split_turn, setting, steps)
         warm_up = {side: take()[0] for side, take in sides.items()}
         formats = list(dict.fromkeys((torch.float32, torch.bfloat16, setting.numerics.dtype)))
         limits = [measure_limits(formats)]

@@ -111,12 +111,12 @@ def main() -> None:
         "world_size": n,
         "images a round": images,
     }
-    with WatchedProcesses(n, device=device.type, backend=backend, timeout=60.0) as workers:
+    with WatchedProcesses(n, device=device.type, backend=backend, timeout=60.0) as processes:
         alone = {"one process": lambda: task(Alone(device=device), shared, steps, "flat")}
-        together = {f"{n} processes": lambda: max(workers.call(task, shared, steps, "flat"))}
+        together = {f"{n} processes": lambda: max(processes.run(task, shared, steps, "flat"))}
         report["processes"] = compare(alone | together, rounds)
-        flat = {"flat": lambda: max(workers.call(task, whole, steps, "flat"))}
-        ddp = {"ddp": lambda: max(workers.call(task, whole, steps, "ddp"))}
+        flat = {"flat": lambda: max(processes.run(task, whole, steps, "flat"))}
+        ddp = {"ddp": lambda: max(processes.run(task, whole, steps, "ddp"))}
         report["averaging"] = compare(flat | ddp, rounds)
     for name, seconds in report["processes"]["seconds"].items():
         report["processes"][f"{name}, images/s"] = images / statistics.median(seconds)

@@ -80,7 +80,7 @@ class Train:
 
         silence_other_ranks()
         base, why = base_recipe(self.recipe, self.device)
-        recipe, changes = filed_apart(self.fields, base), changed_fields(base, self.fields)
+        recipe, changes = renamed_if_changed(self.fields, base), changed_fields(base, self.fields)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         out = self.out or Path("runs") / f"{recipe.name}-seed{self.seed}-{stamp}"
         world_size = choose_world_size(self.world_size, self.device, recipe)
@@ -178,7 +178,7 @@ class Benchmark:
         if not 0 < self.target <= 100:
             raise UserError(f"--target {self.target:g} must be an accuracy in per cent, above 1 and at most 100")
         base, why = base_recipe(self.recipe, self.device)
-        recipe = filed_apart(self.fields, base)
+        recipe = renamed_if_changed(self.fields, base)
         out = self.out or Path("runs") / f"benchmark-{recipe.name}-{self.runs}"
         world_size = choose_world_size(self.world_size, self.device, recipe)
         if not self.quiet:
@@ -329,11 +329,11 @@ class Data:
 
     def run(self) -> int:
         """Print the state; the exit status is 1 when `train` would find no usable data set on this machine."""
-        from cifar_fast.data.download import download
+        from cifar_fast.data.download import download_cifar10
         from cifar_fast.data.load import status
 
         if self.download:
-            print(f"downloaded: {download(self.mirror)}")
+            print(f"downloaded: {download_cifar10(self.mirror)}")
         elif self.mirror:
             raise UserError("--mirror is a place to download from: add --download")
         places = status(self.data)
@@ -369,9 +369,7 @@ class Doctor:
         machine = environment(device)
         recipe, why = base_recipe(None, None)
         numerics = choose_numerics(recipe, device)
-        launch = choose_step_mode(recipe, device)
-        words = launch.describe()
-        launched = [words["launch"], "compiled" if launch.compile else "not compiled", *launch.reasons]
+        mode = choose_step_mode(recipe, device)
         kernels = {
             "Winograd": winograd.available(),
             "AMX": amx.available(),
@@ -392,7 +390,7 @@ class Doctor:
             ("precision", f"{numerics.dtype}".removeprefix("torch.")),
             ("convolution", numerics.convolution),
             ("because", numerics.reason),
-            ("launch", ", ".join(launched)),
+            ("step", "; ".join([mode.describe()["step_mode"], *mode.reasons])),
             *(
                 (f"{name} kernels", "compiled" if compiled else f"none: {detail}")
                 for name, (compiled, detail) in kernels.items()
@@ -532,7 +530,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def main_and_exit() -> NoReturn:
     """Run this process's command and end the process with its status."""
     status = main()
-    if "cifar_fast.ranks" in sys.modules:  # without it no rank was joined, and torch need not be imported
+    if (
+        "cifar_fast.distributed.torchrun" in sys.modules
+    ):  # without it no rank was joined, and torch need not be imported
         from cifar_fast.distributed.torchrun import end_rank, joined_torchrun
 
         if joined_torchrun():
@@ -578,8 +578,8 @@ def base_recipe(name: str | None, device: str | None) -> tuple[Recipe, str]:
     return recipes.speedrun(), "the recipe for one GPU" + (f", of the {n_gpus} here" if n_gpus > 1 else "")
 
 
-def filed_apart(recipe: Recipe, base: Recipe) -> Recipe:
-    """Return `recipe` under a name of its own where it differs from `base`: its results are not the original's."""
+def renamed_if_changed(recipe: Recipe, base: Recipe) -> Recipe:
+    """Return `recipe`, under another name where it differs from `base`: its results are not the original's."""
     changed = recipe.name == base.name and changed_fields(base, recipe)
     return replace(recipe, name=f"{base.name}-changed") if changed else recipe
 
@@ -677,8 +677,7 @@ def result_table(result: RunResult, folder: Path) -> str:
     from cifar_fast import __version__
 
     machine, data = result.environment, result.dataset
-    prepared = machine.get("compiled") or machine.get("launch") == "cuda graph"
-    warm_up = f", {result.warm_up_seconds:.2f} s of it warm-up" if prepared else ""
+    warm_up = f", {result.warm_up_seconds:.2f} s of it warm-up" if machine["step_mode"] != "eager" else ""
     rows = [
         ("recipe", result.recipe.name),
         ("data set", data_set(data)),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal
 
 from cifar_fast.errors import RecipeError
@@ -12,83 +12,73 @@ from cifar_fast.recipe import Recipe, changed_fields
 
 @dataclass(frozen=True)
 class Rung:
-    """One step up the ladder: the recipe, and what changed from the one before."""
+    """One step of the ladder: a recipe, and whether it adds a trick or retunes the recipe below."""
 
     kind: Literal["start", "trick", "retune"]
     title: str
     recipe: Recipe
 
     def changes(self, previous: Rung) -> dict[str, tuple[Any, Any]]:
-        """Return the fields that changed from `previous`, as `changed_fields` gives them."""
+        """Return the fields that changed from `previous`, as `changed_fields` returns them."""
         return changed_fields(previous.recipe, self.recipe)
 
 
+@cache
 def ladder() -> tuple[Rung, ...]:
-    """Return Page's ladder from `baseline_2018` to `page_2019`; a trick changes one field, retuning stands apart.
+    """Return Page's ladder from `baseline_2018` to `page_2019`.
 
-    Source: David Page, "How to train your ResNet 8: bag of tricks", 2019; seconds and accuracies there are of one V100.
-    His learning rates for a loss summed over the batch, divided by the batch size, are ours for the mean loss.
+    A trick changes one field. What the trick gains is then spent, on fewer epochs for instance, in a rung of its own.
+
+    Source: David Page, "How to train your ResNet 8: bag of tricks", 2019, measured on one V100. His learning rates are
+    for a loss summed over the batch; divided by the batch size, they are ours for the mean loss.
     """
-    steps: list[tuple[Literal["trick", "retune"], str, str, dict[str, Any]]] = [
-        ("trick", "preload_2019", "preprocessing and augmentation on the device", {"preload": True}),
-        (
-            "trick",
-            "pool_before_activation_2019",
-            "max-pool before the activation (the same function)",
-            {"pool_position": "before_activation"},
-        ),
-        ("trick", "pool_before_norm_2019", "max-pool before norm and activation", {"pool_position": "before_norm"}),
-        ("retune", "pool_before_norm_retuned_2019", "one epoch more", {"epochs": 25.0}),
-        ("trick", "label_smoothing_2019", "label smoothing", {"label_smoothing": 0.2}),
-        ("retune", "label_smoothing_retuned_2019", "two epochs fewer", {"epochs": 23.0}),
-        ("trick", "celu_2019", "CELU", {"activation": "celu"}),
-        ("retune", "celu_retuned_2019", "three epochs fewer", {"epochs": 20.0}),
-        ("trick", "ghost_batch_norm_2019", "ghost batch norm", {"ghost_batch_size": 32}),
-        (
-            "retune",
-            "ghost_batch_norm_retuned_2019",
-            "two epochs fewer at a higher learning rate",
-            {"epochs": 18.0, "peak_lr": 0.6},
-        ),
-        ("trick", "frozen_scale_2019", "frozen batch-norm scales", {"freeze_bn_scale": True}),
-        (
-            "retune",
-            "frozen_scale_rescaled_2019",
-            "CELU and logits rescaled to a scale of 1",
-            {"celu_alpha": 0.3, "logit_scale": 1 / 16},
-        ),
-        ("trick", "bias_lr_2019", "faster biases", {"bias_lr_scale": 16.0}),
-        (
-            "retune",
-            "bias_lr_retuned_2019",
-            "faster still, less decay, one epoch fewer",
-            {"bias_lr_scale": 64.0, "bias_weight_decay_scale": 1 / 64, "epochs": 17.0},
-        ),
-        ("trick", "whitening_2019", "patch whitening", {"whitening_size": 3}),
-        (
-            "retune",
-            "whitening_retuned_2019",
-            "three epochs fewer, higher learning rate, smaller cutout",
-            {"epochs": 14.0, "peak_lr": 1.0, "cutout": 5},
-        ),
-        ("trick", "ema_2019", "exponential moving average of the weights", {"ema_decay": 0.99}),
-        (
-            "retune",
-            "ema_retuned_2019",
-            "one epoch fewer, flat at the end",
-            {"epochs": 13.0, "flat_epochs": 2.0, "final_lr_fraction": 0.1},
-        ),
-        ("trick", "flip_tta_2019", "flip at test time", {"tta": "flip"}),
-        ("retune", "page_2019", "three epochs fewer, no cutout", {"epochs": 10.0, "cutout": 0}),
-    ]
     rungs = [Rung("start", "the DAWNBench entry of 2018", Recipe(name="baseline_2018", preload=False, cutout=8))]
-    for kind, name, title, values in steps:
-        rungs.append(Rung(kind, title, replace(rungs[-1].recipe, name=name, **values)))
+
+    def add(kind: Literal["trick", "retune"], name: str, title: str, **changes: Any) -> None:
+        rungs.append(Rung(kind, title, replace(rungs[-1].recipe, name=name, **changes)))
+
+    trick, retune = partial(add, "trick"), partial(add, "retune")
+
+    trick("preload_2019", "preprocessing and augmentation on the device", preload=True)
+
+    equal = "max-pool before the activation (the same function)"
+    trick("pool_before_activation_2019", equal, pool_position="before_activation")
+
+    trick("pool_before_norm_2019", "max-pool before norm and activation", pool_position="before_norm")
+    retune("pool_before_norm_retuned_2019", "one epoch more", epochs=25.0)
+
+    trick("label_smoothing_2019", "label smoothing", label_smoothing=0.2)
+    retune("label_smoothing_retuned_2019", "two epochs fewer", epochs=23.0)
+
+    trick("celu_2019", "CELU", activation="celu")
+    retune("celu_retuned_2019", "three epochs fewer", epochs=20.0)
+
+    trick("ghost_batch_norm_2019", "ghost batch norm", ghost_batch_size=32)
+    retune("ghost_batch_norm_retuned_2019", "two epochs fewer at a higher learning rate", epochs=18.0, peak_lr=0.6)
+
+    trick("frozen_scale_2019", "frozen batch-norm scales", freeze_bn_scale=True)
+    rescaled = "CELU and logits rescaled to a scale of 1"
+    retune("frozen_scale_rescaled_2019", rescaled, celu_alpha=0.3, logit_scale=1 / 16)
+
+    trick("bias_lr_2019", "faster biases", bias_lr_scale=16.0)
+    faster = "faster still, less decay, one epoch fewer"
+    retune("bias_lr_retuned_2019", faster, bias_lr_scale=64.0, bias_weight_decay_scale=1 / 64, epochs=17.0)
+
+    trick("whitening_2019", "patch whitening", whitening_size=3)
+    bolder = "three epochs fewer, higher learning rate, smaller cutout"
+    retune("whitening_retuned_2019", bolder, epochs=14.0, peak_lr=1.0, cutout=5)
+
+    trick("ema_2019", "exponential moving average of the weights", ema_decay=0.99)
+    flat = "one epoch fewer, flat at the end"
+    retune("ema_retuned_2019", flat, epochs=13.0, flat_epochs=2.0, final_lr_fraction=0.1)
+
+    trick("flip_tta_2019", "flip at test time", tta="flip")
+    retune("page_2019", "three epochs fewer, no cutout", epochs=10.0, cutout=0)
     return tuple(rungs)
 
 
 def apple_8gpu() -> Recipe:
-    """Return the recipe of Apple's `ml-cifar-10-faster`, 2019: published mean 7.81 s on 8 V100, median 94.19 %."""
+    """Return the recipe of Apple's `ml-cifar-10-faster` (2019): published mean 7.81 s on 8 V100, median 94.19 %."""
     return replace(
         page_2019(),
         name="apple_8gpu",
@@ -96,7 +86,7 @@ def apple_8gpu() -> Recipe:
         n_shards=8,
         global_batch_size=2048,
         ghost_batch_size=16,
-        # There: 1.5/256 for losses summed over the 256 images of a worker, and a decay of 5e-4 x 1.5 x 256.
+        # Apple sums each loss over the 256 images of a worker, with a rate of 1.5/256 and a decay of 5e-4 x 1.5 x 256.
         peak_lr=1.5,
         weight_decay=7.5e-4,
         ema_decay=0.0,
@@ -145,21 +135,21 @@ def airbench_2024() -> Recipe:
 
 
 def _summed_loss_rates(*, batch: int, head_lr: float, bias_lr: float, decay: float) -> dict[str, Any]:
-    """Return the fields for rates that were published for losses summed over a batch, and a decay an image and step."""
+    """Convert rates published for a loss summed over `batch` images, and a decay per image and step, into fields."""
     return {
         "global_batch_size": batch,
         "peak_lr": head_lr * batch,
         "bias_lr_scale": bias_lr / head_lr,
-        "weight_decay": decay / head_lr,  # the same share of a weight at each step, whatever its learning rate
+        "weight_decay": decay / head_lr,  # every step takes the same share of a weight, whatever its learning rate
         "bias_weight_decay_scale": head_lr / bias_lr,
     }
 
 
 def _hiverge_rates() -> dict[str, Any]:
-    """Return what Hiverge's `cifar10-speedrun` (2025) changes in airbench's recipe, its epochs excepted."""
+    """Return what Hiverge's `cifar10-speedrun` (2025) changes in airbench's recipe, apart from the epochs."""
     return {
         "activation": "silu",
-        "whitening_bias_epochs": 0.19,  # then nothing more is computed back through the first block
+        "whitening_bias_epochs": 0.19,  # after that, the backward pass ends at the first block
         "bn_momentum": 0.4434,
         "color_jitter": 0.135,
         "label_smoothing": 0.09,
@@ -171,11 +161,10 @@ def _hiverge_rates() -> dict[str, Any]:
 
 
 def speedrun() -> Recipe:
-    """Return our recipe for one modern GPU, which runs on 2, 4 or 8 too; its rates are those of Hiverge's
-    `cifar10-speedrun` (2025).
+    """Return our recipe for one modern GPU; 2, 4 or 8 can share it.
 
-    Ours are the eight shards, so that any number of processes up to eight can share it, with batch norm over the 192
-    images of each, and nine epochs.
+    Its rates are those of Hiverge's `cifar10-speedrun` (2025). Ours are the nine epochs and the eight shards, which let
+    up to eight processes share the work; batch norm takes its statistics over the 192 images of each shard.
     """
     return replace(
         airbench_2024(),
@@ -190,10 +179,11 @@ def speedrun() -> Recipe:
 
 
 def laptop() -> Recipe:
-    """Return our recipe for a CPU with two cores; its rates are those of Hiverge's `cifar10-speedrun` (2025).
+    """Return our recipe for a CPU with two cores.
 
-    Ours are the small images of the first epochs, chosen on held-out training images, the average that is evaluated
-    while it is ahead, and a learning rate that falls for six epochs as if there were nine, and then slower.
+    Its rates are those of Hiverge's `cifar10-speedrun` (2025). Ours are the small images of the first epochs (chosen on
+    held-out training images), an EMA of the weights, and a two-slope decay: six epochs as if there were nine in all,
+    then five with a gentler slope.
     """
     return replace(
         airbench_2024(),
@@ -204,7 +194,7 @@ def laptop() -> Recipe:
         ghost_batch_size=512,
         micro_batch_size=512,
         resolutions=(18, 18, 24, 24, 32),
-        # While the rate is high the average is ahead of the weights; once they settle it is behind.
+        # While the learning rate is high, the EMA beats the weights; once they settle, it lags behind them.
         ema_decay=0.97,
         ema_every=2,
         ema_off_epochs=1.0,
@@ -213,8 +203,7 @@ def laptop() -> Recipe:
 
 
 def shortened(recipe: Recipe, epochs: float) -> Recipe:
-    """Return `recipe` over few `epochs`, in which small images, averages and a slower end have no time to pay: without
-    them."""
+    """Return `recipe` with few `epochs`, and without what needs more of them: small images, EMA, two-slope decay."""
     return replace(
         recipe,
         epochs=epochs,
@@ -227,34 +216,25 @@ def shortened(recipe: Recipe, epochs: float) -> Recipe:
 
 
 def smoke() -> Recipe:
-    """Return a recipe of seconds, for tests: it shows that everything runs, on 1 to 8 processes, not what can be
-    reached."""
+    """Return a recipe that takes seconds and up to 8 processes can share, to test that everything runs."""
     return replace(
         airbench_2024(), name="smoke", widths=(16, 32, 32), n_shards=8, global_batch_size=320, epochs=2.0, tta="flip"
     )
 
 
-def _recipes() -> dict[str, Callable[[], Recipe]]:
-    named: dict[str, Callable[[], Recipe]] = {
-        "laptop": laptop,
-        "speedrun": speedrun,
-        "apple_8gpu": apple_8gpu,
-        "airbench_2024": airbench_2024,
-        "smoke": smoke,
-    }
-    return named
+@cache
+def _by_name() -> dict[str, Recipe]:
+    outside_the_ladder = (laptop(), speedrun(), apple_8gpu(), airbench_2024(), smoke())
+    return {recipe.name: recipe for recipe in (*outside_the_ladder, *(rung.recipe for rung in ladder()))}
 
 
 def names() -> tuple[str, ...]:
-    """Return the names that `named` knows: ours, Apple's, and every rung of the ladder."""
-    return (*_recipes(), *(rung.recipe.name for rung in ladder()))
+    """Return the names that `named` knows: first the recipes outside the ladder, then its rungs."""
+    return tuple(_by_name())
 
 
 def named(name: str) -> Recipe:
-    """Return the recipe of that name; raise `RecipeError`, with the names there are, for another."""
-    if name in _recipes():
-        return _recipes()[name]()
-    for rung in ladder():
-        if rung.recipe.name == name:
-            return rung.recipe
-    raise RecipeError(f"there is no recipe {name!r}; the recipes are {', '.join(names())}")
+    """Return the recipe called `name`; raise `RecipeError`, with a list of the names, if there is none."""
+    if name not in _by_name():
+        raise RecipeError(f"there is no recipe {name!r}; the recipes are {', '.join(names())}")
+    return _by_name()[name]

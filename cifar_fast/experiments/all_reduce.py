@@ -137,8 +137,8 @@ def measure_all_reduce(n_gradients: int, *, precision: str, device: str | None =
     if world_size < 2:
         return None
     backend = choose_backend(on)
-    with WatchedProcesses(world_size, device=on.type, backend=backend, timeout=60.0) as workers:
-        times = workers.call(all_reduce_task, n_gradients, precision in ("float16", "bfloat16"))
+    with WatchedProcesses(world_size, device=on.type, backend=backend, timeout=60.0) as processes:
+        times = processes.run(all_reduce_task, n_gradients, precision in ("float16", "bfloat16"))
     return MeasuredAllReduce(world_size, backend, n_gradients, max(times))
 
 

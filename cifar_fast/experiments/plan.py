@@ -42,7 +42,7 @@ class Prediction:
     evaluate_seconds: float
     """Not part of `train_seconds`."""
     lower_bound: bool
-    """No published all-reduce covers this many workers: the link's own figures stand in, and the truth may be slower."""
+    """No published all-reduce covers this many workers: the link's own figures are a lower bound."""
     link: Link
     hardware: str
 

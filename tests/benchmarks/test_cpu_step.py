@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_fast import recipes
 from cifar_fast.distributed.processes import WatchedProcesses
-from cifar_fast.hardware.numerics import Numerics
+from cifar_fast.hardware.numerics import Numerics, capabilities
 from cifar_fast.kernels import amx, fused, winograd
 from cifar_fast.recipe import Recipe
 from cifar_fast.training import optim
@@ -71,6 +71,13 @@ def setting_of(
 ) -> Any:
     execution = Execution(Numerics(dtype, convolution, "for a test", fuse_norm))
     return cpu_step.Setting(recipe, cpu_step.RANDOM, 4 * recipe.global_batch_size, torch.get_num_threads(), execution)
+
+
+@pytest.fixture(params=["direct", "winograd", "amx"])
+def convolution(request: pytest.FixtureRequest) -> str:
+    if why_not := capabilities().unavailable.get(request.param):
+        pytest.skip(why_not)
+    return request.param
 
 
 @pytest.fixture
@@ -327,7 +334,7 @@ class Here:
 
     def __exit__(self, *_: object) -> None: ...
 
-    def call(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         self.own.append(args[1] if function.__name__ == "take_turn" else function.__name__)
         return [function(ALONE, *args)]
 
@@ -392,7 +399,7 @@ def test_a_side_allocates_memory_as_it_says(cpu_step: ModuleType) -> None:
     with WatchedProcesses(1, device="cpu", backend="gloo", timeout=60.0) as process:
         sides = (cpu_step.REFERENCE, cpu_step.DEFAULT, cpu_step.UNFUSED)  # the last one asks for the other allocator
         setting = setting_of(cpu_step, TINY)
-        keeps = [process.call(cpu_step.take_turn, setting, side, 1)[0]["keeps_freed_memory"] for side in sides]
+        keeps = [process.run(cpu_step.take_turn, setting, side, 1)[0]["keeps_freed_memory"] for side in sides]
     assert keeps == [False, False, True]
 
 

@@ -53,7 +53,7 @@ def test_a_candidate_changes_what_it_names_and_nothing_else(script):
         script.candidate(laptop, "activation=silu")
     with pytest.raises(RecipeError, match="unknown recipe field colour"):
         script.candidate(laptop, "colour=red")
-    with pytest.raises(RecipeError, match="resolutions=18 must be a list of whole numbers"):
+    with pytest.raises(RecipeError, match="resolutions=18 must be a list of whole numbers of at least 16"):
         script.candidate(laptop, "resolutions=18")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from cifar_fast.experiments.plan import predict
 from cifar_fast.experiments.step_costs import StepCosts, StepPoint
 from cifar_fast.experiments.world_sizes import WORLD_SIZES
 from cifar_fast.hardware.device import cores
-from cifar_fast.recipe import Recipe
+from cifar_fast.recipe import choices
 from cifar_fast.teaching.result_plots import predicted_scaling
 from cifar_fast.training.batches import TrainBatches
 from cifar_fast.training.evaluate import views
@@ -121,7 +120,7 @@ def test_too_few_images_or_a_number_of_workers_that_does_not_fit_are_refused():
         predict(GPU, APPLE, 50_000, 10_000, 3, LINK)
 
 
-@pytest.mark.parametrize("tta", get_args(get_type_hints(Recipe)["tta"]))
+@pytest.mark.parametrize("tta", choices("tta"))
 def test_views_are_those_that_evaluation_shows(tta):
     assert plan.VIEWS[tta] == len(list(views(torch.zeros(1, 3, 8, 8), tta)))
 

@@ -25,9 +25,9 @@ from cifar_fast.training.result import EpochResult
 
 def test_without_ipywidgets_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    monkeypatch.delitem(sys.modules, "cifar_fast.widgets", raising=False)
+    monkeypatch.delitem(sys.modules, "cifar_fast.teaching.widgets", raising=False)
     with pytest.raises(UserError, match=r"needs ipywidgets, .* pip install 'cifar_fast\[notebooks\]'"):
-        import_module("cifar_fast.widgets")
+        import_module("cifar_fast.teaching.widgets")
 
 
 ipywidgets = pytest.importorskip("ipywidgets", reason="needs ipywidgets: pip install -e '.[notebooks]'")
