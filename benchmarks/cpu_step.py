@@ -205,7 +205,7 @@ class Side:
     optimizers: list[torch.optim.Optimizer]
     stream: Iterator[tuple[Tensor, Tensor]]
     step: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
-    """Returns the loss, and something more that nobody needs here."""
+    """Returns the loss, and a second value that is ignored."""
     data: str
 
 
