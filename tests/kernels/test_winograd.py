@@ -61,7 +61,7 @@ def test_equals_conv2d_in_double_precision(n: int, cin: int, cout: int, height: 
 
 
 def winograd_then_max_pool(x: Tensor, weight: Tensor) -> Tensor:
-    """What pooling at once must equal to the last bit."""
+    """What fused pooling must equal to the last bit."""
     return F.max_pool2d(winograd.winograd_conv2d(x, weight), 2)
 
 
@@ -76,7 +76,7 @@ def pooled_example(n: int, cin: int, cout: int, height: int, width: int) -> tupl
     ("height", "width"), [(31, 31), (15, 15), (7, 7), (3, 3), (32, 32), (16, 16), (8, 8), (17, 18), (3, 8), (5, 4)]
 )
 @pytest.mark.parametrize("channels", [(16, 16), (24, 33), (17, 40)])
-def test_pooling_at_once_is_pooling_afterwards_to_the_last_bit(
+def test_fused_pooling_is_pooling_afterwards_to_the_last_bit(
     height: int, width: int, channels: tuple[int, int]
 ) -> None:
     tensors = pooled_example(3, *channels, height, width)
@@ -90,7 +90,7 @@ def test_pooling_at_once_is_pooling_afterwards_to_the_last_bit(
 @needs_compiler
 @settings(max_examples=12, deadline=None)
 @given(**SHAPES)
-def test_pooling_at_once_equals_conv2d_and_max_pool_in_double_precision(
+def test_fused_pooling_equals_conv2d_and_max_pool_in_double_precision(
     n: int, cin: int, cout: int, height: int, width: int
 ) -> None:
     x, weight, _ = example(n, cin, cout, height, width)
