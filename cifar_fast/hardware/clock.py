@@ -1,9 +1,9 @@
 """The clocks, and what each of them counts.
 
-`train_seconds` is DAWNBench's: from the first byte sent to the device to the last step; transfer, preprocessing,
-whitening and augmentation included, validation and warm-up left out. `evaluate_seconds` is the validation.
-`total_seconds` runs from the start of the command (or of the call) to the trained and evaluated model: imports,
-loading, compilation, everything.
+`train_seconds` is DAWNBench's clock: it runs from the first byte sent to the device to the last step. It includes
+transfer, preprocessing, whitening and augmentation, and leaves out validation and warm-up. `evaluate_seconds` is the
+time of validation. `total_seconds` runs from the start of the command (or of the call) to the trained and evaluated
+model, and includes everything: imports, loading, compilation.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until `device` has done all it was told to do, so that a clock read next is true."""
+    """Wait until `device` has finished all its work, so that a clock read next counts it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @dataclass
 class Clock:
-    """A stopwatch that counts the seconds spent inside `running`, with the device synchronised at both ends."""
+    """A stopwatch for the seconds spent inside `running`; it synchronises the device at both ends."""
 
     device: torch.device
     seconds: float = 0.0
@@ -46,10 +46,15 @@ class Clock:
 def in_turns(
     ways: Mapping[str, Callable[[], object]], *, rounds: int = 5, device: torch.device | None = None
 ) -> dict[str, list[float]]:
-    """Return the seconds that each way of doing the same work took, round by round.
+    """Time several ways of doing the same work, which take turns, so that a machine that slows down slows all of them.
 
-    The ways take turns, so that a machine which slows down slows all of them; a round before the first does not count.
-    `device` is synchronised at both ends of each call; None: the CPU, which needs no waiting for.
+    Args:
+        ways: each way's name and the call that does the work.
+        rounds: how often each way is timed, after one round that does not count.
+        device: synchronised at both ends of each call; None is the CPU, which needs no waiting for.
+
+    Returns:
+        The seconds of each way, round by round.
     """
     for work in ways.values():
         work()
@@ -64,7 +69,7 @@ def in_turns(
 
 
 def process_start() -> float:
-    """Return when this process was started, in seconds since the epoch, as `time.time` counts."""
+    """Return when this process started, in seconds since the epoch, like `time.time`."""
     return psutil.Process().create_time()
 
 

@@ -1,17 +1,16 @@
-/* 3x3 convolution of channels-last bfloat16 images on a CPU's matrix tiles (AMX); amx.py explains the method and calls
-   this file.
+/* 3x3 convolution of channels-last bfloat16 images with AMX; amx.py explains the method and calls this file.
 
-   A tile register holds 16 rows of 64 bytes, and one instruction adds to 16 x 16 float32 sums the product of 16 x 32 and
-   32 x 16 bfloat16 numbers. Here the 16 rows are one pixel of 16 images. So a tap that falls outside the image is
-   left out for the whole tile, no row is ever padding, and an image may have any size. Two tiles by two are multiplied
-   at a time, 32 images by 32 channels, since each operand is then used twice for one load.
+   A tile register holds 16 rows of 64 bytes. One instruction multiplies 16 x 32 by 32 x 16 bfloat16 numbers and adds the
+   product to 16 x 16 float32 sums. Here the 16 rows are the same pixel of 16 images. So a tap that falls outside the
+   image is left out for the whole tile, no row is ever padding, and an image may have any size. Two tiles are multiplied
+   by two at a time, 32 images by 32 channels, so that each operand is loaded once and used twice.
 
-   Images are taken 32 at a time (a block), and their pixels copied to where a tile is 1 KB in a row; forward, between
-   products, so that the processor does so while its tiles are busy. Every sum has a fixed order, so a result depends on
-   the number of threads alone. */
+   Images are processed 32 at a time (a block). Their pixels are packed first, so that each tile is 1 KB of consecutive
+   memory. The forward pass packs between products, while the matrix unit is busy. Every sum has a fixed order, so a
+   result depends only on the number of threads. */
 #include <stdint.h>
 #include <string.h>
-#if defined(CIFAR_FAST_EMULATE_AMX) /* by the tests alone: the instructions below in plain C */
+#if defined(CIFAR_FAST_EMULATE_AMX) /* only by the tests: the instructions below in plain C */
 #include "amx_emulation.h"
 #elif defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <immintrin.h>
@@ -29,7 +28,7 @@ int permit(void) { return -1; } /* this processor, compiler or operating system 
 #define BLOCK 32 /* images of a block, and channels of a line: two tiles of 16 */
 #define TILE 512 /* bfloat16 numbers in a tile, 1 KB */
 #define PAIR (2 * TILE)
-#define PIXELS 10 /* of two operands, 2 KB each, and three kernel taps' sums: what the nearest cache holds */
+#define PIXELS 10 /* two operands of 2 KB for each, and the sums of three taps, fit in the first cache */
 #define INLINE static inline __attribute__((always_inline))
 /* gcc's tile intrinsics do not say that they read memory: nothing may be moved across the line between two phases. */
 #define PHASE() __asm__ volatile("" ::: "memory")
@@ -45,7 +44,7 @@ typedef struct {
 static const configuration all_full = {
     1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-/* Others, oneDNN among them, remember what they configured last: they get it back. */
+/* Other code, such as oneDNN, remembers what it configured last, so its configuration is restored afterwards. */
 INLINE void begin_tiles(configuration *before) {
     _tile_storeconfig(before);
     PHASE();
@@ -64,7 +63,7 @@ INLINE int lines(int channels) { return (channels + BLOCK - 1) / BLOCK; }
 
 typedef struct {
     bf16 *values;    /* (images, height, width, channels), or half the height and width where there are places */
-    uint8_t *places; /* after max-pool: where in its 2x2 window each value stood, 2 * row + column; else NULL */
+    uint8_t *places; /* after max-pool: the place of each value in its 2x2 window, 2 * row + column; else NULL */
     int height, width, channels;
 } maps;
 
@@ -74,8 +73,8 @@ INLINE long at_pixel(const maps *a, long image, int y, int x) {
     return ((image * (a->height >> half) + (y >> half)) * (a->width >> half) + (x >> half)) * a->channels;
 }
 
-/* Line `line` (32 channels) of a pixel of an image: zero beyond the channels and, after max-pool, where the maximum stood
-   elsewhere. */
+/* Line `line` (32 channels) of a pixel of an image: zero beyond the last channel and, after max-pool, where the maximum was
+   at another pixel. */
 INLINE __m512i load_line(const maps *a, long image, int y, int x, int line) {
     int half = a->places != NULL, n = least(BLOCK, a->channels - BLOCK * line);
     __mmask32 wanted = n == BLOCK ? ~0u : (1u << n) - 1;
@@ -109,8 +108,8 @@ INLINE void pack_pair(const maps *a, long first, int count, int pair, int y, int
 }
 
 /* Lines `from` ... `to` of rows top ... bottom of a block's images as right operands, whose rows are pairs of images:
-   (lines, pixels, 2, 16 pairs, 16, 2), the lines `step` apart. Images are read as they lie in memory where all their
-   lines are wanted; else a tile is filled at a time. */
+   (lines, pixels, 2, 16 pairs, 16, 2), the lines `step` apart. If all lines are wanted, images are read in the order of
+   memory; otherwise one tile is filled at a time. */
 INLINE void pack_right(const maps *a, long first, int count, int top, int bottom, int from, int to, bf16 *out,
                        long step) {
     if (to - from == lines(a->channels))
@@ -124,7 +123,7 @@ INLINE void pack_right(const maps *a, long first, int count, int top, int bottom
         for (int y = top; y < bottom; y++)
             for (int x = 0; x < a->width; x++, out += PAIR)
                 for (int pair = 0; pair < BLOCK / 2; pair++) {
-                    /* Too little lies together for the processor to foresee: the next pixel is asked for now. */
+                    /* The pieces are too short for the processor's own prefetching: ask for the next pixel now. */
                     for (int i = 0; i < 2 && !a->places; i++)
                         for (int line = from; line < to; line++)
                             _mm_prefetch(a->values + at_pixel(a, first + 2 * pair + i, y, x + 1) + line * BLOCK,
@@ -133,8 +132,8 @@ INLINE void pack_right(const maps *a, long first, int count, int top, int bottom
                 }
 }
 
-/* Exchange rows and columns of a tile of 16 x 16 pairs, so that a right operand becomes a left one: its rows are then
-   channels, its columns images. */
+/* Transpose a tile of 16 x 16 pairs, so that a right operand becomes a left one: its rows are then channels, its columns
+   images. */
 INLINE void transpose(bf16 *to) {
     __m512i a[16], b[16];
 #pragma GCC unroll 8
@@ -161,7 +160,7 @@ INLINE void transpose(bf16 *to) {
     }
 }
 
-/* 32 numbers from `from`, of which `wanted` there are, rounded. */
+/* The first `wanted` of 32 numbers, rounded; the others are zero. */
 INLINE __m512i load_rounded(const float *from, int wanted) {
     __mmask32 mask = wanted >= BLOCK ? ~0u : wanted > 0 ? (1u << wanted) - 1 : 0;
     __m512 low = _mm512_maskz_loadu_ps((__mmask16)mask, from), high = _mm512_maskz_loadu_ps(mask >> 16, from + 16);
@@ -222,8 +221,8 @@ INLINE __mmask16 greater_or_nan(__m512 a, __m512 b) {
     return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) | _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q);
 }
 
-/* Line `line` of one pixel of image n of a block, rounded from the sums; where there are places the largest of four, which
-   are the pixel's 2x2 window. */
+/* Write line `line` of one pixel of image n of a block, rounded from the sums; with places, the largest of the four sums of
+   the pixel's 2x2 window. */
 INLINE void write_pixel(const maps *a, float sums[4][BLOCK * BLOCK], int n, long image, int y, int x, int line) {
     int wanted = least(BLOCK, a->channels - BLOCK * line);
     __mmask32 mask = wanted == BLOCK ? ~0u : (1u << wanted) - 1;
@@ -244,12 +243,12 @@ INLINE void write_pixel(const maps *a, float sums[4][BLOCK * BLOCK], int n, long
     }
     __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     bf16 *to = a->values + at;
-    /* Whole cache lines go past the caches, which need not fetch first what is then overwritten. */
+    /* Whole cache lines bypass the caches, which would first fetch what is then overwritten. */
     if (wanted == BLOCK && !((uintptr_t)to & 63)) _mm512_stream_si512((void *)to, rounded);
     else _mm512_mask_storeu_epi16(to, mask, rounded);
 }
 
-/* What `convolve` does between products: write the pixel or window before, and pack the rows that come next. */
+/* What `convolve` does between products: write the previous pixel or window, and pack the next rows. */
 typedef struct {
     const maps *from, *to;
     long first; /* of the block's images */
@@ -287,8 +286,8 @@ INLINE void do_some(meanwhile *m) {
     if (m->packed < m->end) pack_one(m);
 }
 
-/* Add `steps` products of a 32 x 32 left operand with a right one to the four tiles of sums, and after each do some of
-   `also`, for which the processor finds time while the tiles are busy. */
+/* Add `steps` products of a 32 x 32 left operand and a right one to the four tiles of sums. After each, do some of `also`,
+   for which the processor has time while the matrix unit is busy. */
 INLINE void multiply(const bf16 *a, const bf16 *b, int steps, meanwhile *also) {
     for (; steps > 0; steps--, a += PAIR, b += PAIR) {
         _tile_loadd(4, a, 64);
@@ -303,7 +302,8 @@ INLINE void multiply(const bf16 *a, const bf16 *b, int steps, meanwhile *also) {
     }
 }
 
-/* Rows that a thread of `convolve` keeps packed: those that a row of pixels or windows sees, and what the next adds. */
+/* Rows that a thread of `convolve` keeps packed: those that one row of pixels or windows sees, and those that the next one
+   adds. */
 INLINE int slots(int pooled) { return pooled ? 6 : 4; }
 
 /* Bytes of scratch memory a thread of `convolve` needs: that many rows. */
@@ -311,8 +311,8 @@ long convolve_scratch(int width, int channels, int pooled) {
     return (long)slots(pooled) * width * lines(channels) * PAIR * sizeof(bf16);
 }
 
-/* y = x * w, with w packed. Images: x (height_in, width_in) and y (height_out, width_out), of which the smaller lies in the
-   upper left of the larger; with x_places x is the gradient of a max-pooled image, with y_places y is max-pooled. */
+/* y = x * w, with w packed. Images: x (height_in, width_in) and y (height_out, width_out); the smaller lies in the upper
+   left of the larger. With x_places x is the gradient of a max-pooled image, with y_places y is max-pooled. */
 void convolve(bf16 *x, uint8_t *x_places, const bf16 *w, bf16 *y, uint8_t *y_places, char *scratch, int images,
               int height_in, int width_in, int cin, int height_out, int width_out, int cout, int threads) {
     const maps from = {x, x_places, height_in, width_in, cin}, to = {y, y_places, height_out, width_out, cout};
@@ -338,7 +338,7 @@ void convolve(bf16 *x, uint8_t *x_places, const bf16 *w, bf16 *y, uint8_t *y_pla
                         for (int k = 0; k < window * window; k++) {
                             int r = top + k / 2, c = left + k % 2, c0 = most(0, c - 1), c1 = least(width_in, c + 2);
                             zero_sums();
-                            /* The taps of a row of the filter lie beside each other, as do the pixels they see. */
+                            /* The taps of a row of the filter are neighbours in memory, as are the pixels they see. */
                             for (int seen = most(0, r - 1); seen < least(height_in, r + 2); seen++)
                                 multiply(ring + (seen % m.slots) * row + (long)c0 * n_lines * PAIR,
                                          w + (9L * out + 3 * (seen - r + 1) + c0 - c + 1) * n_lines * PAIR,
@@ -354,13 +354,13 @@ void convolve(bf16 *x, uint8_t *x_places, const bf16 *w, bf16 *y, uint8_t *y_pla
             while (m.written < m.count) write_one(&m);
             PHASE();
         }
-        _mm_sfence(); /* what went past the caches is there before another thread reads it */
+        _mm_sfence(); /* what bypassed the caches is in memory before another thread reads it */
         end_tiles(&before);
     }
 }
 
-/* How `weight_gradient` cuts its work so that what it has packed stays in the second cache: channels of the outputs and of
-   the inputs at a time in lines, rows of the outputs, blocks of images. */
+/* How `weight_gradient` divides its work so that what it packs stays in the second cache: lines of output channels and of
+   input channels, rows of the outputs, and blocks of images at a time. */
 typedef struct {
     int out_lines, in_lines, rows, blocks;
 } portion;
@@ -470,8 +470,8 @@ void weight_gradient(bf16 *x, bf16 *dy, uint8_t *places, float *dw, float *sums,
     }
 }
 
-/* Multiply tiles that stay in registers, on each thread `products` (a multiple of four) of 16 x 32 by 32 x 16 numbers: the
-   rate that nothing can pass. */
+/* Multiply 16 x 32 by 32 x 16 numbers that stay in registers, `products` times (a multiple of four) on each thread: the
+   peak rate. */
 void multiply_in_registers(long products, int threads) {
     static const bf16 zeros[TILE] __attribute__((aligned(64)));
 #pragma omp parallel for num_threads(threads) schedule(static, 1)

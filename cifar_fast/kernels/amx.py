@@ -1,17 +1,18 @@
-"""3x3 convolution on the matrix tiles (AMX) of a CPU, in bfloat16 with float32 sums, and max-pool with it.
+"""3x3 convolution with AMX, the matrix unit of some CPUs, in bfloat16 with float32 sums, with or without max-pool.
 
-One instruction multiplies a tile of 16 rows of 32 numbers by one of 32 x 16: so much arithmetic that the time goes into
-bringing the numbers to the tiles. So the question is what a row is. Taken
-along the pixels of an image, rows run over its border: tiles for 7 x 7 pixels are a quarter padding, and the pixels
-that a filter sees outside the image are multiplied as zeros. Here the 16 rows are the same pixel of 16 images. Then a
-tap outside the image is outside for all 16, and left out: at 7 x 7 pixels 18 % of the direct algorithm's
-multiplications, at 3 x 3 pixels 40 %. Where max-pool by 2 follows, pixels that fill no window are not computed at all.
+AMX keeps matrices in registers called tiles. One instruction multiplies a tile of 16 x 32 numbers by one of 32 x 16:
+so much arithmetic that most of the time goes into loading the tiles. So the question is what a row of a tile should
+be. If rows follow the pixels of an image, they run over its border: a quarter of the tiles for 7 x 7 pixels is padding,
+and the pixels that a filter sees outside the image are multiplied as zeros. Here the 16 rows are the same pixel of 16
+images. A tap outside the image is then outside for all 16, and left out: at 7 x 7 pixels that saves 18 % of the direct
+algorithm's multiplications, at 3 x 3 pixels 40 %. Where max-pool by 2 follows, pixels that fill no window are not
+computed at all.
 
-Forward, each output pixel is a sum over the nine taps of (images x input channels) by (input channels x output
-channels). The images' gradient is the same with flipped filters whose channels are exchanged, and the filters'
-gradient is for each tap a sum over pixels of (output channels x images) by (images x input channels). Max-pool is
-taken from the float32 sums before anything is written, with the place of each maximum, a byte; on the way back the
-gradients are read through the places, as if they had been spread out.
+In the forward pass each output pixel is a sum over the nine taps of (images x input channels) by (input channels x
+output channels). The images' gradient is the same with flipped filters whose channels are exchanged. The filters'
+gradient is, for each tap, a sum over pixels of (output channels x images) by (images x input channels). Max-pool takes
+the float32 sums before anything is written, and stores the place of each maximum in a byte; in the backward pass each
+gradient counts at its place, and as zero at the other places of its window.
 
 Instructions: Intel, "Architecture instruction set extensions programming reference", chapter on AMX. `amx.c` holds the
 loops; the machine's C compiler builds it once, on first use.
@@ -30,10 +31,10 @@ from torch.autograd.function import once_differentiable
 from cifar_fast.kernels.compile import INT, LONG, POINTER, Library, address
 
 LINE = 32
-"""Channels, and images, that are handled together: two tiles of 16."""
+"""Channels, and images, that are processed together: two tiles of 16."""
 
 CACHE_BYTES = 1_200_000
-"""What the filters' gradient packs at a time, to be found in a core's second cache (2 MB where there are tiles)."""
+"""What the filters' gradient packs at a time; it fits in a core's second cache (2 MB on machines with AMX)."""
 
 
 LIBRARY = Library(
@@ -57,7 +58,7 @@ def amx_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     Args:
         x: images (N, C_in, H, W), channels-last on a CPU: bfloat16, or what bfloat16 autocast would turn into it.
             Anything else goes to `F.conv2d`.
-        weight: filters (C_out, C_in, 3, 3); they are rounded to bfloat16, their gradient has their own format.
+        weight: filters (C_out, C_in, 3, 3); they are rounded to bfloat16, and their gradient has their own format.
 
     Returns:
         bfloat16 (N, C_out, H, W), equal to `F.conv2d(x, weight, padding=1)` up to rounding.
@@ -68,15 +69,15 @@ def amx_conv2d(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def amx_conv2d_max_pool(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve as `amx_conv2d` and max-pool by 2 in one go, so that the large image between is never in memory.
+    """Convolve like `amx_conv2d` with a fused max-pool by 2: the large image in between is never in memory.
 
     Args:
         x: images (N, C_in, H, W), as for `amx_conv2d`.
         weight: filters (C_out, C_in, 3, 3).
 
     Returns:
-        bfloat16 (N, C_out, H // 2, W // 2), equal to `F.max_pool2d(amx_conv2d(x, weight), 2)`, but that the maximum is
-        taken before rounding: of two values that round to the same the larger gets the gradient.
+        bfloat16 (N, C_out, H // 2, W // 2), equal to `F.max_pool2d(amx_conv2d(x, weight), 2)`, except that the
+        maximum is taken before rounding: of two values that round to the same, the larger one gets the gradient.
     """
     if not _suits(x, weight) or min(x.shape[2:]) < 2:
         return F.max_pool2d(F.conv2d(x, weight, padding=1), 2)
@@ -84,7 +85,7 @@ def amx_conv2d_max_pool(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class AmxConv2d(torch.autograd.Function):
-    """The convolution, max-pooled or not, with its two gradients; the functions above check that the arguments fit."""
+    """The convolution, max-pooled or not, with its two gradients; the functions above check the arguments."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, pool: bool) -> Tensor:
@@ -98,7 +99,7 @@ class AmxConv2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Return the gradients of x and weight, each only if it is asked for."""
+        """Return the gradients of x and weight, each only if it is needed."""
         x, weight, places = ctx.saved_tensors
         dy = dy.bfloat16().contiguous(memory_format=torch.channels_last)
         size, dx, dw = _seen(x.shape[2:], places is not None), None, None
@@ -125,15 +126,17 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
 
 def multiply_in_registers(products: int) -> float:
-    """Multiply tiles that stay in registers, `products` (a multiple of four) on each thread, and return how many
-    floating-point operations those are: over their time, the rate that nothing can pass."""
+    """Multiply tiles that stay in registers, `products` times (a multiple of four) on each thread.
+
+    Returns the number of floating-point operations. Divided by the time, that is the processor's peak rate.
+    """
     threads = torch.get_num_threads()
     LIBRARY.functions.multiply_in_registers(products, threads)
     return 2.0 * 16 * 16 * 32 * products * threads
 
 
 def _seen(size: Sequence[int], pool: bool) -> tuple[int, int]:
-    """Height and width of what is computed: with max-pool whole windows alone."""
+    """Return the height and width that are computed: before a max-pool, only whole windows."""
     height, width = size
     return (height // 2 * 2, width // 2 * 2) if pool else (height, width)
 
@@ -147,7 +150,7 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _aligned(n_bytes: int) -> Tensor:
-    """Room that begins at a whole cache line, as the tiles must."""
+    """Return empty memory that begins at a whole cache line, as tiles must."""
     room = torch.empty(n_bytes + 64, dtype=torch.uint8)
     start = -room.data_ptr() % 64
     return room[start : start + n_bytes]

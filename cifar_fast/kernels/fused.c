@@ -1,11 +1,10 @@
-/* Batch norm and the activation after it, of channels-last images, in as few passes over memory as there can be: two
-   reads and a write forward, four reads and one or two writes backward. fused.py explains what is computed and calls
-   this file.
+/* Fused batch norm and activation of channels-last images, with as few passes over memory as possible: two reads and one
+   write forward, four reads and one or two writes backward. fused.py explains the method and calls this file.
 
-   An image tensor is a table: a row a pixel, a column a channel. Batch norm's groups are whole rows, one group after
-   the other. Threads share a group's rows, or take whole groups where there are enough. Sums run over BLOCK rows in
-   registers and are then added up in double precision, in a fixed order, so a result depends on the number of threads
-   alone. */
+   An image tensor is a table with a row for each pixel and a column for each channel. Batch norm's groups are whole rows,
+   one group after the other. Threads share the rows of a group, or take whole groups where there are enough. Sums run
+   over BLOCK rows in registers and are then added up in double precision, in a fixed order, so a result depends only on
+   the number of threads. */
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -17,7 +16,7 @@
 #else
 #define LANES 4
 #endif
-#define BLOCK 64 /* rows that are summed in single precision; few enough for the caches */
+#define BLOCK 64 /* rows that are summed in single precision, few enough to stay in the caches */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -35,7 +34,7 @@ typedef struct {
 INLINE vec both(float s) { return s - (vec){0}; }
 INLINE vec choose(ints mask, vec yes, vec no) { return (vec)(((ints)yes & mask) | ((ints)no & ~mask)); }
 
-/* The first n of LANES numbers from element `at`; the others read as zero and are left alone when written. */
+/* The first n of LANES numbers from element `at` on; the others read as zero and are not written. */
 INLINE vec load(const void *from, ptrdiff_t at, int n, int half) {
     if (half) {
         halves bits = {0};
@@ -50,7 +49,7 @@ INLINE vec load(const void *from, ptrdiff_t at, int n, int half) {
 }
 
 INLINE void store(void *to, ptrdiff_t at, vec v, int n, int half) {
-    if (half) { /* to the nearest, ties to even; a NaN keeps its highest bits */
+    if (half) { /* rounded to the nearest, ties to even; a NaN keeps its highest bits */
 #if defined(__AVX512BF16__)
         halves h = (halves)_mm512_cvtneps_pbh((__m512)v);
 #else
@@ -63,8 +62,8 @@ INLINE void store(void *to, ptrdiff_t at, vec v, int n, int half) {
     else memcpy((float *)to + at, &v, 4 * n);
 }
 
-/* e^x: 2^k e^r with |r| <= ln 2 / 2, the latter by its series, to about a unit in the last place; `half`: to 6e-5, where
-   bfloat16 has steps of 4e-3. */
+/* e^x = 2^k e^r with |r| <= ln 2 / 2, and e^r by its series, exact to about a unit in the last place; with `half` to 6e-5,
+   while bfloat16 has steps of 4e-3. */
 INLINE vec exponential(vec x, int half) {
 #if defined(__AVX512F__)
     if (half) { /* 2^t with t = k + r, |r| <= 1/2 */
@@ -83,7 +82,7 @@ INLINE vec exponential(vec x, int half) {
     return p * (vec)((__builtin_convertvector(k, ints) + 127) << 23);
 }
 
-/* 1 / x; `half`: to 6e-5. */
+/* 1 / x; with `half` exact to 6e-5. */
 INLINE vec inverse(vec x, int half) {
 #if defined(__AVX512F__)
     if (half) return (vec)_mm512_rcp14_ps((__m512)x);
@@ -91,7 +90,7 @@ INLINE vec inverse(vec x, int half) {
     return 1.0f / x;
 }
 
-/* The share of a normal distribution below t, and its density there. The share to 8e-8: M. Abramowitz and I. A. Stegun,
+/* The share of a normal distribution below t, exact to 8e-8, and its density there. Source: M. Abramowitz and I. A. Stegun,
    "Handbook of Mathematical Functions", 1964, 7.1.26. */
 INLINE vec normal(vec t, vec *density, int half) {
     vec size = choose(t < 0.0f, -t, t), bell = exponential(-0.5f * t * t, half);
@@ -133,13 +132,13 @@ INLINE void add(double *sums, int channels, vec first, vec second, int n) {
     for (int i = 0; i < n; i++) sums[i] += first[i], sums[channels + i] += second[i];
 }
 
-/* A vector of each of three rows. */
+/* Load a vector of each of three rows. */
 INLINE void take(const float *now, int channels, int n, vec *a, vec *b, vec *c) {
     *a = load(now, 0, n, 0), *b = load(now, channels, n, 0), *c = load(now, 2 * channels, n, 0);
 }
 
-/* Call loop(W, c, n) for all channels: W whole vectors at a time while there are as many, then one of n values. W vectors
-   side by side are neighbours in memory, so that a row is fetched in long pieces. */
+/* Call loop(W, c, n) for all channels: W whole vectors at a time while there are that many, then one of n values at a time.
+   W vectors are neighbours in memory, so that a row is read in long pieces. */
 #define OVER_CHANNELS(WIDE, loop)                                                                                      \
     do {                                                                                                               \
         int c = 0;                                                                                                     \
@@ -182,11 +181,11 @@ INLINE void apply_rows(const void *x, void *y, const float *now, long first, lon
     }
 }
 
-/* Whether the activation's slope costs more to compute again than its product with dy to write and read. */
+/* Whether computing the activation's slope again costs more than writing and reading its product with dy. */
 INLINE int keeps_gradient(kind of) { return of.activation != RELU; }
 
-/* Add to sums (2, channels): the gradient dt of what enters the activation, and dt (x - mean); dt goes to dx where it is
-   kept. */
+/* Add to sums (2, channels): the gradient dt of the activation's input, and dt (x - mean). dt is stored in dx if the
+   activation keeps it. */
 INLINE void sum_gradients(const void *x, const void *dy, void *dx, const float *now, double *sums, long first, long last,
                           int channels, kind of) {
     for (long start = first; start < last; start += BLOCK) {
@@ -234,7 +233,7 @@ INLINE void gradient_rows(const void *x, const void *dy, void *dx, const float *
     }
 }
 
-/* The compiler makes one copy of a loop for each kind, with its choices taken. */
+/* The compiler makes one copy of a loop for each kind, in which the kind is a constant. */
 #define FOR_KIND(call)                                                                                                 \
     do {                                                                                                               \
         switch (asked.activation * 2 + asked.half) {                                                                   \

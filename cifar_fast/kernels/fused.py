@@ -1,15 +1,15 @@
-"""Batch norm and the activation after it on a CPU, in as few passes over memory as there can be.
+"""Fused batch norm and activation on a CPU, with as few passes over memory as possible.
 
-Both are cheap to compute and dear to fetch: on their own they read or write an image tensor thirteen times, forward
-and backward, and a CPU waits for its memory. Together they do it eight times for ReLU, nine for an activation whose
-slope is dear to compute. With the normalised u = (x - m) / sqrt(v + eps),
+Both are cheap to compute, but the CPU waits for its memory: one after the other, they read or write an image tensor
+thirteen times, forward and backward. Fused, they need eight passes for ReLU, and nine for an activation whose slope is
+expensive. With the normalised u = (x - m) / sqrt(v + eps),
 
     y = act(t),  t = w u + b,
 
-a first pass takes the mean m and variance v of each channel, a second writes y. Nothing but x is kept: backward
-computes t again, which costs less than to fetch it. With dt = dy act'(t), a first pass takes db = sum dt and
-dw = sum dt u (and keeps dt in the place of dx, unless act is ReLU), and as m and v depend on every x of the group, a
-second writes
+a first pass computes the mean m and the variance v of each channel, and a second one writes y. Only x is kept: the
+backward pass computes t again, which is faster than reading it from memory. With dt = dy act'(t), its first pass
+computes db = sum dt and dw = sum dt u (and stores dt where dx will be, unless act is ReLU). As m and v depend on every
+x of the group, a second pass then writes
 
     dx = w / sqrt(v + eps) (dt - db / n - u dw / n).
 
@@ -27,10 +27,10 @@ from torch.autograd.function import once_differentiable
 from cifar_fast.kernels.compile import FLOAT, INT, LONG, POINTER, Library
 
 DTYPES = (torch.float32, torch.bfloat16)
-"""Number formats that the compiled loops know."""
+"""Number formats that the compiled loops support."""
 
 ACTIVATIONS = {nn.ReLU: 0, nn.SiLU: 1, nn.GELU: 2, nn.CELU: 3}
-"""Activations that the compiled loops know, by their number there."""
+"""Activations that the compiled loops support, and their numbers there."""
 
 _KIND = [INT, INT, INT, FLOAT, INT]  # channels, activation, whether bfloat16, alpha, threads
 
@@ -46,8 +46,8 @@ available = LIBRARY.available
 
 
 def suits(x: Tensor, norm: nn.BatchNorm2d, activation: nn.Module) -> bool:
-    """Return whether the compiled loops take this: a CPU's float32 or bfloat16 images, channels-last, and an
-    activation that they know; outside training, only where no gradient is asked for."""
+    """Return whether the compiled loops support this: float32 or bfloat16 images on a CPU, channels-last, and one of
+    `ACTIVATIONS`; in evaluation, only without gradients."""
     return (
         x.device.type == "cpu"
         and x.dtype in DTYPES
@@ -63,7 +63,7 @@ def suits(x: Tensor, norm: nn.BatchNorm2d, activation: nn.Module) -> bool:
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Return whether somebody has a hook on one of them, and so has to see it called."""
+    """Return whether one of the modules has a hook, and so must be called itself."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind) for module in modules for kind in kinds)
 
@@ -74,7 +74,7 @@ def normalise_and_activate(
     """Normalise each group of images by its own statistics and apply `activation`; differentiable.
 
     Args:
-        x: images (N, C, H, W) that `suits` has found to suit; N must be a multiple of `group_size`.
+        x: images (N, C, H, W) for which `suits` is true; N must be a multiple of `group_size`.
         weight: scale (C,), float32.
         bias: (C,), float32.
         activation: one of `ACTIVATIONS`.
@@ -82,7 +82,7 @@ def normalise_and_activate(
         eps: added to the variance.
 
     Returns:
-        The result (N, C, H, W), and of each group the mean and the biased variance, float32 (N / group_size, C).
+        The result (N, C, H, W), and each group's mean and biased variance, float32 (N / group_size, C).
     """
     y, mean, variance = NormActivation.apply(x, weight, bias, activation, group_size, eps)
     return y, mean, variance
@@ -96,7 +96,7 @@ def apply_and_activate(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, act
 
 
 class NormActivation(torch.autograd.Function):
-    """The two at once, with their gradient; the functions above check that the arguments fit."""
+    """Fused norm and activation, with their gradients; `suits` checks the arguments."""
 
     @staticmethod
     def forward(
@@ -136,17 +136,17 @@ class NormActivation(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> int:
-    """Pixels of all images."""
+    """Return the number of pixels of all images."""
     return x.numel() // x.shape[1]
 
 
 def _kind(x: Tensor, activation: nn.Module) -> tuple[int, int, int, float, int]:
-    """What the loops ask of every call: channels, activation, whether bfloat16, alpha, threads."""
+    """Return the arguments that all loops share: channels, activation, whether bfloat16, alpha, threads."""
     alpha = getattr(activation, "alpha", 1.0)
     return x.shape[1], ACTIVATIONS[type(activation)], x.dtype == torch.bfloat16, alpha, torch.get_num_threads()
 
 
 def _scratch(channels: int, rows: int) -> tuple[Tensor, Tensor]:
-    """Sums in double precision and room for `rows` values a channel, for each thread."""
+    """Return memory for each thread: two sums per channel in double precision, and `rows` float32 per channel."""
     threads = torch.get_num_threads()
     return torch.empty(threads, 2, channels, dtype=torch.float64), torch.empty(threads, rows, channels)

@@ -2,12 +2,11 @@
 
    A tile is a 4x4 patch of outputs together with the 6x6 patch of inputs it needs. Every loop runs over a flat list of
    tiles (image, row, column) and vectorises over channels. Each thread takes its own tiles in blocks small enough for
-   its caches: transform in, 36 matrix products, transform out. Nothing is shared while it is written, and every sum has
-   a fixed order, so a result depends on the number of threads alone.
+   its caches: transform in, 36 matrix products, transform out. No memory is shared while it is written, and every sum has
+   a fixed order, so a result depends only on the number of threads.
 
-   A 4x4 tile also holds whole 2x2 windows of a max-pool that follows. Then only each window's maximum is written and
-   its place in the window, a byte; on the way back the gradients are read through the places, as if they had been
-   spread out. */
+   A 4x4 tile contains whole 2x2 windows of a max-pool that follows. Then only each window's maximum is written, and its
+   place in the window, a byte. In the backward pass each gradient counts at its place, and as zero at the others. */
 #include <stddef.h>
 #include <stdint.h>
 #if defined(__AVX512F__)
@@ -23,7 +22,7 @@
 #endif
 #define PANEL (2 * LANES)
 #define POINTS 36
-#define DEPTH 256 /* rows of a panel of u that the nearest cache holds beside the rest */
+#define DEPTH 256 /* rows of a panel of u that fit in the first cache beside the rest */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -33,7 +32,7 @@ typedef uint8_t bytes __attribute__((vector_size(LANES), aligned(1), may_alias))
 int lanes(void) { return LANES; }
 int rows(void) { return ROWS; }
 
-/* The first n of LANES floats; the others read as zero and are left alone when written. */
+/* The first n of LANES floats; the others read as zero and are not written. */
 INLINE vec load(const float *from, int n) {
 #if defined(__AVX512F__)
     return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), from);
@@ -54,7 +53,7 @@ INLINE void store(float *to, vec v, int n) {
 #endif
 }
 
-/* As store, but past the caches: an output is too large to be still there when the next layer reads it. */
+/* Like store, but bypassing the caches: an output is too large to stay there until the next layer reads it. */
 INLINE void store_once(float *to, vec v, int n, int whole) {
 #if defined(__AVX512F__)
     if (whole) {
@@ -99,12 +98,12 @@ INLINE grid make_grid(int images, int height, int width) {
 
 typedef struct {
     float *values;   /* (images, height, width, channels); after max-pool height / 2 and width / 2 */
-    uint8_t *places; /* after max-pool: where the value stood, 2 * row + column; rows of ceil_to(channels, LANES) */
+    uint8_t *places; /* after max-pool: the value's place, 2 * row + column; rows of ceil_to(channels, LANES) */
     int channels;
 } maps; /* places is NULL where there is no max-pool */
 
-/* Addresses of a tile's size x size pixels from (4 row - margin, 4 column - margin); `outside` stands for the padding.
-   After max-pool the four pixels of a window share an address, and those that fill no window are outside. */
+/* Addresses of a tile's size x size pixels from (4 row - margin, 4 column - margin) on; `outside` stands for the padding.
+   After max-pool the four pixels of a window share an address, and pixels that fill no window are outside. */
 INLINE void pixels(float **at, uint8_t **place, maps a, grid g, long tile, int size, int margin, float *outside) {
     int column = (int)(tile % g.across), row = (int)(tile / g.across % g.down);
     int half = a.places != NULL, height = g.height >> half, width = g.width >> half;
@@ -119,7 +118,7 @@ INLINE void pixels(float **at, uint8_t **place, maps a, grid g, long tile, int s
         }
 }
 
-/* The values at pixel (y, x), counted from any window; after max-pool, zero where the maximum stood elsewhere. */
+/* The values at pixel (y, x), counted from any window; after max-pool, zero where the maximum was at another pixel. */
 INLINE vec load_pixel(const float *from, const uint8_t *place, int y, int x, int n) {
     if (!place) return load(from, n);
 #if defined(__AVX512F__)
@@ -130,7 +129,7 @@ INLINE vec load_pixel(const float *from, const uint8_t *place, int y, int x, int
     return (vec)((ints)load(from, n) & (at == 2 * (y % 2) + x % 2));
 }
 
-/* Write the first maximum, or a NaN, of a 2x2 window in d, whose rows are six apart, and its place. */
+/* Write the first maximum (or a NaN) of a 2x2 window in d, whose rows are six apart, and its place. */
 INLINE void store_maximum(const vec *d, float *to, uint8_t *place, int n, int whole) {
     vec best = d[0];
     ints at = {0};
@@ -275,7 +274,7 @@ void convolve(float *x, uint8_t *x_places, const float *u, float *y, uint8_t *y_
             }
             for (int p = 0; p < POINTS; p++)
                 for (int j = 0; j < out; j += PANEL)
-                    for (int k = 0; k < cin; k += DEPTH) { /* a panel of u DEPTH rows deep stays in the nearest cache */
+                    for (int k = 0; k < cin; k += DEPTH) { /* DEPTH rows of a panel of u stay in the first cache */
                         const float *panel = u + ((ptrdiff_t)p * out + j) * cin + k * PANEL;
                         for (int t = 0; t < count; t += ROWS) /* M: (36, cout / PANEL, block, PANEL) */
                             multiply(ROWS, v + p * v_step + t * in + k * ROWS, LANES, 1, ROWS * LANES, panel,

@@ -17,6 +17,10 @@ flipped weights, and the weights' gradient is
 
 Where max-pool by 2 follows, its 2x2 windows lie inside the tiles: it is done before a tile leaves the registers.
 
+Given the same inputs, the result and both gradients are about as exact as those of a direct convolution in float32. In
+a whole network gradients can still differ by a per cent or two, because max-pool sends each gradient to one place, and
+where two values nearly tie, rounding decides which one.
+
 Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015, arXiv 1509.09308. `winograd.c` holds
 the loops; the machine's C compiler builds it once, on first use.
 """
@@ -36,7 +40,7 @@ BLOCK_TILES = 56
 """Tiles a thread handles at a time: few enough for its caches, enough to reuse each transformed filter it reads."""
 
 PARTIAL_SUMS_BELOW = 128 * 256
-"""Channel pairs up to which each thread sums its own weight gradient; beyond, the copies would crowd the caches."""
+"""Channel pairs up to which each thread sums its own weight gradient; larger copies would not fit in the caches."""
 
 # 24 G: a filter's three taps as a polynomial, evaluated at the six points and scaled as B and A need it.
 EVALUATE_TAPS = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
@@ -70,7 +74,7 @@ def winograd_conv2d(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def winograd_conv2d_max_pool(x: Tensor, weight: Tensor) -> Tensor:
-    """Convolve as `winograd_conv2d` and max-pool by 2 in one go, so that the large image between is never in memory.
+    """Convolve like `winograd_conv2d` with a fused max-pool by 2: the large image in between is never in memory.
 
     Args:
         x: images (N, C_in, H, W), as for `winograd_conv2d`.
@@ -85,7 +89,7 @@ def winograd_conv2d_max_pool(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class WinogradConv2d(torch.autograd.Function):
-    """The convolution, max-pooled or not, with its two gradients; the functions above check that the arguments fit."""
+    """The convolution, max-pooled or not, with its two gradients; the functions above check the arguments."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, pool: bool) -> Tensor:
@@ -98,7 +102,7 @@ class WinogradConv2d(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        """Return the gradients of x and weight, each only if it is asked for."""
+        """Return the gradients of x and weight, each only if it is needed."""
         x, weight, places = ctx.saved_tensors
         dy = dy.contiguous(memory_format=torch.channels_last)
         dx = dw = None
@@ -156,14 +160,14 @@ def _tiles(n: int, height: int, width: int) -> int:
 
 
 def _block(tiles: int) -> int:
-    """Tiles that a thread with `tiles` to do handles at a time: even shares, in whole register blocks."""
+    """Return how many of its `tiles` a thread handles at a time: even shares, in whole register blocks."""
     rows = LIBRARY.functions.rows()
     shares = -(-tiles // BLOCK_TILES)
     return -(-tiles // shares // rows) * rows
 
 
 def _empty_places(x: Tensor, channels: int) -> Tensor:
-    """Room for the place of each maximum in its 2x2 window, the channels rounded up to whole vectors."""
+    """Return an empty tensor for each maximum's place in its 2x2 window, the channels rounded up to whole vectors."""
     lanes = LIBRARY.functions.lanes()
     return torch.empty(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, -(-channels // lanes) * lanes, dtype=torch.uint8)
 

@@ -265,7 +265,7 @@ def test_winograd_multiplies_less_than_the_direct_algorithm(cpu_step: ModuleType
     assert {part["layer"] for part in parts if part["kind"] == "pooling"} == {"pool"}  # the rest is in the convolutions
 
 
-@pytest.mark.skipif(not amx.available()[0], reason=amx.available()[1])
+@pytest.mark.usefixtures("amx_everywhere")
 def test_amx_multiplies_no_taps_outside_an_image(cpu_step: ModuleType, fresh: None) -> None:
     parts = cpu_step.split_turn(ALONE, setting_of(cpu_step, TINY, convolution="amx", dtype=torch.bfloat16), 1)["parts"]
     found = {(part["phase"], part["layer"]): part for part in parts if part["kind"] == "convolutions"}

@@ -1,4 +1,4 @@
-"""Norm and activation at once equal PyTorch's, one after the other, in double precision."""
+"""Fused norm and activation equal PyTorch's, one after the other, in double precision."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b).abs().max() / b.abs().max().clamp(min=0.1)).item()
 
 
-def trained(norm: GhostBatchNorm, activation: nn.Module, x: Tensor, dy: Tensor, *, at_once: bool) -> list[Tensor]:
+def trained(norm: GhostBatchNorm, activation: nn.Module, x: Tensor, dy: Tensor, *, fuse: bool) -> list[Tensor]:
     """y, dx and the gradients of the parameters that have one."""
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    y = norm.then(activation, x) if at_once else activation(norm(x))
+    y = norm.then(activation, x) if fuse else activation(norm(x))
     wanted = [x, *(p for p in norm.parameters() if p.requires_grad)]
     return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
 
@@ -83,8 +83,8 @@ def test_equals_one_after_the_other_in_double_precision(
     torch.set_num_threads(threads)
     try:
         assert fused.suits(x, norm, activation)
-        found = trained(norm, activation, x, dy, at_once=True)
-        expected = trained(double, activation, x.double(), dy.double(), at_once=False)
+        found = trained(norm, activation, x, dy, fuse=True)
+        expected = trained(double, activation, x.double(), dy.double(), fuse=False)
         with torch.no_grad():
             evaluated = norm.eval().then(activation, x)
     finally:
@@ -113,7 +113,7 @@ def test_activations_far_from_zero_are_what_torch_has(activation: nn.Module) -> 
 @needs_compiler
 def test_the_same_threads_give_the_same_bits() -> None:
     x, activation = images(12, 40, 7, 7), nn.SiLU()
-    first, second = (trained(ghost_norm(40, 4), activation, x, x, at_once=True) for _ in range(2))
+    first, second = (trained(ghost_norm(40, 4), activation, x, x, fuse=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -121,8 +121,8 @@ def test_the_same_threads_give_the_same_bits() -> None:
 def test_gradients_that_come_in_another_layout_or_format_are_taken() -> None:
     x, activation = images(4, 24, 5, 5), nn.SiLU()
     dy = images(4, 24, 5, 5, torch.bfloat16).float()
-    expected = trained(ghost_norm(24, 4), activation, x, dy, at_once=True)
-    found = trained(ghost_norm(24, 4), activation, x, dy.contiguous(), at_once=True)
+    expected = trained(ghost_norm(24, 4), activation, x, dy, fuse=True)
+    found = trained(ghost_norm(24, 4), activation, x, dy.contiguous(), fuse=True)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -143,7 +143,7 @@ def channels_first(x: Tensor) -> tuple[Tensor, nn.Module]:
 
 
 @pytest.mark.parametrize("change", [tanh_gelu, unknown, in_double, channels_first])
-def test_what_the_loops_do_not_take_is_computed_apart(change) -> None:
+def test_what_the_loops_do_not_support_is_not_fused(change) -> None:
     x, activation = change(images(4, 24, 5, 5))
     norm = ghost_norm(24, 4).to(x.dtype)
     assert not fused.suits(x, norm, activation)
@@ -178,25 +178,25 @@ def test_a_network_is_the_same_with_and_without(name: str) -> None:
     recipe = replace(named(name), ghost_batch_size=4)
     recipe = replace(recipe, widths=(8,) * len(recipe.widths))
     mean, std = torch.full((3,), 128.0), torch.full((3,), 64.0)
-    apart, at_once = (build_model(recipe, 10, mean, std, fuse_norm=fuse) for fuse in (False, True))
-    apart.load_state_dict(at_once.state_dict())
-    apart, at_once = (each.to(memory_format=torch.channels_last) for each in (apart, at_once))
+    separate, together = (build_model(recipe, 10, mean, std, fuse_norm=fuse) for fuse in (False, True))
+    separate.load_state_dict(together.state_dict())
+    separate, together = (each.to(memory_format=torch.channels_last) for each in (separate, together))
     x = torch.randn(8, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     outputs, nodes = [], []
-    for network in (apart, at_once):
+    for network in (separate, together):
         y = network(x)
         y.square().sum().backward()
         outputs.append(y.detach())
         nodes.append(names_of_nodes(y))
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-5)
-    blocks = sum(isinstance(module, Block) for module in apart.modules())
+    blocks = sum(isinstance(module, Block) for module in separate.modules())
     assert nodes[0].count("NormActivationBackward") == 0 and nodes[1].count("NormActivationBackward") == blocks
-    for (key, a), b in zip(apart.named_parameters(), at_once.parameters(), strict=True):
+    for (key, a), b in zip(separate.named_parameters(), together.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), key
         if a.grad is not None and b.grad is not None:
             assert (a.grad - b.grad).norm() <= 1e-2 * a.grad.norm() + 1e-6, key
-    for key, a in apart.state_dict().items():
-        torch.testing.assert_close(a, at_once.state_dict()[key], rtol=1e-3, atol=1e-4)
+    for key, a in separate.state_dict().items():
+        torch.testing.assert_close(a, together.state_dict()[key], rtol=1e-3, atol=1e-4)
 
 
 def names_of_nodes(y: Tensor) -> list[str]:
@@ -210,7 +210,7 @@ def names_of_nodes(y: Tensor) -> list[str]:
     return [node.name() for node in met]
 
 
-def test_a_hook_sees_norm_and_activation_apart() -> None:
+def test_a_hook_on_a_norm_sees_its_output() -> None:
     block = Block()
     block.fuse = True
     norm, activation = ghost_norm(24, 4), nn.SiLU()

@@ -1,5 +1,6 @@
 """The Winograd convolution and its gradients equal PyTorch's, for every edge and channel count it accepts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from cifar_fast.data.dataset import Dataset
 from cifar_fast.kernels import winograd
+from cifar_fast.recipes import smoke
+from cifar_fast.training.batches import pixel_statistics
+from cifar_fast.training.layers import Conv3x3
+from cifar_fast.training.model import Network, build_model, whiten_first_layer
+from cifar_fast.training.step import forward_backward
 
 needs_compiler = pytest.mark.skipif(not winograd.available()[0], reason=winograd.available()[1])
 SHAPES = {
@@ -54,7 +61,7 @@ def test_equals_conv2d_in_double_precision(n: int, cin: int, cout: int, height: 
 
 
 def winograd_then_max_pool(x: Tensor, weight: Tensor) -> Tensor:
-    """What pooling at once must equal to the last bit."""
+    """What fused pooling must equal to the last bit."""
     return F.max_pool2d(winograd.winograd_conv2d(x, weight), 2)
 
 
@@ -69,7 +76,7 @@ def pooled_example(n: int, cin: int, cout: int, height: int, width: int) -> tupl
     ("height", "width"), [(31, 31), (15, 15), (7, 7), (3, 3), (32, 32), (16, 16), (8, 8), (17, 18), (3, 8), (5, 4)]
 )
 @pytest.mark.parametrize("channels", [(16, 16), (24, 33), (17, 40)])
-def test_pooling_at_once_is_pooling_afterwards_to_the_last_bit(
+def test_fused_pooling_is_pooling_afterwards_to_the_last_bit(
     height: int, width: int, channels: tuple[int, int]
 ) -> None:
     tensors = pooled_example(3, *channels, height, width)
@@ -83,7 +90,7 @@ def test_pooling_at_once_is_pooling_afterwards_to_the_last_bit(
 @needs_compiler
 @settings(max_examples=12, deadline=None)
 @given(**SHAPES)
-def test_pooling_at_once_equals_conv2d_and_max_pool_in_double_precision(
+def test_fused_pooling_equals_conv2d_and_max_pool_in_double_precision(
     n: int, cin: int, cout: int, height: int, width: int
 ) -> None:
     x, weight, _ = example(n, cin, cout, height, width)
@@ -168,6 +175,59 @@ def test_what_does_not_suit_goes_to_conv2d(change) -> None:
     y = F.conv2d(x, weight, padding=1)
     assert torch.equal(winograd.winograd_conv2d(x, weight), y)
     assert torch.equal(winograd.winograd_conv2d_max_pool(x, weight), F.max_pool2d(y, 2))
+
+
+# --- In a network ---
+
+
+@needs_compiler
+def test_a_networks_gradients_are_as_exact_as_those_of_direct_convolution_but_for_near_ties_in_max_pools(
+    tiny_data: Dataset,
+) -> None:
+    """Max-pool sends a gradient to one place; where two values nearly tie, rounding decides which one."""
+    exact, places = gradients(tiny_data, "direct", torch.float64), {}
+    pinned = {
+        (convolution, dtype): gradients(tiny_data, convolution, dtype, places)  # float64 comes first and fills them in
+        for convolution, dtype in (("direct", torch.float64), ("direct", torch.float32), ("winograd", torch.float32))
+    }
+    assert len(places) == 4
+    free = gradients(tiny_data, "winograd", torch.float32)
+    for name, expected in exact.items():
+        assert relative_error(pinned["direct", torch.float64][name], expected) < 1e-12, name
+        direct, fast = (relative_error(pinned[c, torch.float32][name], expected) for c in ("direct", "winograd"))
+        assert direct < 5e-5 and fast < 5e-5, name
+        assert relative_error(free[name], expected) < 0.05, name
+
+
+def gradients(
+    data: Dataset, convolution: str, dtype: torch.dtype, places: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Of all parameters of a small network, over a batch; with `places` max-pools choose those, or fill them in."""
+    recipe = replace(smoke(), global_batch_size=80)
+    mean, std = pixel_statistics(data.train_images)
+    network = build_model(recipe, data.n_classes, mean, std, convolution=convolution)
+    whiten_first_layer(network, recipe, data.train_images)
+    network = network.to(dtype).to(memory_format=torch.channels_last)
+    if places is not None:
+        pin_max_pools(network, places)
+    images = network.normalise(data.train_images[:80]).to(dtype).contiguous(memory_format=torch.channels_last)
+    forward_backward(network, images, data.train_labels[:80], recipe, dtype)
+    return {name: p.grad.double() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def pin_max_pools(network: Network, places: dict[str, Tensor]) -> None:
+    def choose(y: Tensor, name: str, size: int) -> Tensor:
+        largest, found = F.max_pool2d(y, size, return_indices=True)
+        chosen = y.flatten(2).gather(2, places.setdefault(name, found).flatten(2)).view_as(largest)
+        torch.testing.assert_close(chosen, largest, rtol=1e-5, atol=1e-5)  # another place only of a near tie
+        return chosen
+
+    for name, module in network.named_modules():
+        if isinstance(module, Conv3x3) and module.pool:
+            module.pool = False
+            module.register_forward_hook(lambda module, inputs, y, name=name: choose(y, name, 2))
+        elif isinstance(module, nn.AdaptiveMaxPool2d):
+            module.forward = lambda x, name=name: choose(x, name, x.shape[2])
 
 
 @needs_compiler

@@ -147,7 +147,7 @@ def test_winograd_is_the_same_network(recipe: Recipe) -> None:
     torch.testing.assert_close(fast(x), direct(x), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.skipif(not amx.available()[0], reason=amx.available()[1])
+@pytest.mark.usefixtures("amx_everywhere")
 @pytest.mark.parametrize("place", ["before_norm", "before_activation"])
 @pytest.mark.parametrize("recipe", [RESNET9, CONVNET6])
 def test_matrix_tiles_are_the_same_network(recipe: Recipe, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
