@@ -30,8 +30,15 @@ LONGEST = (
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads its options
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """Share the whole suite among processes, file by file: the cells of a notebook belong together."""
+    """Check notebooks with nbval, and share the whole suite among processes: file by file, as cells belong together."""
     option = config.option
+    if (
+        getattr(option, "nbval", None) is False
+    ):  # nbval is installed; a machine that only runs the GPU tests may lack it
+        option.nbval = True
+        option.nbval_sanitize_with = option.nbval_sanitize_with or str(config.rootpath / "notebooks" / "sanitize.cfg")
+        option.nbval_kernel_startup_timeout = 600
+        option.nbval_cell_timeout = NOTEBOOK_SECONDS
     if hasattr(config, "workerinput") or not hasattr(option, "numprocesses"):
         return  # one of the processes, or no xdist
     if option.numprocesses is None and _is_whole(config):

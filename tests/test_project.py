@@ -159,7 +159,7 @@ def test_pytest_runs_the_notebooks_and_compares_what_they_show(pytestconfig):
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert settings["testpaths"] == ["tests", "notebooks"]
     assert pytestconfig.option.nbval and not pytestconfig.option.nbval_lax
-    assert pytestconfig.option.nbval_sanitize_with == "notebooks/sanitize.cfg"
+    assert Path(pytestconfig.option.nbval_sanitize_with) == ROOT / "notebooks" / "sanitize.cfg"
     assert (ROOT / "notebooks" / "sanitize.cfg").exists()
     assert os.environ["OMP_NUM_THREADS"]  # before torch is imported: several tests share the cores
 
