@@ -457,7 +457,7 @@ def test_records_stand_at_their_seconds_by_the_kind_of_hardware():
     places = {(x, y) for marks in axes.collections for x, y in marks.get_offsets().tolist()}
     assert places == {(record.seconds, row) for row, record in enumerate(RECORDS)}
     assert labels(axes) == ["vCPU", "V100", "A100", "4090"]
-    assert "Hiverge" in figure.alt and axes.get_xscale() == "log"
+    assert "Fulcrum" in figure.alt and axes.get_xscale() == "log"
 
 
 def test_the_interval_of_a_share_is_wilsons():
