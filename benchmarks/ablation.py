@@ -1,13 +1,13 @@
-"""Trains a recipe with each trick switched off (or on, where the recipe lacks it), one at a time, and files the runs.
+"""Trains a recipe with each trick switched off (or on, if the recipe lacks it), one at a time, and saves the runs.
 
     python benchmarks/ablation.py --recipe laptop --seeds 0 1 2 --out benchmarks/results/ablation
-    python benchmarks/ablation.py --trained runs/A runs/B --out benchmarks/results/ablation  # of the recipe as it is
-    python benchmarks/ablation.py --epochs 2 --out benchmarks/results/ablation_2_epochs  # as notebooks at scale laptop
+    python benchmarks/ablation.py --trained runs/A runs/B --out benchmarks/results/ablation  # trained before
+    python benchmarks/ablation.py --epochs 2 --out benchmarks/results/ablation_2_epochs  # as notebooks do
 
-Appends a line a run to results.jsonl as it ends (`arm`, commit, and what `RunResult.to_dict` gives); what is filed is
-not trained again, so it can be stopped and started again. Test-time augmentation needs no training of its own: the
-networks of the recipe as it is are evaluated in each way; those that `cifar-fast train --out` has trained already are
-taken from their folders. Draws the table of all that is filed into table.txt.
+When a run ends, the script appends a line to results.jsonl (`arm`, commit, and what `RunResult.to_dict` gives) and
+rewrites table.txt. It does not repeat saved runs, so it can be stopped and started again. Test-time augmentation needs
+no training of its own: the networks of the unchanged recipe are evaluated with each kind. `--trained` takes runs of the
+unchanged recipe from folders that `cifar-fast train --out` has written.
 """
 
 import argparse
@@ -28,17 +28,17 @@ from cifar_fast.training.result import RunResult, load_run
 ARMS: dict[str, dict[str, object]] = {
     AS_IT_IS: {},
     "label_smoothing=0": {"label_smoothing": 0.0},
-    # Norm groups must fit into the parts of a batch that are held at once; those parts change no mathematics.
+    # Norm groups must fit into micro-batches, which change nothing else.
     "ghost_batch_size=0": {"ghost_batch_size": 0, "micro_batch_size": 0},
     "whitening_size=0": {"whitening_size": 0},
     "freeze_bn_scale=False": {"freeze_bn_scale": False},
     "activation=relu": {"activation": "relu"},
     "pool_position=after_activation": {"pool_position": "after_activation"},
-    # Page's; a horizon of 99 steps, for trainings of many more.
+    # Page's decay averages about 100 steps, for runs of many more.
     "ema_decay=0.99": {"ema_decay": 0.99, "ema_off_epochs": 0.0},
     "ema_decay=0.8": {"ema_decay": 0.8, "ema_off_epochs": 0.0},
     "resolutions=()": {"resolutions": ()},
-    # In the end laptop evaluates the weights themselves, so that without an average that accuracy would be the same.
+    # laptop ends without an average, so switching the average off altogether would not change its final accuracy.
     "ema_off_epochs=0": {"ema_off_epochs": 0.0},
     "bend_fraction=0": {"bend_fraction": 0.0, "bend_lr_fraction": 0.0},
     "flip=random": {"flip": "random"},
@@ -53,18 +53,18 @@ CLOCKS = ("train_seconds", "evaluate_seconds", "total_seconds", "first_step_seco
 
 
 def line(arm: str, result: RunResult) -> dict:
-    """Return what is filed of a run."""
+    """Return the line that is saved for a run."""
     return {"arm": arm, "commit": commit(), **result.to_dict()}
 
 
 def without_clocks(run: dict) -> dict:
-    """Return what is filed of a run whose machine was busy with other work too, so that its clocks say nothing."""
+    """Return a run without its clocks, which mean nothing when other work shared the machine."""
     epochs = [epoch | {"train_seconds": None} for epoch in run["epochs"]]
     return run | dict.fromkeys(CLOCKS) | {"epochs": epochs}
 
 
 def tta_lines(result: RunResult, data: Dataset) -> list[dict]:
-    """Return a line for each other way to evaluate the network of `result`; the clocks of its training stay."""
+    """Return a line for each other kind of TTA on the network of `result`, with the clocks of its training."""
     lines = []
     for tta in choices("tta"):
         if tta != result.recipe.tta:
@@ -75,7 +75,7 @@ def tta_lines(result: RunResult, data: Dataset) -> list[dict]:
 
 
 def trained(folders: list[Path], recipe: Recipe, data: Dataset) -> list[RunResult]:
-    """Return the runs in `folders`; stop when one is of another recipe or data set."""
+    """Return the runs in `folders`; exit when one used another recipe or data set."""
     runs = []
     for folder in folders:
         try:
@@ -90,17 +90,17 @@ def trained(folders: list[Path], recipe: Recipe, data: Dataset) -> list[RunResul
     return runs
 
 
-def file_run(results: Path, arm: str, result: RunResult, data: Dataset, busy: bool) -> None:
-    """Append the run, and of the recipe as it is the other ways to evaluate it; draw the table anew."""
+def save_run(results: Path, arm: str, result: RunResult, data: Dataset, busy: bool) -> None:
+    """Append the run, for the unchanged recipe also with each other kind of TTA, and rewrite the table."""
     lines = [line(arm, result), *(tta_lines(result, data) if arm == AS_IT_IS else [])]
     with open(results, "a") as file:
         file.write("".join(json.dumps(without_clocks(run) if busy else run) + "\n" for run in lines))
-    redraw(results)
+    write_table(results)
     print(f"{arm}, seed {result.seed}: {100 * result.accuracy:.2f} %, {result.train_seconds:.0f} s", flush=True)
 
 
 def done(results: Path, recipe: Recipe) -> set[tuple[str, int]]:
-    """Return the arms and seeds that are filed; stop when they were measured with another recipe."""
+    """Return the saved arms and seeds; exit when they were measured with another recipe."""
     if not results.exists():
         return set()
     lines = [json.loads(text) for text in results.read_text().splitlines()]
@@ -110,8 +110,8 @@ def done(results: Path, recipe: Recipe) -> set[tuple[str, int]]:
     return {(there["arm"], there["seed"]) for there in lines}
 
 
-def redraw(results: Path) -> None:
-    """Write table.txt anew from all runs that are filed."""
+def write_table(results: Path) -> None:
+    """Rewrite table.txt from all saved runs."""
     arms: dict[str, list[dict]] = {}
     for text in results.read_text().splitlines():
         run = json.loads(text)
@@ -122,16 +122,16 @@ def redraw(results: Path) -> None:
 
 
 def main() -> None:
-    """Train every arm with every seed, seed by seed, so that what is filed can always be compared."""
+    """Train every arm with every seed, seed by seed, so that the saved runs can be compared at any time."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=float, help="shorten the recipe to so many")
+    parser.add_argument("--epochs", type=float, help="shorten the recipe to this many epochs")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument(
-        "--trained", type=Path, nargs="+", default=[], metavar="FOLDER", help="runs of the recipe as it is"
+        "--trained", type=Path, nargs="+", default=[], metavar="FOLDER", help="finished runs of the unchanged recipe"
     )
-    parser.add_argument("--busy", action="store_true", help="other work shares the machine: file no clocks")
+    parser.add_argument("--busy", action="store_true", help="other work shares the machine: save no clocks")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -140,14 +140,14 @@ def main() -> None:
         recipe = recipes.shortened(recipe, options.epochs)
     for run in trained(options.trained, recipe, data):
         if (AS_IT_IS, run.seed) not in done(results, recipe):
-            file_run(results, AS_IT_IS, run, data, options.busy)
+            save_run(results, AS_IT_IS, run, data, options.busy)
     for seed in options.seeds:
         for arm in options.arms:
             arm_recipe = Recipe.from_dict(recipe.to_dict() | ARMS[arm])
             changes_nothing = arm != AS_IT_IS and not changed_fields(recipe, arm_recipe)
             if changes_nothing or (arm, seed) in done(results, recipe):
                 continue
-            file_run(results, arm, train(arm_recipe, data, seed=seed), data, options.busy)
+            save_run(results, arm, train(arm_recipe, data, seed=seed), data, options.busy)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""Splits one training step on a CPU into its parts, holds them against what this machine can do, and against stock ops.
+"""Splits one training step on a CPU into its parts, and compares it with this machine's limits and with stock ops.
 
     python benchmarks/cpu_step.py --out benchmarks/results/cpu_step
     python benchmarks/cpu_step.py --out FOLDER --recipe smoke --rounds 3 --steps 10   # short steps: several a turn
 
 `cpu_step.txt` in the folder is the table that is printed, `cpu_step.json` has every round behind it.
 
-The limits are measured here, too, before the steps and after them, by all the threads that the steps have: the rate of
-square matrix products, and the bandwidth of memory. The sides run in processes of their own and take turns, one
-working while the others wait:
+The script also measures the machine's limits, before the steps and after them, with as many threads as the steps have:
+the rate of square matrix products, and the memory bandwidth. Each side runs in a process of its own. They take turns,
+one working while the others wait:
 
-    ours                      the trainer's own step, from the choices for a batch to new weights
+    ours                      the training step, from the choices for a batch to new weights
     ours, default allocator   the same without `keep_freed_memory`, which nothing in that process has called
-    ours, norm apart          the same with batch norm and the activation after it computed apart
+    ours, norm not fused      the same with batch norm and activation not fused
     ours, torch's convolutions
                               the same with 3x3 convolutions as torch computes them
     reference                 a plain port: the same network, weights and batch in stock torch.nn ops, bfloat16
-                              autocast, channels-last, eager, default allocator; timed from a batch that is there
-                              to new weights
+                              autocast, channels-last, eager, default allocator; timed from a finished batch to new
+                              weights
     ours, split               the first side's step again, with a stopwatch that belongs to one part at a time
 
-Random images take the time of real ones; nothing is trained to any accuracy, and the learning rates are 0. EMA,
-Lookahead and the drawing of an epoch's random choices are not in the step.
+Random images take the time of real ones. Nothing is learned: the learning rates are 0. The averages (EMA, Lookahead)
+are switched off, since the reference has none, and drawing an epoch's random choices is not timed.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
-from itertools import chain, count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -51,43 +51,42 @@ from revision import commit
 from torch import Tensor, nn
 
 from cifar_fast import recipes
-from cifar_fast.data.dataset import IMAGE_SIZE, SYNTHETIC
+from cifar_fast.data.dataset import SYNTHETIC, Dataset
 from cifar_fast.data.load import load_cifar10
 from cifar_fast.data.synthetic import synthetic
 from cifar_fast.distributed.processes import WatchedProcesses
-from cifar_fast.distributed.ranks import ALONE, Ranks
 from cifar_fast.errors import UserError
 from cifar_fast.experiments.statistics import hardware, spread
+from cifar_fast.experiments.step_costs import endless, random_dataset, steady_step, with_batch_size
 from cifar_fast.experiments.tables import table
 from cifar_fast.hardware.device import environment, keep_freed_memory
-from cifar_fast.hardware.numerics import Numerics, choose_numerics
+from cifar_fast.hardware.numerics import Numerics
 from cifar_fast.kernels import amx, fused
 from cifar_fast.recipe import Recipe
 from cifar_fast.training import optim
-from cifar_fast.training.batches import TrainBatches, pixel_statistics
+from cifar_fast.training.alone import Alone
 from cifar_fast.training.layers import Block, Conv3x3, GhostBatchNorm, Scale
-from cifar_fast.training.model import Network, Residual, build_model, whiten_first_layer
-from cifar_fast.training.optim import PiecewiseLinear, build_optimizers, set_learning_rates
+from cifar_fast.training.model import Network, Residual
+from cifar_fast.training.optim import build_optimizers
 from cifar_fast.training.result import write_json
-from cifar_fast.training.step import TrainingStep, freeze_whitening_bias
+from cifar_fast.training.setup import Execution, choose_execution, set_up
 
 RESULT, TABLE = "cpu_step.json", "cpu_step.txt"
 RANDOM = "random"
 N_IMAGES = 50_000
 """Random images: as many as CIFAR-10 has, so that a batch is gathered from as much memory."""
-WHITENING_IMAGES = 1000
 CPU = torch.device("cpu")
 SIDES = (
     "ours",
     "ours, default allocator",
-    "ours, norm apart",
+    "ours, norm not fused",
     "ours, torch's convolutions",
     "reference",
     "ours, split",
 )
-OURS, DEFAULT, APART, DIRECT, REFERENCE, SPLIT = SIDES
-OTHER_NUMERICS: dict[str, dict[str, Any]] = {APART: {"fuse_norm": False}, DIRECT: {"convolution": "direct"}}
-"""How the sides that differ from ours in numerics differ."""
+OURS, DEFAULT, UNFUSED, DIRECT, REFERENCE, SPLIT = SIDES
+OTHER_NUMERICS: dict[str, dict[str, Any]] = {UNFUSED: {"fuse_norm": False}, DIRECT: {"convolution": "direct"}}
+"""The numerics of the sides that differ from ours there."""
 
 # --- what this machine can do ---
 
@@ -110,7 +109,7 @@ def best_time(work: Callable[[], object]) -> float:
 
 
 def matrix_rate(dtype: torch.dtype) -> float:
-    """Return how many floating-point operations a second this process reaches in a product of square matrices."""
+    """Return the floating-point operations per second that this process reaches in products of square matrices."""
     best, began = 0.0, time.perf_counter()
     for side in PRODUCTS:
         a, b, c = (torch.randn(side, side).to(dtype) for _ in range(3))
@@ -120,9 +119,9 @@ def matrix_rate(dtype: torch.dtype) -> float:
     return best
 
 
-def tile_rate() -> float:
-    """Return how many the matrix tiles (AMX) do that never leave their registers: nothing in bfloat16 is faster; 0
-    where there are none."""
+def amx_rate() -> float:
+    """Return the operations per second of AMX on data that stays in its registers, the most that bfloat16 can reach; 0
+    on a machine without AMX."""
     if not amx.available()[0]:
         return 0.0
     products = 4_000_000
@@ -130,7 +129,7 @@ def tile_rate() -> float:
 
 
 def last_level_cache() -> int:
-    """Return the bytes of the largest cache that the system tells of; 32 MiB where it tells of none."""
+    """Return the bytes of the largest cache that the system reports; 32 MiB where it reports none."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     sizes = []
     for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
@@ -140,7 +139,7 @@ def last_level_cache() -> int:
 
 
 def array_bytes() -> int:
-    """Return the size of an array well beyond every cache, of which this machine can hold three."""
+    """Return the size of an array that is larger than any cache but small enough to hold three of them in memory."""
     return min(max(4 * last_level_cache(), 256 << 20), psutil.virtual_memory().available // 8)
 
 
@@ -158,7 +157,7 @@ def measure_limits(dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
     n_bytes = array_bytes()
     products = {str(dtype).removeprefix("torch."): matrix_rate(dtype) for dtype in dtypes}
     return {
-        "flops": products | ({"bfloat16": max(products["bfloat16"], tile_rate())} if "bfloat16" in products else {}),
+        "flops": products | ({"bfloat16": max(products["bfloat16"], amx_rate())} if "bfloat16" in products else {}),
         "products": products,
         "bytes": bandwidths(n_bytes),
         "array_bytes": n_bytes,
@@ -167,7 +166,7 @@ def measure_limits(dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
 
 
 def best_limits(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the best of each limit, `flops` by format and `bandwidth`, beside all that was measured."""
+    """Return the best of each limit, `flops` by format and `bandwidth`, and all measurements behind them."""
     flops = {name: max(each["flops"][name] for each in measured) for name in measured[0]["flops"]}
     bandwidth = max(rate for each in measured for rate in each["bytes"].values())
     return {"flops": flops, "bandwidth": bandwidth, "measured": list(measured)}
@@ -178,63 +177,76 @@ def best_limits(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Setting:
-    """What every side has in common; it is sent to their processes."""
+    """What all sides share; it is sent to their processes."""
 
     recipe: Recipe
     data: str
     n_images: int
     threads: int
-    numerics: Numerics
+    execution: Execution
     reference_part: int = 0
     """Images that the reference handles at a time; 0: the whole batch at once."""
 
+    @property
+    def numerics(self) -> Numerics:
+        """How our sides compute the step."""
+        return self.execution.numerics
+
+    def with_numerics(self, **values: Any) -> Setting:
+        """Return the same with other numerics."""
+        return replace(self, execution=replace(self.execution, numerics=replace(self.numerics, **values)))
+
 
 @dataclass
-class Prepared:
-    """One side's network, and a stream of batches for it."""
+class Side:
+    """What one side computes with: its network, its batches, and the step from a batch to new weights."""
 
     model: Network
     optimizers: list[torch.optim.Optimizer]
     stream: Iterator[tuple[Tensor, Tensor]]
-    batches: TrainBatches
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
+    """Returns the loss, and something more that nobody needs here."""
     data: str
 
 
-def load_images(data: str, n_images: int) -> tuple[Tensor, Tensor, int, str]:
-    """Return uint8 images, labels, the number of classes, and in words what they are."""
+def load_images(data: str, n_images: int) -> tuple[Dataset, str]:
+    """Return the data set, and in words what it is; `n_images`: how many random ones."""
     if data == RANDOM:
-        random = torch.Generator().manual_seed(0)
-        images = torch.randint(0, 256, (n_images, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, generator=random)
-        return images, torch.randint(0, 10, (n_images,), generator=random), 10, f"{n_images:,} random images"
+        return random_dataset(n_images), f"{n_images:,} random images"
     loaded = synthetic() if data == SYNTHETIC else load_cifar10(data)
-    words = f"{len(loaded.train_labels):,} training images of {loaded.name}"
-    return loaded.train_images, loaded.train_labels, loaded.n_classes, words
+    return loaded, f"{len(loaded.train_labels):,} training images of {loaded.name}"
 
 
 @cache
-def prepare(setting: Setting, plain: bool) -> Prepared:
+def prepare(setting: Setting, plain: bool) -> Side:
     """Return what a side needs, with the same weights and the same batches on all; `plain`: the reference's."""
     torch.set_num_threads(setting.threads)
-    recipe, numerics = setting.recipe, setting.numerics
+    data, words = load_images(setting.data, setting.n_images)
     if plain:
-        recipe = replace(recipe, channels_last=True)
-    images, labels, n_classes, words = load_images(setting.data, setting.n_images)
-    mean, std = pixel_statistics(images)
-    double = numerics.dtype == torch.float64 and not plain
-    dtype = torch.float64 if double else torch.float32
-    ways = {} if plain else {"convolution": numerics.convolution, "fuse_norm": numerics.fuse_norm}
-    model = build_model(recipe, n_classes, mean, std, **ways).to(dtype)
-    whiten_first_layer(model, recipe, images[:WHITENING_IMAGES])
-    model = plain_network(model) if plain else model
-    model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
-    # What is computed back through the first block in most epochs is what is measured.
-    freeze_whitening_bias(model, recipe.whitening_bias_epochs < recipe.epochs / 2)
+        return plain_side(setting, data, words)
+    setup = set_up(setting.recipe, data, setting.execution, device=CPU)
+    step = steady_step(setup)
+    return Side(setup.model, setup.optimizers, endless(setup.batches), step, words)
+
+
+def plain_side(setting: Setting, data: Dataset, words: str) -> Side:
+    """Return the reference: our network, weights and batches, but stock layers and a step of its own."""
+    recipe = replace(setting.recipe, channels_last=True)
+    setup = set_up(recipe, data, Execution(Numerics(torch.float32, "direct", "stock ops")), device=CPU)
+    model = plain_network(steady_step(setup).model)
     optimizers = build_optimizers(model, recipe)
-    # Random labels must not drive the weights to where arithmetic is special; a rate of 0 costs the same.
-    set_learning_rates(optimizers, PiecewiseLinear((0.0,), (0.0,)), math.inf)
-    batches = TrainBatches(images, labels, recipe, device=CPU, dtype=dtype, mean=mean, std=std)
-    stream = chain.from_iterable(batches.epoch(epoch) for epoch in count())
-    return Prepared(model.train(), optimizers, stream, batches, words)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+
+    def step(images: Tensor, labels: Tensor) -> tuple[Tensor, None]:
+        loss = reference_gradients(model, images, labels, recipe.label_smoothing, setting.reference_part)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss, None
+
+    return Side(model, optimizers, endless(setup.batches), step, words)
 
 
 def plain_network(model: Network) -> Network:
@@ -258,7 +270,7 @@ def plain_network(model: Network) -> Network:
 def reference_gradients(model: Network, images: Tensor, labels: Tensor, smoothing: float, part: int = 0) -> Tensor:
     """Leave the gradients of the batch's mean loss in the plain network's parameters and return that loss.
 
-    `part`: images that are handled at a time, 0 for all; batch norm takes its statistics over them.
+    `part`: images to handle at a time, 0 for all; batch norm takes its statistics over them.
     """
     loss = torch.zeros(())
     for some, target in zip(images.split(part or len(images)), labels.split(part or len(images)), strict=True):
@@ -271,10 +283,10 @@ def reference_gradients(model: Network, images: Tensor, labels: Tensor, smoothin
 
 
 class Usage:
-    """What the system has charged to this process so far: page faults, and its own time in all threads."""
+    """What this process has cost the operating system so far: page faults, and system time in all threads."""
 
     def __init__(self) -> None:
-        """Read both; there is nothing to read on Windows."""
+        """Read both; Windows does not tell."""
         self.faults, self.seconds = 0, 0.0
         if sys.platform != "win32":
             import resource
@@ -283,50 +295,38 @@ class Usage:
             self.faults, self.seconds = used.ru_minflt, used.ru_stime
 
 
-def choose(ranks: Ranks, recipe: Recipe, threads: int) -> Numerics:
-    """Choose precision and convolution as training does, in the process that then trains so."""
+def choose(ranks: Alone, recipe: Recipe, threads: int) -> Execution:
+    """Choose how the step is computed, as training does, in the process that then computes it so."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    return choose_numerics(recipe, CPU)
+    return choose_execution(recipe, CPU)
 
 
-def take_turn(ranks: Ranks, setting: Setting, side: str, steps: int) -> dict[str, Any]:
+def take_turn(ranks: Alone, setting: Setting, side: str, steps: int) -> dict[str, Any]:
     """Take the side's next steps; return the means of one of them, times in seconds.
 
     A top-level function, so that a process can import it.
     """
     if side in OTHER_NUMERICS:
         keep_freed_memory()  # as ours has done in `choose`
-        setting = replace(setting, numerics=replace(setting.numerics, **OTHER_NUMERICS[side]))
+        setting = setting.with_numerics(**OTHER_NUMERICS[side])
     prepared = prepare(setting, side == REFERENCE)
-    take = TrainingStep(prepared.model, prepared.optimizers, setting.recipe, setting.numerics.dtype, ALONE)
     totals: defaultdict[str, float] = defaultdict(float)
     for _ in range(steps):
-        if side == REFERENCE:
-            images, labels = next(prepared.stream)  # the arithmetic alone is timed
+        finished = next(prepared.stream) if side == REFERENCE else None  # only its arithmetic is timed
         before, start = Usage(), time.perf_counter()
-        if side == REFERENCE:
-            smoothing = setting.recipe.label_smoothing
-            made = start
-            loss = reference_gradients(prepared.model, images, labels, smoothing, setting.reference_part)
-            learned = time.perf_counter()
-            for optimizer in prepared.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            totals["optimiser_seconds"] += time.perf_counter() - learned
-        else:
-            images, labels = next(prepared.stream)
-            made = time.perf_counter()
-            loss, _ = take(images, labels)
+        images, labels = finished or next(prepared.stream)
+        made = time.perf_counter()
+        loss, _ = prepared.step(images, labels)
         end, after = time.perf_counter(), Usage()
         totals["seconds"] += end - start
         totals["arithmetic_seconds"] += end - made
         totals["page_faults"] += after.faults - before.faults
         totals["system_seconds"] += after.seconds - before.seconds
         totals["loss"] += loss.item()
-    found: dict[str, Any] = {name: total / steps for name, total in totals.items()}
-    # Once called it cannot be taken back, so this says what the process has had all along.
-    return found | {"keeps_freed_memory": bool(keep_freed_memory.cache_info().currsize), "data": prepared.data}
+    means: dict[str, Any] = {name: total / steps for name, total in totals.items()}
+    # Nothing can undo that call, so this says how the process has allocated memory all along.
+    return means | {"keeps_freed_memory": bool(keep_freed_memory.cache_info().currsize), "data": prepared.data}
 
 
 # --- the split: one stopwatch that always belongs to exactly one part ---
@@ -338,24 +338,24 @@ class Part:
 
     kind: str
     phase: str = ""
-    """`forward`, `backward`, or nothing where that is no question."""
+    """`forward`, `backward`, or nothing for a part that is neither."""
     layer: str = ""
 
 
 @dataclass
 class Work:
-    """A part's time, and the least that it has to do."""
+    """The time of a part, and the least work that it has to do."""
 
     seconds: float = 0.0
     flops: float = 0.0
     """Of its matrix products and convolutions, by the direct algorithm."""
     multiplied: float = 0.0
-    """Of them as they are computed: Winograd's products of points instead, or without the taps outside an image."""
+    """The same as they are really computed: Winograd multiplies fewer numbers, AMX leaves out taps outside an image."""
     bytes: float = 0.0
     """Inputs, weights and outputs, each once."""
 
     def add(self, other: Work) -> None:
-        """Count `other` in."""
+        """Add `other`."""
         self.seconds += other.seconds
         self.flops += other.flops
         self.multiplied += other.multiplied
@@ -388,14 +388,14 @@ ORDER = (
 class Split:
     """Times a step part by part, so that the parts add up to it; counts their arithmetic and least memory traffic.
 
-    Module hooks and the hooks of autograd's nodes switch from one part to the next; what none claims is `rest`.
+    Hooks on modules and on autograd's nodes switch from one part to the next; time that none claims is `rest`.
     """
 
     def __init__(self) -> None:
         """Start with nothing."""
         self.work: defaultdict[Part, Work] = defaultdict(Work)
         self._parts, self._since = [REST], 0.0
-        self._nodes: dict[Any, Any] = {}  # autograd's, each with its hook; kept, so that each is known again
+        self._nodes: dict[Any, Any] = {}  # autograd's, each with its hook; kept, so that each is recognised
 
     def _settle(self) -> None:
         now = time.perf_counter()
@@ -436,18 +436,18 @@ class Split:
 
     @contextmanager
     def watching(self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[None]:
-        """Time the block, in which the network and the optimisers are used; all hooks are gone after it."""
+        """Time the block, in which the network and the optimisers are used; afterwards all hooks are gone."""
         with ExitStack() as stack:
-            at_once = stack.enter_context(self._norms_with_activations(model))
+            fused_layers = stack.enter_context(self._norms_with_activations(model))
             for name, module in model.named_modules():
                 part = part_of(name.removeprefix("layers."), module)
-                if part and module not in at_once:
+                if part and module not in fused_layers:
                     for handle in self._hooked(part, module):
                         stack.callback(handle.remove)
             for optimizer in optimizers:
                 stack.callback(optimizer.register_step_pre_hook(lambda *_: self.enter(OPTIMISER)).remove)
                 stack.callback(optimizer.register_step_post_hook(self._optimised).remove)
-            # Max-pool inside a convolution's own forward; Winograd and AMX have their own, within the convolution.
+            # Max-pool inside a convolution's own forward; Winograd and AMX fuse theirs with the convolution.
             pool = self._timed(lambda: Part("pooling", "forward", self._parts[-1].layer), F.max_pool2d, self._pooled)
             loss = self._timed(HEAD, F.cross_entropy, self._made)
             backward = self._timed(AUTOGRAD, Tensor.backward)
@@ -463,14 +463,14 @@ class Split:
 
     @contextmanager
     def _norms_with_activations(self, model: nn.Module) -> Iterator[set[nn.Module]]:
-        """Time norms and activations that are computed at once, which hooks would keep them from; yield both."""
-        names, at_once = {}, set()
+        """Time the fused norms and activations, which hooks on them would keep from being fused; yield both."""
+        names, fused_layers = {}, set()
         for name, block in model.named_modules():
             if isinstance(block, Block) and block.fuse:
                 for before, layer in pairwise(block):
                     if isinstance(before, GhostBatchNorm) and type(layer) in fused.ACTIVATIONS:
                         names[before] = name.removeprefix("layers.")
-                        at_once |= {before, layer}
+                        fused_layers |= {before, layer}
         then = GhostBatchNorm.then
 
         def timed(norm: GhostBatchNorm, activation: nn.Module, x: Tensor) -> Tensor:
@@ -482,7 +482,7 @@ class Split:
             return y
 
         with patch.object(GhostBatchNorm, "then", timed):
-            yield at_once
+            yield fused_layers
 
     def _hooked(self, part: Part, module: nn.Module) -> Iterator[Any]:
         def entered(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -506,7 +506,7 @@ class Split:
         yield module.register_forward_pre_hook(entered)
         yield module.register_forward_hook(left)
 
-    # What was made, and what is done when the gradient of it comes back.
+    # What the forward pass made, and the work when its gradient comes back.
 
     def _made(self, part: Part, made: Tensor, *_: object) -> list[str]:
         """Let the nodes that have computed `made` since the last call count for `part`; return their names."""
@@ -539,7 +539,7 @@ class Split:
     def _moved(
         self, part: Part, inputs: Sequence[Tensor], weights: Sequence[Tensor], output: Tensor, n_output: int = 0
     ) -> None:
-        """Count each tensor once forward; backward the output's gradient, inputs, weights, and both's gradients."""
+        """Count each tensor once forward; backward the output's gradient, inputs, weights, and their gradients."""
         out = (n_output or output.numel()) * output.element_size()
         self.work[part].bytes += bytes_of(inputs) + bytes_of(weights) + out
         if output.requires_grad:
@@ -567,9 +567,9 @@ class Split:
         times = (x.requires_grad + module.weight.requires_grad) if y.requires_grad else 0
         self._multiplied(part, flops, multiplied)
         self._multiplied(replace(part, phase="backward"), times * flops, times * multiplied)
-        # A max-pool that is not done at once reads the whole image that is made here.
-        at_once = "Winograd" in names or "Amx" in names
-        self._moved(part, [x], list(module.parameters()), y, 0 if at_once else points)
+        # A max-pool that is not fused reads the whole image that is made here.
+        pools = "Winograd" in names or "Amx" in names
+        self._moved(part, [x], list(module.parameters()), y, 0 if pools else points)
 
     def _pooled(self, part: Part, y: Tensor, x: Tensor, *_: object) -> None:
         self._made_over(part, y, x)
@@ -609,7 +609,7 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 
 def part_of(name: str, module: nn.Module) -> Part | None:
-    """Return what the forward pass of a module counts for; None where its parts do, or it pools alone."""
+    """Return the part that a module's forward pass counts for; None if its submodules count, or it is a max-pool."""
     if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
         return Part(FIRST, "forward", name)
     for kind, word in KINDS:
@@ -620,10 +620,9 @@ def part_of(name: str, module: nn.Module) -> Part | None:
     return Part(type(module).__name__, "forward", name)
 
 
-def split_turn(ranks: Ranks, setting: Setting, steps: int) -> dict[str, Any]:
+def split_turn(ranks: Alone, setting: Setting, steps: int) -> dict[str, Any]:
     """Take steps as `ours` does, each split; return the means of one, and what each part of it had to do."""
     prepared = prepare(setting, False)
-    take = TrainingStep(prepared.model, prepared.optimizers, setting.recipe, setting.numerics.dtype, ALONE)
     split, seconds, losses = Split(), 0.0, 0.0
     for _ in range(steps):
         with split.watching(prepared.model, prepared.optimizers):
@@ -632,7 +631,7 @@ def split_turn(ranks: Ranks, setting: Setting, steps: int) -> dict[str, Any]:
                 images, labels = next(prepared.stream)
                 n_pixels = images.numel()
                 split.work[BATCH].bytes += n_pixels + bytes_of([images]) + 2 * bytes_of([labels])  # from uint8
-            loss, _ = take(images, labels)
+            loss, _ = prepared.step(images, labels)
             seconds += time.perf_counter() - start
         losses += loss.item()
     parts = [
@@ -650,7 +649,7 @@ def rows_of(
 ) -> list:
     """Return the parts, added up over those that agree in `by`, with their shares of step and limits.
 
-    `least_seconds` is the longer of what is really multiplied at the matrix limit and the bytes at the bandwidth.
+    `least_seconds` is the longer of two times: its multiplications at the matrix limit, its bytes at the bandwidth.
     """
     together: defaultdict[tuple[str, ...], Work] = defaultdict(Work)
     for part in parts:
@@ -677,12 +676,12 @@ def rows_of(
 
 
 def share(done: float, possible: float) -> float | None:
-    """Return what share of the possible was done; None where nothing was, or no time was seen."""
+    """Return the share of the possible that was done; None where nothing was done, or in no time."""
     return done / possible if done and possible > 0 else None
 
 
 def middle(seconds: Sequence[float]) -> int:
-    """Return which of the values is their median, the lower one of two."""
+    """Return the index of the median, the lower one of two."""
     return sorted(range(len(seconds)), key=lambda number: seconds[number])[(len(seconds) - 1) // 2]
 
 
@@ -695,7 +694,7 @@ def compare(first: Sequence[float], second: Sequence[float]) -> dict[str, Any]:
 def summarise(
     setting: Setting, limits: dict[str, Any], turns: dict[str, list[dict[str, Any]]], warm_up: dict[str, dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the report of all rounds; a turn is what `take_turn` or `split_turn` gave."""
+    """Return the report of all rounds; a turn is what `take_turn` or `split_turn` returned."""
     seconds = {side: [turn["seconds"] for turn in each] for side, each in turns.items()}
     ours, reference = turns[OURS], turns[REFERENCE]
     faults = {side: typical_of(turns[side], "page_faults") or 0.0 for side in (OURS, DEFAULT)}
@@ -727,7 +726,7 @@ def summarise(
             "our step / the reference's arithmetic": compare(seconds[OURS], seconds[REFERENCE]),
             "our arithmetic / the reference's": compare(*arithmetic),
             "ours with the default allocator / ours": compare(seconds[DEFAULT], seconds[OURS]),
-            "ours with norm and activation apart / ours": compare(seconds[APART], seconds[OURS]),
+            "ours with norm and activation not fused / ours": compare(seconds[UNFUSED], seconds[OURS]),
             "ours with torch's convolutions / ours": compare(seconds[DIRECT], seconds[OURS]),
             "ours with the stopwatch / ours": compare(seconds[SPLIT], seconds[OURS]),
         },
@@ -758,7 +757,7 @@ def summarise(
 
 
 def typical_of(turns: Sequence[dict[str, Any]], name: str) -> float | None:
-    """Return the median of a figure that some sides do not have."""
+    """Return the median of a figure; None for a side that does not have it."""
     return statistics.median(turn[name] for turn in turns) if name in turns[0] else None
 
 
@@ -766,12 +765,12 @@ def typical_of(turns: Sequence[dict[str, Any]], name: str) -> float | None:
 
 
 def figure(value: float | None, scale: float = 1.0, digits: int = 1) -> str:
-    """Return a number as a cell; a dash for None and for nothing."""
+    """Return a number as a cell; a dash for None and 0."""
     return f"{value * scale:,.{digits}f}" if value else "-"
 
 
 def aligned(cells: Sequence[str]) -> list[str]:
-    """Return the cells with spaces after them, as wide as the longest."""
+    """Return the cells padded to the width of the longest."""
     return [cell.ljust(max(map(len, cells))) for cell in cells]
 
 
@@ -805,12 +804,12 @@ def split_table(rows: Sequence[dict[str, Any]], names: Sequence[str], seconds: f
 
 
 def title_of(row: dict[str, Any]) -> str:
-    """Return what a row of the split is called."""
+    """Return the title of a row of the split."""
     return ", ".join(word for word in (row.get("kind", row.get("layer")), row["phase"]) if word)
 
 
 def text_of(report: dict[str, Any]) -> str:
-    """Return the report as a text to read."""
+    """Return the report as text."""
     limits, step, split = report["limits"], report["step"], report["split"]
     machine, ratios = report["environment"], report["ratios"]
     first = limits["measured"][0]
@@ -837,41 +836,42 @@ def text_of(report: dict[str, Any]) -> str:
     ratio_names = aligned([row[0] for row in compared])
     share_of = ", ".join(
         f"{100 * step['share_of_matrix_limit'][name]:.1f} % of the matrix limit in {name} "
-        f"({100 * step['multiplied_share_of_matrix_limit'][name]:.1f} % by what is multiplied)"
+        f"({100 * step['multiplied_share_of_matrix_limit'][name]:.1f} % by real multiplications)"
         for name in limits["flops"]
     )
     more = 1e3 * report["allocation"]["default_adds_seconds"]
     array, cached = (first[name] / 1e6 for name in ("array_bytes", "last_level_cache_bytes"))
     notes = [
-        f"the matrix limit is the best of square products of up to {PRODUCTS[-1]} rows and, where there are such, of "
-        "matrix tiles that stay in registers; the bandwidth, the better of "
-        f"a copy (2 arrays) and a = b + 3 c (3 arrays) over arrays of {array:,.0f} MB beside a cache of {cached:,.0f} "
-        "MB, counts bytes read and bytes written, not what a processor reads of a line before it writes to it; both "
-        "before and after the steps, the better counts",
-        f"the step: {step['flops'] / 1e9:,.1f} GFLOP by the direct algorithm, {step['multiplied'] / 1e9:,.1f} as it "
-        f"multiplies them, {step['flops_per_second'] / 1e9:,.0f} GFLOP/s direct: {share_of}; at both limits its parts "
-        f"would take {step['least_seconds']:.3f} s",
+        f"the matrix limit is the best rate of square products of up to {PRODUCTS[-1]} rows and, on machines with AMX, "
+        "of AMX on data that stays in registers; the bandwidth is the better of a copy (2 arrays) and a = b + 3 c (3 "
+        f"arrays) over arrays of {array:,.0f} MB, beside a cache of {cached:,.0f} MB, and counts bytes read and bytes "
+        "written, not the lines that a processor reads before it writes to them; both are measured before and after "
+        "the steps, and the better counts",
+        f"the step: {step['flops'] / 1e9:,.1f} GFLOP by the direct algorithm, {step['multiplied'] / 1e9:,.1f} really "
+        f"multiplied, {step['flops_per_second'] / 1e9:,.0f} GFLOP/s direct: {share_of}; at both limits its parts would "
+        f"take {step['least_seconds']:.3f} s",
         f"the split is that of round {split['round']}, whose time is the median; each moment counts for one part, so "
         f"they add up to the {1e3 * split['seconds']:,.1f} ms of that step; its limit is that of {split['limit']}; "
-        "`direct` above 100 % is what Winograd's algorithm saves, or the taps outside an image that AMX leaves out",
-        "convolutions hold Winograd's transforms, AMX's packing of tiles, and the max-pool that both do at once; "
-        "`pooling` is what is pooled otherwise; norms and activations apart are one kind where they are computed at "
-        "once, and so keep nothing between them; backward, freeing what a layer had kept and adding up its gradients "
-        "count for it; `autograd` is what comes before the first of them; `rest` is what no part claims",
+        "`direct` exceeds 100 % where Winograd's algorithm saves multiplications, or AMX leaves out taps outside an "
+        "image",
+        "convolutions include Winograd's transforms, AMX's packing, and the max-pool that both fuse; `pooling` is all "
+        "other pooling; fused norms and activations are a kind of their own; in the backward pass, freeing a layer's "
+        "activations and accumulating its gradients count for the layer; `autograd` is what comes before the first "
+        "layer; `rest` is what no part claims",
         "MB at least: inputs, weights and outputs once; backward the output's gradient, inputs and weights, and the "
-        "gradients of those that have one; optimiser: 5 times the trained weights; least ms: the longer of what is "
-        "multiplied at the matrix limit and these bytes at the bandwidth",
-        f"allocation is no part of its own but spread over all: without `keep_freed_memory` it takes {more:,.1f}"
-        " ms more; page faults and system time of both are above; by their first loss the sides began with "
-        "the same weights and images, but for the split, which goes on where ours is",
-        "the reference's time begins with a batch that is there, ours with the choices for one; ours / reference is "
-        f"once taken so, once without the batch; {report['reference']}",
-        "the learning rates are 0; EMA, Lookahead and each epoch's random draws are not in the step",
+        "gradients of those that have one; optimiser: 5 times the trained weights; least ms: the longer of two times, "
+        "the real multiplications at the matrix limit and these bytes at the bandwidth",
+        f"allocation is not a part of its own but spread over all: without `keep_freed_memory` it takes {more:,.1f} ms "
+        "more; page faults and system time of both are above; the first losses show that the sides began with the same "
+        "weights and images, except the split, which continues from ours",
+        "the reference's time begins with a finished batch, ours with the choices for one; the ratio is given both "
+        f"ways, with our batch and without; {report['reference']}",
+        "the learning rates are 0; averages (EMA, Lookahead) and each epoch's random draws are not in the step",
     ]
     return "\n".join(
         [
             f"A step of {report['recipe']['name']}: {report['images']:,} images, {machine['precision']}, "
-            f"{machine['convolution']} convolution, norm and activation {machine['norm_and_activation']}",
+            f"{machine['convolution']} convolution, norm and activation {'' if report['fused_norm'] else 'not '}fused",
             f"{hardware(machine)}; torch {machine['torch']}; {report['data']}; {report['rounds']} rounds, "
             f"{report['steps']} step{'s' * (report['steps'] > 1)} a turn; commit {report['commit'][:12]}",
             "",
@@ -895,31 +895,25 @@ def text_of(report: dict[str, Any]) -> str:
 # --- the caller ---
 
 
-def with_batch(recipe: Recipe, batch: int | None) -> Recipe:
-    """Return the recipe with that many images a step, all of full size; larger groups and parts shrink to it."""
-    recipe = replace(recipe, resolutions=())
+def measured_recipe(recipe: Recipe, batch: int | None) -> Recipe:
+    """Return the recipe with that many images a step, all of full size, and without averages."""
+    recipe = replace(recipe, resolutions=(), ema_decay=0.0, lookahead_alpha=0.0)
     if batch is None:
         return recipe
     if batch < 1:
         raise UserError(f"--batch {batch} must be at least 1")
-    local = batch // recipe.n_shards
-    return replace(
-        recipe,
-        global_batch_size=batch,
-        ghost_batch_size=recipe.ghost_batch_size if recipe.ghost_batch_size <= local else 0,
-        micro_batch_size=recipe.micro_batch_size if recipe.micro_batch_size <= batch else 0,
-    )
+    return with_batch_size(recipe, batch)
 
 
 def describe_reference(setting: Setting) -> str:
-    """Return in words how the reference differs from our step in what it computes."""
+    """Return in words what the reference computes differently from our step."""
     part = setting.reference_part or setting.recipe.global_batch_size
     how = "the whole batch at once" if part == setting.recipe.global_batch_size else f"{part} images at a time"
     group = setting.recipe.norm_group_size
     same = "the same groups as ours" if part == group else f"ours over groups of {group}"
     return (
-        f"the reference takes {how}, and nn.BatchNorm2d its statistics over as many, {same}; its optimisers are ours, "
-        "which are stock ops"
+        f"the reference takes {how}, with batch norm over as many ({same}); its optimisers are ours, which are stock "
+        "ops"
     )
 
 
@@ -927,19 +921,19 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     """Measure limits, then the sides in turns, then the limits again."""
     threads, started = torch.get_num_threads(), datetime.now(UTC)
     with ExitStack() as stack:
-        workers = {
+        processes = {
             side: stack.enter_context(WatchedProcesses(1, device="cpu", backend="gloo", timeout=60.0))
             for side in SIDES[:-1]
         }
-        (numerics,) = workers[OURS].call(choose, recipe, threads)
-        setting = Setting(recipe, options.data, N_IMAGES, threads, numerics, options.reference_part)
+        (execution,) = processes[OURS].run(choose, recipe, threads)
+        setting = Setting(recipe, options.data, N_IMAGES, threads, execution, options.reference_part)
         steps, turns = options.steps, {side: [] for side in SIDES}
         sides: dict[str, Callable[[], list[dict[str, Any]]]] = {
-            side: lambda side=side: workers[side].call(take_turn, setting, side, steps) for side in workers
+            side: lambda side=side: processes[side].run(take_turn, setting, side, steps) for side in processes
         }
-        sides[SPLIT] = lambda: workers[OURS].call(split_turn, setting, steps)
+        sides[SPLIT] = lambda: processes[OURS].run(split_turn, setting, steps)
         warm_up = {side: take()[0] for side, take in sides.items()}
-        formats = list(dict.fromkeys((torch.float32, torch.bfloat16, numerics.dtype)))
+        formats = list(dict.fromkeys((torch.float32, torch.bfloat16, setting.numerics.dtype)))
         limits = [measure_limits(formats)]
         for number in range(1, options.rounds + 1):
             for side, take in sides.items():
@@ -951,7 +945,8 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "commit": commit(),
         "started": started.isoformat(timespec="seconds"),
-        "environment": environment(CPU) | numerics.describe(),
+        "environment": environment(CPU) | execution.describe(),
+        "fused_norm": setting.numerics.fuse_norm,
         "recipe": recipe.to_dict(),
         "images": recipe.global_batch_size,
         "data": warm_up[OURS]["data"],
@@ -966,11 +961,11 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help=f"folder for {RESULT} and {TABLE}, which are replaced")
+    parser.add_argument("--out", type=Path, required=True, help=f"folder for {RESULT} and {TABLE}")
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=1, help="steps a turn; more where a step is short")
-    parser.add_argument("--batch", type=int, help="images a step, in the place of the recipe's")
+    parser.add_argument("--batch", type=int, help="images a step, instead of the recipe's")
     parser.add_argument("--data", default=RANDOM, help=f"folder of CIFAR-10, {SYNTHETIC}, or {RANDOM} (default)")
     parser.add_argument(
         "--reference-part", type=int, default=0, help="images that the reference takes at a time; 0 (default): all"
@@ -979,8 +974,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def checked(options: argparse.Namespace) -> Recipe:
-    """Return the recipe that the options ask for; raise `UserError` before time is spent on what cannot be."""
-    recipe = with_batch(recipes.named(options.recipe), options.batch)
+    """Return the recipe that the options ask for; raise `UserError` for mistakes before time is spent."""
+    recipe = measured_recipe(recipes.named(options.recipe), options.batch)
     for name in ("rounds", "steps"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} {getattr(options, name)} must be at least 1")
@@ -995,7 +990,7 @@ def checked(options: argparse.Namespace) -> Recipe:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure, print, write; the exit status is 0, or 1 when what was asked for cannot be done."""
+    """Measure, print, write; return the exit status: 0, or 1 after a user's mistake."""
     options = parse(sys.argv[1:] if argv is None else argv)
     try:
         report = measure(checked(options), options)
@@ -1015,6 +1010,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    import cpu_step  # as other processes import it, which `__main__` they could not
+    import cpu_step  # other processes can import the tasks from this module, but not from `__main__`
 
     sys.exit(cpu_step.main())

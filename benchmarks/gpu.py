@@ -1,46 +1,48 @@
-"""Measures everything that needs a GPU, in one command, and files it in one JSON.
+"""Measures everything that needs a GPU, in one command, and saves it in one JSON file.
 
     python benchmarks/gpu.py --out benchmarks/results/gpu                            # every part, on the GPUs there are
-    python benchmarks/gpu.py --out benchmarks/results/gpu --parts speedrun airbench  # some; the others stay as filed
+    python benchmarks/gpu.py --out benchmarks/results/gpu --parts speedrun airbench  # these two; the others are kept
     python benchmarks/gpu.py --out /tmp/dry --device cpu --recipe smoke --data synthetic --runs 2 --parts speedrun
 
-Parts, each a command of its own that is ended after 8 minutes, with what it has finished kept; run again, `speedrun`,
-`apple` and `recipes` go on with the runs that are missing:
+Each part is a command of its own. It is ended after 8 minutes, and what it has finished is kept; run again, `speedrun`,
+`apple` and `recipes` add the runs that are missing:
 
     tests     pytest -m gpu
     profile   one step of speedrun: kernels by time, gaps, share of the matrix limit measured beside it; and what the
               CUDA graph and torch.compile are each worth
     speedrun  50 runs on one GPU, and 10 on all of them where there are several
-    airbench  50 runs of PyPI's airbench (train94), where it is installed, with the same data, in the same hour
+    airbench  50 runs of PyPI's airbench (train94), if installed, on the same data in the same hour
     apple     50 runs of apple_8gpu with its 8 shards, on as many GPUs as can share them
-    start     two fresh commands, `cifar-fast train --recipe speedrun`: nothing compiled, then what the first left
-    recipes   every named recipe, in rounds of one run each
+    start     two fresh commands, `cifar-fast train --recipe speedrun`: with nothing compiled, then with what the first
+              has compiled
+    recipes   every other named recipe, in rounds of one run each
 
-`gpu.json` in the folder is written anew, whole or not at all, after each part; `PART.log` has what the part printed.
-What is filed in benchmarks/results/gpu is what notebooks 03, 11 and 12 show and what the README says of GPUs, which is
-rewritten after each part; a dry run (another device, recipe or data set than the parts are about) is not filed there.
-What was measured elsewhere and copied there gets into the README by `--out benchmarks/results/gpu --readme`.
+After each part the script rewrites `gpu.json` in the folder, whole or not at all; `PART.log` has what the part printed.
+Notebooks 03, 11 and 12 show what is saved in benchmarks/results/gpu, and so does the README, which is rewritten after
+each part; a dry run (another device, recipe or data set) cannot be saved there. After copying results from another
+machine there, rewrite the README with `--out benchmarks/results/gpu --readme`.
 
-The first hour on a GPU checks, in this order:
+In the first hour on a GPU, check in this order:
 
- 1. `--parts tests`. First look at test_what_is_recorded_is_done_again_with_new_inputs, then at
+ 1. `--parts tests`. Look first at test_what_is_recorded_is_done_again_with_new_inputs, then at
     test_the_recorded_step_gives_the_eager_steps_weights (muon, then sgd), then at the compiled ones, NCCL last.
  2. `cifar-fast train --recipe speedrun --cuda-graph on --compile off`, then `--cuda-graph off --compile on`, then both:
-    no warning, and `launch`, `compiled` and `launch_reason` in result.json as asked for. Where a warning gives a
-    reason, that comes first.
- 3. `--parts profile`: which of the two pays; the gaps (none above a few microseconds inside a graph); the kernels at
-    the top. If batch norm or the augmentation is among them although compiled, they were not fused. `orthogonalise_us`:
-    if by shape is the faster, so be it (`optim.orthogonalise_all`). If a scatter of the max-pool's backward pass stands
-    out, take its decomposition from Inductor before the first compilation, with another TORCHINDUCTOR_CACHE_DIR:
+    no warning, and `step_mode` in result.json as asked for. If there is a warning, deal with its reason first; it is
+    in `step_mode_reason` too.
+ 3. `--parts profile`: which of the two pays; the gaps (none above a few microseconds inside a graph); the slowest
+    kernels. If batch norm or the augmentation is among them although compiled, they were not fused. If
+    `orthogonalise_us` is lower by shape, use that (`optim.orthogonalise_all`). If a scatter in the max-pool's backward
+    pass is slow, remove its decomposition from Inductor before the first compilation, with another
+    TORCHINDUCTOR_CACHE_DIR:
     `torch._inductor.decomposition.decompositions.pop(torch.ops.aten.max_pool2d_with_indices_backward.default)`.
  4. `--parts speedrun airbench`: mean accuracy at least 94.0 %, mean train_seconds at most 0.9, three times airbench's
-    speed. Short of accuracy: n_shards=1 (batch norm over all 1536 images, as Hiverge has it), then epochs=10. Accurate
-    to spare: fewer epochs. float16 against bfloat16 (`--precision bfloat16`) at the same number of epochs.
- 5. `tta_margin=0.5` against 1: the same accuracy to 0.01 % over the runs' networks, or a larger margin.
- 6. `--parts apple`: 41 of 50 runs at 94 % and a median of 94.19 % were published.
- 7. `--parts start`: under 20 s the first time, under 12 s after.
+    speed. If accuracy falls short: n_shards=1 (batch norm over all 1536 images, as in Hiverge's), then epochs=10. If
+    there is accuracy to spare: fewer epochs. float16 against bfloat16 (`--precision bfloat16`) at the same epochs.
+ 5. `tta_margin=0.5` against 1: the same accuracy to 0.01 points over the runs' networks, or a larger margin.
+ 6. `--parts apple`: Apple published 41 of 50 runs at 94 % and a median of 94.19 %.
+ 7. `--parts start`: under 20 s the first time, under 12 s the second.
  8. With several GPUs: the parallel tests, then speedrun and apple on all; each rank's graph holds the all-reduce.
- 9. `--parts recipes`, as often as it takes for three rounds; then `cifar-fast notebooks 03 11 12 --execute`.
+ 9. `--parts recipes`, until there are three rounds; then `cifar-fast notebooks 03 11 12 --execute`.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -73,7 +75,7 @@ from cifar_fast.data.dataset import SYNTHETIC, Dataset
 from cifar_fast.data.load import load_cifar10
 from cifar_fast.data.synthetic import synthetic
 from cifar_fast.errors import UserError
-from cifar_fast.experiments import gpu_report as gpu_results
+from cifar_fast.experiments import gpu_report
 from cifar_fast.experiments.statistics import summarise
 from cifar_fast.files import write_text
 from cifar_fast.hardware.cuda_graph import CapturedFunction
@@ -94,32 +96,36 @@ PROFILED_STEPS = 10
 KERNELS_SHOWN = 25
 TARGET = 0.94
 REPOSITORY = Path(__file__).resolve().parents[1]
-FILED = REPOSITORY / "benchmarks" / "results" / "gpu"
-"""What is filed here is what the README and the notebooks tell."""
+SAVED = REPOSITORY / "benchmarks" / "results" / "gpu"
+"""The README and the notebooks show what is saved here."""
 README = REPOSITORY / "README.md"
 BEGIN, END = "<!-- gpu.json: begin -->\n", "\n<!-- gpu.json: end -->"
 """Around what this script writes in the README."""
-RESULT = gpu_results.FILE
-ANEW = ("tests", "profile", "airbench", "start")
-"""Parts that begin from nothing each time; the others go on with the runs that are there."""
+RESUMED = ("speedrun", "apple", "recipes")
+"""Parts that add to the runs they find; the others start from nothing each time."""
+OUT_OF_TIME = 75
+"""The exit status of a part that stopped because its time was over."""
+BAD = ("failure", "error", "skipped")
+"""JUnit's tags of a test that did not pass."""
+COMMITS = "commits.txt"
 
 
 class OutOfTime(UserError):
-    """The part's time is used up; what is finished is filed."""
+    """The part's time is over; what it has finished is saved."""
 
 
-# --- the parts: each runs in a process of its own and files what it finds as it goes ---
+# --- the parts: each runs in a process of its own and saves what it finds as it goes ---
 
 
 def part_profile(options: argparse.Namespace) -> None:
     """Compare graph and compiler in turns, then look at the kernels of a few steps."""
     recipe, data = chosen("speedrun", options), load(options)
-    found: dict[str, Any] = {"recipe": recipe.to_dict(), "dataset": data.describe(), "ways": {}}
+    found: dict[str, Any] = {"about": {"recipe": recipe.name, "dataset": data.describe()}, "ways": {}}
     path = options.out / "profile.json"
     for graph, compiler in (("auto", "auto"), ("auto", "off"), ("off", "auto"), ("off", "off")):
         way = replace(recipe, cuda_graph=graph, compile=compiler)
         runs = [cf.train(way, data, device=options.device, seed=seed, progress=False) for seed in range(2)]
-        # The second is the one that counts: in the first all is loaded, compiled and measured for the first time.
+        # The second run counts: in the first, everything is loaded, compiled and measured for the first time.
         found["ways"][f"cuda_graph={graph} compile={compiler}"] = [brief(run) for run in runs]
         write_json(path, found)
     if select_device(options.device).type != "cuda":
@@ -130,13 +136,13 @@ def part_profile(options: argparse.Namespace) -> None:
     write_json(path, found)
     try:
         found["orthogonalise_us"] = orthogonalising(recipe, torch.device(options.device or "cuda"))
-    except RuntimeError as error:  # what cannot be recorded must not cost the step its profile
+    except RuntimeError as error:  # a failed capture must not cost the step its profile
         found["orthogonalise_us"] = f"not measured: {error}".partition("\n")[0]
     write_json(path, found)
     try:
         found["step"] = analyse(profiled_kernels(recipe, data, options.device), PROFILED_STEPS)
-    except UserError as error:  # a profiler that comes after the recording sees nothing in some versions of CUPTI
-        found["not_profiled"] = f"the step as it is: {error}"
+    except UserError as error:  # in some versions of CUPTI a profiler started after the capture sees no kernel
+        found["not_profiled"] = f"the captured step: {error}"
         write_json(path, found)
         eager = replace(recipe, cuda_graph="off")
         found["step"] = analyse(profiled_kernels(eager, data, options.device), PROFILED_STEPS)
@@ -161,8 +167,12 @@ def part_apple(options: argparse.Namespace) -> None:
 
 
 def part_recipes(options: argparse.Namespace) -> None:
-    """Run every recipe once, then every recipe again, until the time is over."""
-    names = [options.recipe] if options.recipe else cf.recipes.names()
+    """Run every recipe that has no part of its own, in rounds, until the time is over."""
+    names = (
+        [options.recipe]
+        if options.recipe
+        else [name for name in cf.recipes.names() if name not in gpu_report.OWN_PARTS]
+    )
     for round_ in range(1, ROUNDS + 1):
         for name in names:
             recipe = cf.recipes.named(name)
@@ -170,7 +180,7 @@ def part_recipes(options: argparse.Namespace) -> None:
 
 
 def part_airbench(options: argparse.Namespace) -> None:
-    """Run PyPI's airbench on the same images, and file its own clock and accuracy."""
+    """Run PyPI's airbench on the same images, and save its own clock and accuracy."""
     found: dict[str, Any] = {"runs": []}
     path = options.out / "airbench.json"
     if importlib.util.find_spec("airbench") is None:
@@ -184,13 +194,13 @@ def part_airbench(options: argparse.Namespace) -> None:
     import airbench
 
     data, end = load(options), time.monotonic() + options.seconds - STOP_EARLY
-    found |= {"version": version("airbench"), "recipe": {"name": "train94"}, "dataset": data.describe()}
+    found["about"] = {"version": version("airbench"), "recipe": "train94", "dataset": data.describe()}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         lay_out_for_airbench(data, Path("cifar10"))
         start = time.monotonic()
         airbench.warmup94()
-        found["warm_up_seconds"] = time.monotonic() - start
+        found["about"]["warm_up_seconds"] = time.monotonic() - start
         for number in range(options.runs):
             if time.monotonic() > end:
                 break
@@ -203,7 +213,7 @@ def part_airbench(options: argparse.Namespace) -> None:
 
 
 def part_start(options: argparse.Namespace) -> None:
-    """Start the command twice: with nothing compiled, then with what the first has left."""
+    """Run the command twice: with nothing compiled, then with what the first has compiled."""
     found: dict[str, Any] = {}
     name = options.recipe or "speedrun"
     with tempfile.TemporaryDirectory() as folder:
@@ -217,8 +227,8 @@ def part_start(options: argparse.Namespace) -> None:
             subprocess.run(command, check=True, env=compiled)
             keys = ("total_seconds", "warm_up_seconds", "first_step_seconds", "train_seconds", "evaluate_seconds")
             result = json.loads((out / "result.json").read_text())
-            # As the command saw them: without CIFAR-10 it trains on the synthetic set, and it takes every GPU it can.
-            found |= {key: result[key] for key in ("recipe", "dataset", "environment")}
+            # The command's own: without CIFAR-10 it trains on the synthetic set, and it takes every GPU it can.
+            found["about"] = about(result)
             found[which] = {key: result[key] for key in ("accuracy", *keys)}
             found[which]["command_seconds"] = time.monotonic() - start
             write_json(options.out / "start.json", found)
@@ -237,8 +247,13 @@ WORK: dict[str, Callable[[argparse.Namespace], None]] = {
 # --- what they use ---
 
 
+def about(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `gpu_report` must know of a run, as `RunResult.to_dict` gives it, to compare it with others."""
+    return {"recipe": run["recipe"]["name"], "dataset": run["dataset"], "environment": run["environment"]}
+
+
 def chosen(name: str, options: argparse.Namespace) -> Recipe:
-    """Return the named recipe, or the one that a dry run takes in its place."""
+    """Return the named recipe, or the one that a dry run trains instead."""
     return cf.recipes.named(options.recipe or name)
 
 
@@ -248,34 +263,31 @@ def load(options: argparse.Namespace) -> Dataset:
 
 
 def brief(result: RunResult) -> dict[str, Any]:
-    """Return what is compared of a run."""
-    words = ("precision", "launch", "compiled", "launch_reason")
+    """Return what the ways of a step are compared by."""
+    words = ("precision", "step_mode", "step_mode_reason")
     clocks = ("accuracy", "train_seconds", "warm_up_seconds", "evaluate_seconds", "total_seconds")
     return {name: getattr(result, name) for name in clocks} | {word: result.environment[word] for word in words}
 
 
 def repeat(recipe: Recipe, options: argparse.Namespace, out: Path, runs: int, world_size: int | None) -> None:
-    """Benchmark a recipe, going on with what is there; leave with `OutOfTime` when another run would take too long."""
+    """Benchmark a recipe, counting the runs in `out`; raise `OutOfTime` when another run would take too long."""
     end, started, revision = options.end - STOP_EARLY, [time.monotonic()], commit()
 
     def look(line: dict[str, Any]) -> None:
         started.append(time.monotonic())
-        if revision not in commits(out):  # a later call may go on with these runs at another commit
+        if revision not in commits(out):  # a later call may add runs at another commit
             with (out / COMMITS).open("a") as file:
                 file.write(revision + "\n")
         print(f"{recipe.name}: run {line['run']}: {line['accuracy']:.2%} in {line['train_seconds']:.3f} s", flush=True)
         if line["run"] + 1 < runs and started[-1] + (started[-1] - started[-2]) > end:
-            raise OutOfTime(f"{line['run'] + 1} of {runs} runs of {recipe.name} are filed; run the part again")
+            raise OutOfTime(f"{line['run'] + 1} of {runs} runs of {recipe.name} are saved; run the part again")
 
     if time.monotonic() > end:
-        raise OutOfTime(f"nothing of {recipe.name} was started; run the part again")
+        raise OutOfTime(f"no time was left for {recipe.name}; run the part again")
     cf.benchmark(
         recipe, load(options), runs=runs, world_size=world_size, device=options.device, out=out, progress=False,
         on_run=look, target=TARGET,
     )  # fmt: skip
-
-
-COMMITS = "commits.txt"
 
 
 def commits(folder: Path) -> list[str]:
@@ -302,22 +314,22 @@ def matrix_limit(device: torch.device, side: int = 8192, repeats: int = 20) -> d
 
 
 def orthogonalising(recipe: Recipe, device: torch.device, repeats: int = 50) -> dict[str, float]:
-    """Return how long each way to orthogonalise a step's filters takes, recorded: the median in microseconds."""
+    """Return how long each way to orthogonalise a step's filters takes when captured: the median in microseconds."""
     model = build_model(recipe, 10, torch.zeros(3), torch.ones(3))
     filters = [p for p in model.parameters() if p.requires_grad and p.ndim == 4]
     matrices = [torch.randn(len(p), p[0].numel(), device=device) for p in filters]
     ways = {"all at once, padded": orthogonalise_padded, "by shape": orthogonalise_by_shape}
-    recorded: dict[str, CapturedFunction] = {}
+    captured: dict[str, CapturedFunction] = {}
     for name, way in ways.items():
 
         def half(*given: torch.Tensor, way: Callable = way) -> list[torch.Tensor]:
             with torch.autocast("cuda", torch.float16):
                 return way(list(given))
 
-        recorded[name] = CapturedFunction(half, *matrices)
+        captured[name] = CapturedFunction(half, *matrices)
     seconds: defaultdict[str, list[float]] = defaultdict(list)
     for _ in range(repeats):
-        for name, replay in recorded.items():
+        for name, replay in captured.items():
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             replay(*matrices)
@@ -328,12 +340,12 @@ def orthogonalising(recipe: Recipe, device: torch.device, repeats: int = 50) -> 
 
 
 def profiled_kernels(recipe: Recipe, data: Dataset, device: str | None) -> list[tuple[str, float, float]]:
-    """Return what ran on the GPU in some steps in the middle of a training: name, start and end in microseconds."""
+    """Return what the GPU ran in `PROFILED_STEPS` steps: name, start and end in microseconds."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     profiler = profile(activities=[ProfilerActivity.CUDA])
-    first = steps_per_epoch(recipe, len(data.train_labels)) + 5  # the whitening bias is frozen, all is in its course
+    first = steps_per_epoch(recipe, len(data.train_labels)) + 5  # when the whitening bias is frozen
 
     def watch(done: int, total: int) -> None:
         if done in (first, first + PROFILED_STEPS):
@@ -346,10 +358,10 @@ def profiled_kernels(recipe: Recipe, data: Dataset, device: str | None) -> list[
 
 
 def analyse(kernels: Iterable[tuple[str, float, float]], n_steps: int) -> dict[str, Any]:
-    """Return kernels by time, and how long the GPU was busy and idle, for (name, start, end) in microseconds."""
+    """Return kernels by time, and how long the GPU was busy and idle; `kernels`: (name, start, end) in microseconds."""
     in_order = sorted(kernels, key=lambda kernel: kernel[1])
     if not in_order:
-        raise UserError("the profiler has seen no kernel: CUPTI may be missing, or not allowed to this user")
+        raise UserError("the profiler has seen no kernel: CUPTI is missing, or this user may not use it")
     times: defaultdict[str, list[float]] = defaultdict(list)
     gaps, busy, reached = [], 0.0, in_order[0][1]
     for name, start, end in in_order:
@@ -380,7 +392,7 @@ def analyse(kernels: Iterable[tuple[str, float, float]], n_steps: int) -> dict[s
 
 
 def training_flops(recipe: Recipe, side: int = 32) -> float:
-    """Count the operations of the network's products, forward and backward, for one image."""
+    """Return the floating-point operations of the network's convolutions and products for one image, both passes."""
     from torch.utils.flop_counter import FlopCounterMode
 
     n = recipe.norm_group_size
@@ -391,7 +403,7 @@ def training_flops(recipe: Recipe, side: int = 32) -> float:
 
 
 def lay_out_for_airbench(data: Dataset, folder: Path) -> None:
-    """Write the two files that airbench looks for before it would download."""
+    """Write the two files that airbench looks for before it downloads any."""
     folder.mkdir()
     for name, images, labels in (
         ("train", data.train_images, data.train_labels),
@@ -404,33 +416,34 @@ def lay_out_for_airbench(data: Dataset, folder: Path) -> None:
 def read_airbench(printed: str) -> dict[str, float]:
     """Return accuracy and seconds of one run from the table that airbench prints.
 
-    Its last line counts the evaluation with TTA as well; the line before it is the end of training.
+    The time in its last line includes the evaluation with TTA; the line before it is the end of training.
     """
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     rows = [row for row in rows if len(row) == 7 and (row[1].isdigit() or row[1] == "eval")]
     if len(rows) < 2 or rows[-1][1] != "eval":
-        raise UserError(f"airbench printed another table than that of version 0.1.8: {printed[-500:]!r}")
+        raise UserError(f"airbench printed another table than version 0.1.8 does: {printed[-500:]!r}")
     return {"accuracy": float(rows[-1][5]), "train_seconds": float(rows[-2][6]), "with_tta_seconds": float(rows[-1][6])}
 
 
 # --- from files to one JSON ---
 
 
-def saved_runs(folder: Path) -> dict[str, Any] | None:
+def read_runs(folder: Path) -> dict[str, Any] | None:
     """Return the summary of a benchmark folder, and what its runs have in common; None where no run is finished."""
     try:
         runs = cf.load_benchmark(folder).runs
     except UserError:
         return None
-    machine = runs[-1]["environment"]
-    words = ("gpu", "world_size", "precision", "launch", "compiled", "launch_reason")
-    warm_up = statistics.mean(run.get("warm_up_seconds", 0.0) for run in runs)
     return {
+        "about": about(runs[-1]) | {"commits": commits(folder)},
         "summary": summarise(runs, TARGET),
-        "warm_up_seconds_mean": warm_up,
-        "commits": commits(folder),
-        **{word: machine.get(word) for word in words},
+        "warm_up_seconds_mean": statistics.mean(run.get("warm_up_seconds", 0.0) for run in runs),
     }
+
+
+def read_folders(folders: Mapping[str, Path]) -> dict[str, Any] | None:
+    """Return what `read_runs` finds, by name, in those folders that hold a finished run; None where none does."""
+    return {name: found for name, folder in folders.items() if (found := read_runs(folder))} or None
 
 
 def read_json(path: Path) -> Any:
@@ -453,56 +466,82 @@ def read_tests(path: Path) -> dict[str, Any] | None:
     return {"passed": list(outcome.values()).count("passed"), **names}
 
 
-BAD = ("failure", "error", "skipped")
-
-
 def collect(part: str, out: Path) -> Any:
-    """Return what a part has filed so far, finished or not; None for nothing."""
+    """Return what a part has saved so far, finished or not; None for nothing."""
     if part == "tests":
         return read_tests(out / "tests.xml")
     if part == "speedrun":
-        return {name: found for name in ("speedrun", "speedrun_all_gpus") if (found := saved_runs(out / name))} or None
+        return read_folders({name: out / name for name in ("speedrun", "speedrun_all_gpus")})
     if part == "apple":
-        return saved_runs(out / "apple_8gpu")
+        return read_folders({"apple_8gpu": out / "apple_8gpu"})
     if part == "recipes":
-        names = cf.recipes.names()
-        found = {name: summary for name in names if (summary := saved_runs(out / "recipes" / name))}
-        return {"recipes": found, "missing": [name for name in names if name not in found]} if found else None
+        return read_folders({name: out / "recipes" / name for name in cf.recipes.names()})
     return read_json(out / f"{part}.json")
 
 
-def verdicts(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what is required of a GPU, what was found, and whether it is enough, as far as parts found something."""
-    found: dict[str, Any] = {name: entry["found"] for name, entry in parts.items() if entry["found"]}
-    checks: list[tuple[str, float, float, bool]] = []
-    if tests := found.get("tests"):
-        bad = sum(len(tests[tag]) for tag in BAD)
-        checks.append(("GPU tests that failed or were skipped", bad, 0, bad == 0))
-    speedrun = (found.get("speedrun") or {}).get("speedrun")
-    if speedrun:
-        accuracy, seconds = (speedrun["summary"][key]["mean"] for key in ("accuracy", "train_seconds"))
-        checks.append(("speedrun: mean accuracy", accuracy, TARGET, accuracy >= TARGET))
-        checks.append(("speedrun: mean train_seconds", seconds, 0.9, seconds <= 0.9))
-        if runs := (found.get("airbench") or {}).get("runs"):
-            ratio = statistics.mean(run["train_seconds"] for run in runs) / seconds
-            checks.append(("speedrun: times as fast as airbench, both without evaluation", ratio, 3, ratio >= 3))
-    if apple := found.get("apple"):
-        median, share = apple["summary"]["accuracy"]["median"], apple["summary"]["at_target"] / apple["summary"]["n"]
-        checks.append(("apple_8gpu: median accuracy", median, 0.9419, median >= 0.9419))
-        checks.append(("apple_8gpu: share of runs at 94 %", share, 41 / 50, share >= 41 / 50))
-    if start := found.get("start"):
-        for which, most in (("first", 20), ("second", 12)):
-            if which in start:
-                seconds = start[which]["total_seconds"]
-                checks.append((f"total_seconds of the {which} command", seconds, most, seconds < most))
+def verdicts(parts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what is required of a GPU, what was found, and whether it is enough, for parts that found something."""
+    found: dict[str, Any] = {name: entry["found"] or {} for name, entry in parts.items()}
+    checks = [
+        *_test_checks(found.get("tests")),
+        *_speedrun_checks(found.get("speedrun", {}).get("speedrun"), found.get("airbench", {}).get("runs")),
+        *_apple_checks(found.get("apple", {}).get("apple_8gpu")),
+        *_start_checks(found.get("start", {})),
+    ]
     return [dict(zip(("what", "found", "required", "met"), check, strict=True)) for check in checks]
+
+
+Check = tuple[str, float, float, bool]
+
+
+def _test_checks(tests: Mapping[str, Any] | None) -> list[Check]:
+    if not tests:
+        return []
+    bad = sum(len(tests[tag]) for tag in BAD)
+    return [("GPU tests that failed or were skipped", bad, 0, bad == 0)]
+
+
+def _speedrun_checks(
+    speedrun: Mapping[str, Any] | None, airbench_runs: Sequence[Mapping[str, float]] | None
+) -> list[Check]:
+    if not speedrun:
+        return []
+    accuracy, seconds = (speedrun["summary"][key]["mean"] for key in ("accuracy", "train_seconds"))
+    checks = [
+        ("speedrun: mean accuracy", accuracy, TARGET, accuracy >= TARGET),
+        ("speedrun: mean train_seconds", seconds, 0.9, seconds <= 0.9),
+    ]
+    if airbench_runs:
+        speed = statistics.mean(run["train_seconds"] for run in airbench_runs) / seconds
+        checks.append(("speedrun: times as fast as airbench, both without evaluation", speed, 3, speed >= 3))
+    return checks
+
+
+def _apple_checks(apple: Mapping[str, Any] | None) -> list[Check]:
+    if not apple:
+        return []
+    summary = apple["summary"]
+    median, share, published = summary["accuracy"]["median"], summary["share_at_target"], 41 / 50
+    return [
+        ("apple_8gpu: median accuracy", median, 0.9419, median >= 0.9419),
+        ("apple_8gpu: share of runs at 94 %", share, published, share >= published),
+    ]
+
+
+def _start_checks(start: Mapping[str, Any]) -> list[Check]:
+    limits = {"first": 20, "second": 12}
+    totals = {which: start[which]["total_seconds"] for which in limits if which in start}
+    return [
+        (f"total_seconds of the {which} command", total, limits[which], total < limits[which])
+        for which, total in totals.items()
+    ]
 
 
 # --- the caller ---
 
 
 def run_part(command: Sequence[str], log: Path, seconds: float) -> tuple[str, float]:
-    """Run a command with its output in `log`; return how it ended and after how long. It is ended after `seconds`."""
+    """Run a command with its output in `log`; return how it ended and after how long. It gets at most `seconds`."""
     start = time.monotonic()
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -513,17 +552,14 @@ def run_part(command: Sequence[str], log: Path, seconds: float) -> tuple[str, fl
             state = "done" if code == 0 else "out of time" if code == OUT_OF_TIME else f"failed with status {code}"
         except subprocess.TimeoutExpired:
             state = f"ended after {seconds:.0f} s"
-        finally:  # Ctrl-C too: nobody stays behind
+        finally:  # after Ctrl-C too: nothing stays behind
             if process.poll() is None:
                 end(process)
     return state, time.monotonic() - start
 
 
-OUT_OF_TIME = 75
-
-
 def end(process: subprocess.Popen) -> None:
-    """End a process and all that it has started, the second time without asking."""
+    """End a process and all that it has started: SIGTERM first, then SIGKILL."""
     for how in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, how)
@@ -546,7 +582,7 @@ def command_of(part: str, options: argparse.Namespace) -> list[str]:
 
 
 def dry_run(options: argparse.Namespace) -> list[str]:
-    """Return in what a call differs from measuring the recipes on CIFAR-10 on a GPU; nothing where it does not."""
+    """Return how a call differs from measuring the recipes on CIFAR-10 on a GPU; nothing where it does not."""
     device = select_device(options.device).type
     return [
         *([f"device {device}"] if device != "cuda" else []),
@@ -556,74 +592,78 @@ def dry_run(options: argparse.Namespace) -> list[str]:
 
 
 def write_readme(readme: Path, folder: Path) -> None:
-    """Replace what stands between the README's markers by what `folder`'s gpu.json says; raise `UserError` without."""
+    """Write what `folder`'s gpu.json says between the README's markers; raise `UserError` when it has none."""
     text = readme.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{readme.name} has no lines {BEGIN.strip()} and {END.strip()} for what was measured")
-    new = before + begin + gpu_results.readme_block(folder) + end + after
-    write_text(readme, new)
+        raise UserError(f"{readme.name} lacks the lines {BEGIN.strip()} and {END.strip()}; put them where results go")
+    write_text(readme, before + begin + gpu_report.readme_block(folder) + end + after)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Run the parts one after the other and file each one's findings at once, beside those of earlier calls."""
+    """Run the parts one after the other, and save what each has found before the next starts; return how they ended."""
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / RESULT
+    path = options.out / gpu_report.FILE
     report = read_json(path) or {"parts": {}}
-    n_gpus = torch.cuda.device_count()
     machine = {
         "environment": environment(select_device(options.device)),
-        "gpus": [torch.cuda.get_device_name(number) for number in range(n_gpus)],
-        "dry_run": dry_run(options),
+        "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
     }
-    report |= machine  # of this call; each part keeps that of its own
+    states = {}
     for part in options.parts:
-        log = options.out / f"{part}.log"
-        print(f"{part}: at most {options.seconds:.0f} s, what it prints is in {log}", flush=True)
-        for left in (f"{part}.json", f"{part}.xml"):  # of an earlier call; folders of runs are gone on with
-            (options.out / left).unlink(missing_ok=True)
-        state, seconds = run_part(command_of(part, options), log, options.seconds)
-        entry: dict[str, Any] = {
-            "state": state,
-            "seconds": round(seconds, 1),
-            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
-            "commit": commit(),
-            **machine,
-        }
-        try:
-            entry["found"] = collect(part, options.out)
-        except Exception as error:  # nothing that one part has left behind may cost the others their place
-            entry |= {"found": None, "trouble": f"{type(error).__name__}: {error}"}
-        before = report["parts"].get(part)
-        if before and before.get("found") is None:
-            before = before.get("earlier")  # an attempt that found nothing is not worth keeping
-        if before and (entry["found"] is None or (part in ANEW and state != "done")):
-            entry["earlier"] = before  # what this attempt did not get to may be there
-        report["parts"][part] = entry
-        # A dry run is of another recipe or other data than the verdicts are about.
+        print(f"{part}: at most {options.seconds:.0f} s, its output is in {options.out / part}.log", flush=True)
+        entry = attempt(part, options) | machine
+        report["parts"][part] = keep_best(report["parts"].get(part), entry, part)
+        # A dry run trains another recipe or other data than the verdicts are about.
         report["verdicts"] = [] if options.recipe or options.data == SYNTHETIC else verdicts(report["parts"])
         write_json(path, report)
-        if options.out == FILED:
+        if options.out == SAVED:
             try:
-                write_readme(README, FILED)
-            except (OSError, UserError) as error:  # what is measured next is worth more
+                write_readme(README, SAVED)
+            except (OSError, UserError) as error:  # measuring the next part matters more
                 print(f"warning: the README was not rewritten: {error}", file=sys.stderr, flush=True)
-        print(f"{part}: {state}, {seconds:.0f} s", flush=True)
-    return report
+        print(f"{part}: {entry['state']}, {entry['seconds']:.0f} s", flush=True)
+        states[part] = entry["state"]
+    return {"states": states, "verdicts": report["verdicts"]}
+
+
+def attempt(part: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Run one part; return how it ended and what it has found."""
+    for left in (f"{part}.json", f"{part}.xml"):  # by an earlier call; folders of runs stay
+        (options.out / left).unlink(missing_ok=True)
+    state, seconds = run_part(command_of(part, options), options.out / f"{part}.log", options.seconds)
+    try:
+        found = collect(part, options.out)
+    except Exception as error:  # whatever one part has left behind, the others must be saved
+        found, state = None, f"{state}, but its result cannot be read ({type(error).__name__})"
+    ended = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"state": state, "seconds": round(seconds, 1), "ended": ended, "commit": commit(), "found": found}
+
+
+def keep_best(before: dict[str, Any] | None, entry: dict[str, Any], part: str) -> dict[str, Any]:
+    """Return what gpu.json keeps of a part: its new entry, or the old one with a note when the new one found less."""
+    if not before or not before["found"]:
+        return entry
+    broke_off = part not in RESUMED and before["state"] == "done" and entry["state"] != "done"
+    if not entry["found"] or broke_off:
+        return before | {"later_attempt": {key: entry[key] for key in ("state", "ended", "commit")}}
+    return entry
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json, logs and runs; gone on with")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for gpu.json, logs and runs, new or to be continued"
+    )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--runs", type=int, default=50, help="runs of speedrun, apple and airbench")
-    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="after which a part is ended")
+    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="the most that a part may take")
     parser.add_argument("--device", help="cuda, or cpu for a dry run")
-    parser.add_argument("--recipe", help="recipe in the place of every other, for a dry run")
+    parser.add_argument("--recipe", help="train this recipe instead of all others, for a dry run")
     parser.add_argument("--data", help="folder of CIFAR-10, or synthetic")
-    parser.add_argument("--readme", action="store_true", help="measure nothing; have the README tell what is in --out")
+    parser.add_argument("--readme", action="store_true", help="measure nothing; write what is in --out into the README")
     parser.add_argument("--child", choices=tuple(WORK), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -652,18 +692,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    if options.out == FILED and (dry := dry_run(options)):
+    if options.out == SAVED and (dry := dry_run(options)):
         print(
-            f"error: this is a dry run ({', '.join(dry)}), and {FILED.relative_to(REPOSITORY)} is for what the README "
-            "tells of GPUs; name another --out",
+            f"error: this is a dry run ({', '.join(dry)}), and {SAVED.relative_to(REPOSITORY)} holds what the README "
+            "says about GPUs; name another --out",
             file=sys.stderr,
         )
         return 2
-    report = measure(options)
-    for verdict in report["verdicts"]:
+    outcome = measure(options)
+    for verdict in outcome["verdicts"]:
         word = "met" if verdict["met"] else "NOT met"
         print(f"{word}: {verdict['what']}: {verdict['found']:.4g}, required {verdict['required']:.4g}")
-    return 0 if all(report["parts"][part]["state"] == "done" for part in options.parts) else 1
+    return 0 if set(outcome["states"].values()) == {"done"} else 1
 
 
 if __name__ == "__main__":

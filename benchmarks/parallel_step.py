@@ -1,9 +1,9 @@
-"""Measures one machine's parallel step: two processes against one, and one flat all-reduce against DDP.
+"""Measures the parallel step on one machine: two processes against one, and one flat all-reduce against DDP.
 
     python benchmarks/parallel_step.py --out benchmarks/results/parallel_step.json
 
-Each comparison takes its sides in turns, in the same run, and reports the ratio of their medians and the ratio round
-by round, so that what else the machine does disturbs both alike. Random images; nothing is trained to any accuracy.
+The sides of each comparison take turns in the same run, so that other work on the machine disturbs both alike. The
+report has the ratio of their medians, and the ratio round by round. Random images; nothing is learned.
 """
 
 import argparse
@@ -11,73 +11,65 @@ import json
 import statistics
 import time
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
-import torch
 from revision import commit
 from torch.nn.parallel import DistributedDataParallel
 
 from cifar_fast import recipes
 from cifar_fast.distributed.processes import WatchedProcesses
-from cifar_fast.distributed.ranks import ALONE, Ranks
+from cifar_fast.distributed.ranks import choose_backend
+from cifar_fast.experiments.step_costs import random_dataset, steady_step
 from cifar_fast.hardware.clock import synchronize
 from cifar_fast.hardware.device import environment, keep_freed_memory, select_device
-from cifar_fast.hardware.numerics import HALF, Numerics, choose_numerics
 from cifar_fast.recipe import Recipe
-from cifar_fast.training.batches import TrainBatches, pixel_statistics
-from cifar_fast.training.model import build_model, whiten_first_layer
-from cifar_fast.training.optim import build_optimizers, lr_schedule, set_learning_rates
-from cifar_fast.training.step import forward_backward
+from cifar_fast.training.alone import Alone
+from cifar_fast.training.batches import TrainBatches
+from cifar_fast.training.setup import Setup, agree_on_execution, set_up
+from cifar_fast.training.step import TrainingStep, Update
 
 N_IMAGES = 8192
+PREPARED: dict[tuple[Recipe, int, str], tuple[TrainingStep, TrainBatches]] = {}
+"""The step and the batches of this process by recipe, number of processes and way, kept over the rounds."""
 
 
-@cache
-def prepare(recipe: Recipe, rank: int, world_size: int, device: torch.device, numerics: Numerics, ddp: bool) -> tuple:
-    """Return network, batches and optimisers of one rank; made once and kept over the rounds."""
-    random = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (N_IMAGES, 3, 32, 32), dtype=torch.uint8, generator=random)
-    labels = torch.randint(0, 10, (N_IMAGES,), generator=random)
-    mean, std = pixel_statistics(images)
-    model = build_model(recipe, 10, mean, std, convolution=numerics.convolution, fuse_norm=numerics.fuse_norm)
-    model = model.to(device, memory_format=torch.channels_last)
-    whiten_first_layer(model, recipe, images[:1000].to(device))
-    batches = TrainBatches(images, labels, recipe, device=device, mean=mean, std=std, rank=rank, world_size=world_size)
-    optimizers = build_optimizers(model, recipe)
-    if ddp:
-        model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
-    return model, batches, optimizers
-
-
-def time_steps(ranks: Ranks, recipe: Recipe, n_steps: int, way: str) -> float:
-    """Return the seconds of `n_steps` training steps, augmentation included, `way` being `flat` or `ddp`."""
+def prepare(ranks: Alone, recipe: Recipe, way: str) -> tuple[TrainingStep, TrainBatches]:
+    """Return the training step and the batches of one rank; `way`: average gradients as training does, or by `ddp`."""
     keep_freed_memory()
-    device = ranks.device
-    numerics = ranks.agree(choose_numerics(recipe, device) if ranks.is_main else None)
-    assert numerics is not None
-    kept = prepare(recipe, ranks.rank, ranks.world_size, device, numerics, way == "ddp")
-    model, batches, optimizers = kept
-    schedule = lr_schedule(recipe)
+    data = random_dataset(N_IMAGES)
+    execution = agree_on_execution(recipe, data, 0, ranks.device, ranks)
+    setup = set_up(recipe, data, execution, device=ranks.device, ranks=ranks)
+    step = steady_step(setup)
+    if way == "ddp":
+        step.updates = dict.fromkeys((False, True), update_by_ddp(setup))
+    return step, setup.batches
+
+
+def update_by_ddp(setup: Setup) -> Update:
+    """Return the update of `setup`, with gradients averaged by DDP bucket by bucket during the backward pass."""
+    setup.model.zero_grad(set_to_none=True)
+    model = DistributedDataParallel(setup.model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return replace(setup.update(), model=model, ranks=Alone(), gradients=None)
+
+
+def time_steps(ranks: Alone, recipe: Recipe, n_steps: int, way: str) -> float:
+    """Return the seconds of `n_steps` training steps, augmentation included, `way` being `flat` or `ddp`."""
+    key = (recipe, ranks.world_size, way)
+    if key not in PREPARED:
+        PREPARED[key] = prepare(ranks, recipe, way)
+    step, batches = PREPARED[key]
     stream = batches.epoch(0)
     ranks.barrier()
     start = time.perf_counter()
-    for step in range(n_steps):
-        images, labels = next(stream)
-        forward_backward(model, images, labels, recipe, numerics.dtype)
-        if way == "flat":
-            ranks.average_gradients(model, half_precision=numerics.dtype in HALF, scale=len(images))
-        set_learning_rates(optimizers, schedule, step / batches.steps_per_epoch)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=way == "flat")
+    for _ in range(n_steps):
+        step(*next(stream))
         ranks.tick()
-    synchronize(device)
+    synchronize(ranks.device)
     return time.perf_counter() - start
 
 
 def compare(sides: dict, rounds: int) -> dict:
-    """Call the two `sides` in turns and return their seconds, after a round that does not count."""
+    """Call the two `sides` in turns; return their seconds and ratios, after a round that does not count."""
     names = list(sides)
     for side in sides.values():
         side()
@@ -102,15 +94,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    from parallel_step import time_steps as task  # as other processes import it, not from `__main__`
+    from parallel_step import time_steps as task  # other processes can import it from this module, not `__main__`
 
     device, n = select_device(), arguments.world_size
     laptop = recipes.laptop()
-    # Shards that the processes can share, in batch-norm groups that divide them; the same recipe on both sides.
+    # A shard for each process, in batch-norm groups that divide it; the same recipe on both sides.
     group = laptop.global_batch_size // n // 2
     shared = replace(laptop, n_shards=n, ghost_batch_size=group, micro_batch_size=group)
-    whole = replace(shared, micro_batch_size=0)  # DDP reduces in each backward pass, so there must be one a step
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    whole = replace(shared, micro_batch_size=0)  # DDP averages in each backward pass, so a step must have only one
+    backend = choose_backend(device)
     steps, rounds = arguments.steps, arguments.rounds
     images = steps * laptop.global_batch_size
     report: dict = {
@@ -119,12 +111,12 @@ def main() -> None:
         "world_size": n,
         "images a round": images,
     }
-    with WatchedProcesses(n, device=device.type, backend=backend, timeout=60.0) as workers:
-        alone = {"one process": lambda: time_steps(ALONE, shared, steps, "flat")}
-        together = {f"{n} processes": lambda: max(workers.call(task, shared, steps, "flat"))}
+    with WatchedProcesses(n, device=device.type, backend=backend, timeout=60.0) as processes:
+        alone = {"one process": lambda: task(Alone(device=device), shared, steps, "flat")}
+        together = {f"{n} processes": lambda: max(processes.run(task, shared, steps, "flat"))}
         report["processes"] = compare(alone | together, rounds)
-        flat = {"flat": lambda: max(workers.call(task, whole, steps, "flat"))}
-        ddp = {"ddp": lambda: max(workers.call(task, whole, steps, "ddp"))}
+        flat = {"flat": lambda: max(processes.run(task, whole, steps, "flat"))}
+        ddp = {"ddp": lambda: max(processes.run(task, whole, steps, "ddp"))}
         report["averaging"] = compare(flat | ddp, rounds)
     for name, seconds in report["processes"]["seconds"].items():
         report["processes"][f"{name}, images/s"] = images / statistics.median(seconds)

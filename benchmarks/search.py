@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ablation import AS_IT_IS, done, line, redraw, without_clocks
+from ablation import AS_IT_IS, done, line, without_clocks, write_table
 
 from cifar_fast import recipes
 from cifar_fast.data.dataset import Dataset
@@ -98,7 +98,7 @@ def main() -> None:
             run = line(arm, result)
             with open(results, "a") as file:
                 file.write(json.dumps(without_clocks(run) if options.busy else run) + "\n")
-            redraw(results)
+            write_table(results)
             print(f"{arm}, seed {seed}: {100 * result.accuracy:.2f} %, {result.train_seconds:.0f} s", flush=True)
 
 

@@ -329,11 +329,11 @@ class Data:
 
     def run(self) -> int:
         """Print the state; the exit status is 1 when `train` would find no usable data set on this machine."""
-        from cifar_fast.data.download import download
+        from cifar_fast.data.download import download_cifar10
         from cifar_fast.data.load import status
 
         if self.download:
-            print(f"downloaded: {download(self.mirror)}")
+            print(f"downloaded: {download_cifar10(self.mirror)}")
         elif self.mirror:
             raise UserError("--mirror is a place to download from: add --download")
         places = status(self.data)
@@ -428,7 +428,10 @@ class Plan:
 
     def run(self) -> int:
         """Measure, then print the table."""
-        from cifar_fast.experiments import plan
+        from cifar_fast.experiments.all_reduce import measure_all_reduce, published_link
+        from cifar_fast.experiments.plan import plan_table, predict_all
+        from cifar_fast.experiments.step_costs import measure_step
+        from cifar_fast.experiments.world_sizes import planned_world_sizes
         from cifar_fast.teaching.result_plots import predicted_scaling
 
         recipe = recipes.named(self.recipe)
@@ -437,19 +440,19 @@ class Plan:
         if recipe.resolutions:
             print(f"{recipe.name} is planned as if all epochs had images of full size: resolutions=()")
             recipe = replace(recipe, resolutions=())
-        world_sizes = plan.planned_world_sizes(recipe, self.world_size)
+        world_sizes = planned_world_sizes(recipe, self.world_size)
         if self.out and not self.out.parent.is_dir():
             raise UserError(f"--out {self.out}: there is no folder {self.out.parent}")
         print(f"measuring steps of {recipe.name} on random images", flush=True)
-        measured = plan.measure_step(
+        measured = measure_step(
             recipe, device=self.device, n_train=self.n_train, n_test=self.n_test, world_sizes=world_sizes
         )
-        link = plan.published_link(self.link)
-        seen = plan.measure_all_reduce(measured.n_parameters, precision=measured.precision, device=self.device)
-        predictions = plan.predict_all(
-            measured, recipe, self.n_train, self.n_test, link, world_size=self.world_size, seen=seen
+        link = published_link(self.link)
+        all_reduce = measure_all_reduce(measured.n_parameters, precision=measured.precision, device=self.device)
+        predictions = predict_all(
+            measured, recipe, self.n_train, self.n_test, link, world_size=self.world_size, all_reduce=all_reduce
         )
-        print(plan.plan_table(predictions, measured, recipe, seen))
+        print(plan_table(predictions, measured, recipe, all_reduce))
         if self.out:
             try:
                 predicted_scaling(predictions).savefig(self.out, dpi=150)

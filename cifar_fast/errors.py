@@ -1,12 +1,16 @@
-"""The mistakes a user can mend: each message says what is wrong, with which value, and what to do next."""
+"""Errors that a person can fix: each message says what is wrong, with which value, and what to do next."""
 
 
 class UserError(ValueError):
-    """A mistake that the person at the keyboard can mend; the command line shows its message, no traceback."""
+    """A mistake that the user can fix; the command line prints its message without a traceback."""
 
 
 class DataError(UserError):
     """The data set is missing, damaged, of the wrong shape, or cannot be stored."""
+
+
+class DataNotFoundError(DataError):
+    """There is no data set on this machine and none could be downloaded; only then may synthetic data stand in."""
 
 
 class RecipeError(UserError):
@@ -14,12 +18,12 @@ class RecipeError(UserError):
 
 
 class RunError(UserError):
-    """A run folder cannot be written, cannot be read, or does not hold what its recipe says."""
+    """A run folder cannot be written, cannot be read, or does not match its recipe."""
 
 
 class TrainingError(UserError):
-    """Training cannot go on, for instance because the loss is no longer a number."""
+    """Training cannot continue, for instance because the loss is no longer a number."""
 
 
 class RankError(RuntimeError):
-    """A process of a parallel training raised, died or hung; the message names its rank and holds its traceback."""
+    """A process of a parallel run raised an error, died or hung; the message names its rank and has its traceback."""

@@ -11,17 +11,20 @@ import platformdirs
 
 
 def cache_folder() -> Path:
-    """Return the folder for downloads, decoded data and compiled kernels: CIFAR_FAST_CACHE, else the user's cache."""
+    """Return the folder for downloads, decoded data and compiled kernels.
+
+    `CIFAR_FAST_CACHE` names it, and may begin with `~`; without it, it is the system's cache folder for this user.
+    """
     named = os.environ.get("CIFAR_FAST_CACHE")
     return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("cifar_fast", appauthor=False))
 
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Yield a temporary file name beside `path`; when the block ends, that file takes the place of `path`.
+    """Yield a temporary path beside `path`; when the block ends, the file written there replaces `path`.
 
-    The file reaches the disk before it is renamed, so neither a reader nor a power cut ever sees half of it. If the
-    block raises, the temporary file is removed and `path` stays as it was.
+    The data reaches the disk before the file is renamed, so neither a reader nor a power cut ever sees half a file. If
+    the block raises, the temporary file is removed and `path` stays as it was.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -40,5 +43,5 @@ def write_text(path: Path, text: str) -> None:
 
 
 def file_size(path: Path) -> int:
-    """Return the size of a file in bytes; 0 for a file that does not exist."""
+    """Return the size of a file in bytes; 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from cifar_fast.data.dataset import Dataset
+    from cifar_fast.kernels.compile import Library
 
 # No test depends on time or on luck: no deadlines, and the same examples on every machine.
 settings.register_profile(
@@ -23,12 +25,7 @@ settings.register_profile(
 settings.load_profile("cifar_fast")
 
 
-LONGEST = ("test_lab.py", "test_benchmark.py", "test_workers.py", "test_parallel.py", "test_notebooks.py")
-"""Files of minutes, which start first: else one test process is still at the last of them when the other has ended."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
@@ -46,16 +43,56 @@ def interruptible() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def user_data_root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """Hides the user's settings and cache from every test; the value is what CIFAR_FAST_DATA was before."""
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache folder of all tests of a session, in all its processes: kernels are compiled into it once."""
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "cache"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def user_data_root(cache_folder: Path) -> Iterator[Path | None]:
+    """Hides the user's settings and cache from the tests of a file; the value is what CIFAR_FAST_DATA was before.
+
+    Notebooks, which the same process may run between two files of tests, see them.
+    """
     root = os.environ.get("CIFAR_FAST_DATA")
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("CIFAR_FAST_")]:
             patch.delenv(name)
-        patch.setenv("CIFAR_FAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CIFAR_FAST_CACHE", str(cache_folder))
         patch.setenv("MPLBACKEND", "agg")
         yield Path(root).absolute() if root else None
+
+
+@pytest.fixture(scope="session")
+def emulated_amx() -> Library:
+    """`amx.c` with the instructions of AMX and AVX-512 in plain C, which runs on any processor."""
+    from cifar_fast.kernels import amx, fused
+    from cifar_fast.kernels import compile as native
+
+    header = Path(__file__).with_name("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "FLAGS", (*native.FLAGS, "-DCIFAR_FAST_EMULATE_AMX", f"-I{header}"))
+        patch.setattr(native, "FILES", ("amx.c",))
+        library = replace(amx.LIBRARY)
+        usable, why_not = library.available()
+    if not usable and not fused.available()[0]:
+        pytest.skip(why_not)
+    assert usable, why_not
+    return library
+
+
+@pytest.fixture
+def amx_everywhere(emulated_amx: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMX is available in this test, emulated where the processor has none."""
+    from cifar_fast.kernels import amx
+
+    if not amx.available()[0]:
+        monkeypatch.setattr(amx, "LIBRARY", emulated_amx)
+        monkeypatch.setattr(amx, "available", emulated_amx.available)
 
 
 @pytest.fixture(scope="session")

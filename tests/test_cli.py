@@ -24,10 +24,9 @@ from PIL import Image
 
 import cifar_fast
 from cifar_fast import cli, recipes
-from cifar_fast.data import download as downloading
-from cifar_fast.data import load
-from cifar_fast.data import synthetic as drawing
-from cifar_fast.data.dataset import DataNotFoundError, Dataset
+from cifar_fast.data import download, load, synthetic
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.errors import DataNotFoundError
 from cifar_fast.recipe import Recipe
 from cifar_fast.teaching import notebooks
 
@@ -149,7 +148,7 @@ def test_train_prints_the_epochs_and_a_table(pictures, tmp_path, monkeypatch, ca
 
 
 def test_synthetic_data_is_never_silent(tiny_data, tmp_path, monkeypatch, capsys):
-    for module in (drawing, load):
+    for module in (load, synthetic):
         monkeypatch.setattr(module, "synthetic", lambda: tiny_data)
     arguments = ["train", "--recipe", "smoke", "--device", "cpu", "--quiet", *QUICK, "--epochs", "1"]
     assert status_of(*arguments, "--data", "synthetic", "--out", tmp_path / "asked") == 0
@@ -270,14 +269,14 @@ def test_benchmark_goes_on_prints_the_comparison_and_draws_it(benchmark_command,
     assert f"folder: {folder}" in out and "epochs: 2.0 -> 1.0" in out
     assert "run   0 (1 of 2)  seed   0" in out and "run   1 (2 of 2)  seed   1" in out
     assert re.search(r"^n +2 runs +50 runs$", out, re.MULTILINE) and re.search(r"^at 30\.00 %", out, re.MULTILINE)
-    assert "NOT COMPARABLE: these runs are of the data set colours" in out
+    assert "NOT COMPARABLE: these runs used the data set colours" in out
     assert {path.name for path in folder.iterdir()} - {".lock"} == {
         "results.jsonl", "run_log.txt", "summary.json", "timing_log.tsv", "weights.safetensors", "result.json",
         "accuracy_and_time.png",
     }  # fmt: skip
     assert status_of(*benchmark_command, "--runs", "3", "--quiet", "--out", folder) == 0
     printed = capsys.readouterr()
-    assert "going on with run 2" in printed.err and "run   2" not in printed.out
+    assert "resuming with run 2" in printed.err and "run   2" not in printed.out
     assert len(cifar_fast.load_benchmark(folder).runs) == 3
     with Image.open(folder / "accuracy_and_time.png") as picture:
         assert picture.width > 1000
@@ -356,7 +355,8 @@ def test_evaluate_on_other_data_says_so(run_folder, pictures, tmp_path, capsys):
 
 
 def test_evaluate_needs_as_many_classes(run_folder, tiny_data, monkeypatch, capsys):
-    monkeypatch.setattr(drawing, "synthetic", lambda: tiny_data)
+    for module in (load, synthetic):
+        monkeypatch.setattr(module, "synthetic", lambda: tiny_data)
     assert status_of("evaluate", run_folder, "--data", "synthetic") == 2
     assert "knows 3 classes and synthetic has 10" in capsys.readouterr().err
 
@@ -463,11 +463,11 @@ def test_data_without_any_and_with_damaged_data(tmp_path, monkeypatch, capsys):
 def test_data_downloads_from_the_mirrors(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def download(mirrors: tuple[str, ...]) -> Path:
+    def downloaded(mirrors: tuple[str, ...]) -> Path:
         asked.append(mirrors)
         return tmp_path
 
-    monkeypatch.setattr(downloading, "download", download)
+    monkeypatch.setattr(download, "download_cifar10", downloaded)
     monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path / "empty"))
     assert status_of("data", "--download", "--mirror", "http://a/x", "--mirror", "http://b/x") == 1
     assert asked == [("http://a/x", "http://b/x")]

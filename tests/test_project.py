@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
@@ -104,26 +104,42 @@ def test_ci_fails_loudly_when_the_readme_has_no_test_command(tmp_path, readme):
     assert "no fenced code block" in result.stdout
 
 
-@pytest.mark.parametrize("user, exit_status", [("0", 0), ("0", 1), ("1000", 0)])
-def test_ci_installs_a_browser_where_it_can_and_tests_without_one_where_it_cannot(tmp_path, user, exit_status):
-    tools = tmp_path / "bin"
+def ci_on_a_bare_machine(folder: Path, stubs: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run .ci/run in a folder where nothing is installed but some tools and `stubs`, each a shell script."""
+    tools = folder / "bin"
     tools.mkdir()
     for tool in ("bash", "env", "awk", "dirname", "timeout"):
         (tools / tool).symlink_to(shutil.which(tool))
+    made = {"python3": "", ".venv/bin/pip": "", ".venv/bin/ruff": "", ".venv/bin/mypy": ""} | stubs
+    for name, does in made.items():
+        script = folder / name if "/" in name else tools / name
+        script.parent.mkdir(parents=True, exist_ok=True)
+        script.write_text(f"#!{shutil.which('bash')}\n{does}\n")
+        script.chmod(0o755)
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", folder / ".ci" / "run")
+    (folder / "README.md").write_text("# Test\n```\necho the tests ran\n```\n")
+    command = [shutil.which("bash"), folder / ".ci" / "run"]
+    return subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("user, exit_status", [("0", 0), ("0", 1), ("1000", 0)])
+def test_ci_installs_a_browser_where_it_can_and_tests_without_one_where_it_cannot(tmp_path, user, exit_status):
     stubs = {"id": f"echo {user}", "apt-get": f'echo "$@" >> {tmp_path}/asked\nexit {exit_status}'}
-    for name, does in stubs.items():
-        (tools / name).write_text(f"#!{shutil.which('bash')}\n{does}\n")
-        (tools / name).chmod(0o755)
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
-    (tmp_path / "README.md").write_text("# Test\n```\necho the tests ran\n```\n")
-    command = [shutil.which("bash"), tmp_path / ".ci" / "run"]
-    result = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True)
+    result = ci_on_a_bare_machine(tmp_path, stubs)
     assert result.returncode == 0 and result.stdout.endswith("+ echo the tests ran\nthe tests ran\n")
     asked = (tmp_path / "asked").read_text() if (tmp_path / "asked").exists() else ""
     assert ("update" in asked) == (user == "0")
     assert ("install -y --no-install-recommends chromium" in asked) == (user == "0" and exit_status == 0)
     assert ("so the browser tests skip" in result.stdout) == (user == "0" and exit_status != 0)
+
+
+@pytest.mark.parametrize("check", ["ruff check .", "ruff format --check .", "mypy cifar_fast"])
+def test_ci_checks_the_code_before_it_tests(tmp_path, check):
+    tool, arguments = check.split(" ", 1)
+    script = f'if [ "$*" = "{arguments}" ]; then echo a slip; exit 1; fi'
+    result = ci_on_a_bare_machine(tmp_path, {f".venv/bin/{tool}": script})
+    assert result.returncode == 1 and result.stdout.endswith(f"+ .venv/bin/{check}\na slip\n")
 
 
 def test_readme_commands_use_what_pyproject_offers():
@@ -133,32 +149,73 @@ def test_readme_commands_use_what_pyproject_offers():
     (script,) = project()["scripts"]
     assert train.endswith(f" && .venv/bin/{script} train")
     assert "'.[all]'" in test and "cifar_fast[notebooks,test]" in project()["optional-dependencies"]["all"]
-    for check in ("ruff check .", "ruff format --check .", "mypy cifar_fast", "python -m pytest"):
-        assert f".venv/bin/{check}" in test
-    # The notebooks last, compared and not lax, at the scale that they are stored with.
-    *_, on_notebooks = test.split(" && ")
-    assert on_notebooks.startswith("CIFAR_FAST_SCALE=smoke .venv/bin/python -m pytest ")
-    before, names = on_notebooks.split(" --nbval --nbval-sanitize-with notebooks/sanitize.cfg ")
-    assert "--nbval" not in before
-    named = [path for pattern in names.split() for path in ROOT.glob(pattern)]
-    assert sorted(named) == sorted(ROOT.glob("notebooks/*.ipynb")), "all of them, each once"
+    assert test.endswith(" && .venv/bin/pytest")
+
+
+# --- how the tests run ---
+
+
+def test_pytest_runs_the_notebooks_and_compares_what_they_show(pytestconfig):
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert settings["testpaths"] == ["tests", "notebooks"]
+    assert pytestconfig.option.nbval and not pytestconfig.option.nbval_lax
+    assert pytestconfig.option.nbval_sanitize_with == "notebooks/sanitize.cfg"
     assert (ROOT / "notebooks" / "sanitize.cfg").exists()
+    assert os.environ["OMP_NUM_THREADS"]  # before torch is imported: several tests share the cores
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_readme_tree_says_one_line_about_every_source_file(source):
-    line = re.compile(rf"[\s│├└─|`+-]*{re.escape(source.name)}\s+\w.*")
-    found = [text for _, lines in readme_blocks() for text in lines if line.fullmatch(text)]
-    assert len(found) == 1, f"the tree in README.md needs one line `{source.name}   what it is`, found {found}"
+@pytest.mark.parametrize(
+    "options, shared",
+    [
+        ({}, True),
+        ({"markexpr": "not browser"}, True),
+        ({"markexpr": "gpu"}, False),
+        ({"keyword": "ladder"}, False),
+        ({"usepdb": True}, False),
+        ({"collectonly": True}, False),
+        ({"args_source": pytest.Config.ArgsSource.ARGS}, False),
+        ({"args_source": pytest.Config.ArgsSource.ARGS, "numprocesses": 2}, True),
+        ({"numprocesses": 0}, False),
+    ],
+    ids=str,
+)
+def test_only_the_whole_suite_is_shared_among_processes(pytestconfig, monkeypatch, options, shared):
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    option = SimpleNamespace(
+        numprocesses=None, dist="no", loadscopereorder=True, keyword="", markexpr="", usepdb=False, collectonly=False
+    )
+    config = SimpleNamespace(args_source=pytest.Config.ArgsSource.TESTPATHS, option=option)
+    for name, value in options.items():
+        setattr(config if name == "args_source" else option, name, value)
+    conftest.pytest_cmdline_main(config)
+    assert option.numprocesses == (2 if shared else options.get("numprocesses"))
+    # File by file: the cells of a notebook need one kernel. In the order of collection: the longest come first.
+    assert (option.dist, option.loadscopereorder) == (("loadfile", False) if shared else ("no", True))
+
+
+def test_the_longest_files_are_there(pytestconfig):
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
+    assert set(conftest.LONGEST) <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+# --- the tree in README.md ---
+
+
+def test_readme_tree_says_one_line_about_every_source_file():
+    """The tree is drawn by indentation: `folder/   what it is`, and below it `file.py   what it is`."""
+    (tree,) = [lines for _, lines in readme_blocks() if lines[:1] == ["cifar_fast/"]]
+    drawn, room = [], ""
+    for line in tree[1:]:
+        if found := re.fullmatch(r"(  |    )([\w.]+/?) +\w.*", line):
+            indent, name = found[1], found[2]
+            room = name if name.endswith("/") else room if indent == "    " else ""
+            drawn += [] if name.endswith("/") else [room + name]
+    there = [path.relative_to(PACKAGE).as_posix() for path in SOURCES]
+    assert sorted(drawn) == sorted(name for name in there if not name.endswith("/__init__.py"))
 
 
 # --- the package ---
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.name)
-def test_every_module_says_its_boundary_in_a_sentence(module):
-    docstring = ast.get_docstring(ast.parse(module.read_text()))
-    assert docstring and re.search(r"[.](\s|$)", docstring), f"{module.name} needs a docstring that is a sentence"
 
 
 def test_import_does_nothing_heavy():

@@ -1,4 +1,4 @@
-"""A data set in memory, and the decoded file it is mapped from."""
+"""A data set in memory, and the decoded file that it can be written to and mapped from."""
 
 from __future__ import annotations
 
@@ -19,11 +19,8 @@ from cifar_fast.files import written_whole
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SIZE = 32  # pixels, height and width
-SYNTHETIC = "synthetic"  # the name that marks every table, log and file of a run without real data
-
-
-class DataNotFoundError(DataError):
-    """No data set is here and none could be downloaded: the one failure that the synthetic set may replace."""
+SYNTHETIC = "synthetic"  # marks every table, log and file of a run without real data
+_CHUNK = 1000  # images compared at once, so that the working set stays in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +28,7 @@ class Dataset:
     """A training and a test set of 32x32 RGB images."""
 
     name: str
-    """"CIFAR-10", "synthetic", or the directory name of an image folder."""
+    """"CIFAR-10", "synthetic", or the name of an image folder."""
     classes: tuple[str, ...]
     """The class names; a label is an index into them."""
     train_images: Tensor = field(repr=False)
@@ -43,24 +40,19 @@ class Dataset:
     test_labels: Tensor = field(repr=False)
     """int64, (n_test,)."""
     source: str
-    """Where the images came from, in words, without a path of this machine."""
+    """Where the images came from, in words, without any path on this machine."""
     fingerprint: str
-    """16 hexadecimal digits that change with any pixel or label."""
+    """16 hexadecimal digits, different if any pixel or label differs."""
     decoded: Path | None = field(default=None, init=False, repr=False)
-    """The file that the images are mapped from, which other processes can map too; None: they are in memory alone."""
+    """The file that the images are mapped from, which other processes can map too; None if they are in memory only."""
 
     @property
     def n_classes(self) -> int:
         """The number of classes."""
         return len(self.classes)
 
-    @property
-    def is_synthetic(self) -> bool:
-        """Whether this is the embedded set instead of real pictures."""
-        return self.name == SYNTHETIC
-
     def describe(self) -> dict[str, Any]:
-        """Return what a result says of its data set, as plain values."""
+        """Return what a run records about its data set, as plain values."""
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -77,15 +69,38 @@ def build_dataset(
     test: tuple[Tensor, Tensor],
     source: str,
 ) -> Dataset:
-    """Put the parts together; train and test are (images, labels)."""
+    """Build a data set and its fingerprint from `train` and `test`, each a pair of images and labels."""
     digest = hashlib.sha256()
     for tensor in (*train, *test):
         digest.update(tensor.numpy().data)
     return Dataset(name, tuple(classes), *train, *test, source=source, fingerprint=digest.hexdigest()[:16])
 
 
+def require_variation(data: Dataset) -> None:
+    """Raise a `DataError` if all training images are the same picture, for instance one plain colour.
+
+    Such a set teaches nothing, and it has no variance: whitening and batch norm would amplify rounding errors.
+    """
+    images = data.train_images.numpy()  # (n_train, 3, 32, 32)
+    first = images[0]
+    # In chunks, so that ordinary data passes at the first one.
+    if not all((images[start : start + _CHUNK] == first).all() for start in range(0, len(images), _CHUNK)):
+        return
+    what = "are all the same picture"
+    if (first == first[:, :1, :1]).all():
+        red, green, blue = first[:, 0, 0]
+        what = f"all have the same single colour (red {red}, green {green}, blue {blue})"
+    raise DataError(
+        f"No network can learn from the data set {data.name} ({data.source}): its {len(images):,} training images "
+        f"{what}. Check how these images were made or converted, or train on another data set."
+    )
+
+
+# --- the decoded file ---
+
+
 def write_decoded(data: Dataset, path: Path) -> None:
-    """Write the decoded file completely or not at all, and remove copies of earlier states of the same data."""
+    """Write the decoded file completely or not at all, and remove the copies of earlier states of the same data."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: getattr(data, name) for name in ("train_images", "train_labels", "test_images", "test_labels")}
     text = {name: json.dumps(getattr(data, name)) for name in ("name", "classes", "source", "fingerprint")}
@@ -93,19 +108,15 @@ def write_decoded(data: Dataset, path: Path) -> None:
         save_file(tensors, temporary, metadata=text)
     for other in path.parent.glob(f"{path.name.split('-')[0]}-*.safetensors"):
         if other != path:
-            with suppress(OSError):  # Windows keeps a file that another process has mapped; the next change removes it
+            with suppress(OSError):  # Windows does not delete a file that another process has mapped
                 other.unlink()
 
 
 def read_decoded(path: Path) -> Dataset:
-    """Map a decoded file into memory: pages are read when they are first touched."""
+    """Map a decoded file into memory: the system reads each page when it is first used."""
     with safe_open(path, framework="pt") as file:
         text = {name: json.loads(value) for name, value in file.metadata().items()}
         tensors = {name: file.get_tensor(name) for name in file.keys()}
     data = Dataset(**{**text, "classes": tuple(text["classes"])}, **tensors)
-    object.__setattr__(data, "decoded", path)  # not an argument, so that `replace` does not carry it to other images
+    object.__setattr__(data, "decoded", path)  # not an argument, so that `replace` with other images drops it
     return data
-
-
-def require_variation(data: Dataset) -> None:
-    """TEMP."""

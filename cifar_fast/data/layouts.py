@@ -1,4 +1,4 @@
-"""The folder layouts in which images are found, checked and decoded: two official ones, and folders of pictures.
+"""The folder layouts that a data set comes in, two official ones and folders of pictures, and how to read each.
 
 Sources: CIFAR-10 is by Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009),
 https://www.cs.toronto.edu/~kriz/cifar.html; that page describes the two official layouts.
@@ -7,6 +7,7 @@ https://www.cs.toronto.edu/~kriz/cifar.html; that page describes the two officia
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,9 @@ from cifar_fast.files import file_size
 
 TORCHVISION_FOLDER = "cifar-10-batches-py"
 _BINARY_FOLDER = "cifar-10-batches-bin"
-_BINARY_RECORDS = 10_000  # a file
+_BINARY_RECORDS = 10_000  # per file
 _BINARY_RECORD_BYTES = 1 + 3 * IMAGE_SIZE * IMAGE_SIZE  # the label, then the red, green and blue planes
-_BINARY_SHA256 = {
+_BINARY_SHA256 = {  # the test file is last
     "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
     "data_batch_2.bin": "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed",
     "data_batch_3.bin": "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67",
@@ -33,19 +34,21 @@ _BINARY_SHA256 = {
 }
 
 
-# --- finding ---
+# --- recognising a layout ---
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A folder and the way in which it stores images."""
+    """A folder, and how it stores its images."""
 
     kind: str
+    """"torchvision", "binary" or "image folder"."""
     folder: Path
+    """The folder that holds the files."""
 
 
 def find_layout(root: Path) -> Layout | None:
-    """Recognise the layout of a folder, which may be the one around or the one that holds the files."""
+    """Recognise the layout of `root`, either the folder that holds the files or the one around it."""
     root = root.absolute()
     try:
         for folder_name, kind in ((TORCHVISION_FOLDER, "torchvision"), (_BINARY_FOLDER, "binary")):
@@ -55,7 +58,7 @@ def find_layout(root: Path) -> Layout | None:
         if (root / "train").is_dir() or (root / "test").is_dir():
             return Layout("image folder", root)
     except OSError as error:
-        raise unreadable(error) from error
+        raise _unreadable(error) from error
     return None
 
 
@@ -69,28 +72,43 @@ def nothing_in(folder: Path) -> str:
     )
 
 
-def unreadable(error: OSError) -> DataError:
-    """Turn a failed read into an error for people."""
+def file_states(layout: Layout) -> list[tuple[str, int, int]]:
+    """Return path in the folder, bytes and time of change (ns) of each file: they change when the data set does."""
+    try:
+        folders = [layout.folder]
+        if layout.kind == "image folder":
+            folders = [path for part in ("train", "test") for path in layout.folder.glob(f"{part}/*") if path.is_dir()]
+        entries = [entry for folder in folders for entry in os.scandir(folder)]  # an entry asks the system only once
+        n = len(str(layout.folder))
+        return sorted((entry.path[n:], entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> DataError:
     return DataError(
         f"Cannot read {error.filename or 'the data'}: {error.strerror or error}. Check the folder and its permissions."
     )
 
 
+# --- decoding it ---
+
+
 def decode(layout: Layout) -> Dataset:
-    """Read and check all files of a layout."""
+    """Read and check all files of a layout; raise `DataError` if one is missing, damaged or not what it should be."""
     try:
         if layout.kind == "torchvision":
             return _decode_torchvision(layout.folder)
         if layout.kind == "binary":
-            return _decode_binary(layout.folder, _BINARY_SHA256)
+            return _decode_binary(layout.folder)
         return _decode_image_folder(layout.folder)
     except OSError as error:
-        raise unreadable(error) from error
+        raise _unreadable(error) from error
 
 
 def _decode_torchvision(folder: Path) -> Dataset:
     """Read cifar-10-batches-py with torchvision, which checks the MD5 of every file before it unpickles it."""
-    from torchvision.datasets import CIFAR10  # here, because it takes seconds and is needed once a machine
+    from torchvision.datasets import CIFAR10  # here, because the import takes seconds and is needed only once
     from torchvision.datasets.utils import check_integrity
 
     try:
@@ -107,15 +125,14 @@ def _decode_torchvision(folder: Path) -> Dataset:
     return build_dataset("CIFAR-10", sets[0].classes, train, test, "official Python batches, read by torchvision")
 
 
-def _decode_binary(folder: Path, checksums: dict[str, str]) -> Dataset:
-    """Read the official binary layout; checksums are the SHA-256 of its files, training files first."""
-    parts = [_decode_binary_file(folder / name, sha256) for name, sha256 in checksums.items()]
-    *train, test = parts
+def _decode_binary(folder: Path) -> Dataset:
+    *train, test = (_decode_binary_file(folder / name, sha256) for name, sha256 in _BINARY_SHA256.items())
     images, labels = (torch.cat(tensors) for tensors in zip(*train, strict=True))
     return build_dataset("CIFAR-10", CIFAR10_CLASSES, (images, labels), test, "official binary batches")
 
 
 def _decode_binary_file(path: Path, sha256: str) -> tuple[Tensor, Tensor]:
+    """Return the images, uint8 (10000, 3, 32, 32), and the labels, int64 (10000,), of one file."""
     advice = f"Delete {path.parent} and unpack the official archive again."
     if not path.exists():
         raise DataError(f"{path} is missing. {advice}")
@@ -132,7 +149,7 @@ def _decode_binary_file(path: Path, sha256: str) -> tuple[Tensor, Tensor]:
         )
     if hashlib.sha256(records.data).hexdigest() != sha256:
         raise DataError(f"{path} is not the official file: its SHA-256 is not {sha256}. {advice}")
-    images = torch.from_numpy(records[:, 1:].copy()).view(-1, 3, IMAGE_SIZE, IMAGE_SIZE)  # (10000, 3, 32, 32)
+    images = torch.from_numpy(records[:, 1:].copy()).view(-1, 3, IMAGE_SIZE, IMAGE_SIZE)
     return images, torch.from_numpy(records[:, 0].astype(np.int64))
 
 
@@ -160,14 +177,11 @@ def _class_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _picture_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
-
-
 def _decode_pictures(folder: Path, classes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Return the images, uint8 (N, 3, 32, 32), and the labels, int64 (N,), of all classes."""
     images, labels = [], []
     for label, name in enumerate(classes):
-        files = _picture_files(folder / name)
+        files = sorted(path for path in (folder / name).iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
         if not files:
             raise DataError(
                 f"{folder / name} holds no picture (png, jpg). Add some, or remove the folder from train and test."

@@ -14,37 +14,21 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cifar_fast.data.dataset import DataNotFoundError, Dataset, read_decoded, write_decoded
-from cifar_fast.data.download import CIFAR10_ARCHIVE, WHAT_NEXT, download_and_unpack, megabytes
-from cifar_fast.data.layouts import Layout, decode, find_layout, nothing_in, unreadable
+from cifar_fast.data.dataset import Dataset, read_decoded, write_decoded
+from cifar_fast.data.download import WHAT_NEXT, download_cifar10, megabytes, unfinished_bytes
+from cifar_fast.data.layouts import Layout, decode, file_states, find_layout, nothing_in
 from cifar_fast.data.synthetic import synthetic
-from cifar_fast.errors import DataError
-from cifar_fast.files import cache_folder, file_size
+from cifar_fast.errors import DataError, DataNotFoundError
+from cifar_fast.files import cache_folder
 
-_CACHE_FORMAT = 1  # raised when the decoded file changes, so that an older one is not read
-
-
-@dataclass(frozen=True)
-class Place:
-    """One place where data is looked for, and what was found there."""
-
-    origin: str
-    """What named the place: "the argument", "CIFAR_FAST_DATA" or "the cache folder"."""
-    path: Path
-    """The folder."""
-    usable: bool
-    """Whether it holds a complete, undamaged data set."""
-    finding: str
-    """What was found, in words."""
-    decoded: Path | None
-    """The decoded copy in the cache folder, if there is one."""
+_CACHE_FORMAT = 1  # one more whenever the decoded file changes, so that older ones are not read
 
 
 def load_cifar10(root: str | Path | None = None, download: bool = True, mirrors: Sequence[str] = ()) -> Dataset:
-    """Load CIFAR-10, or a folder of your own pictures, and download CIFAR-10 where neither is found.
+    """Load CIFAR-10, or a folder of your own pictures; download CIFAR-10 if there is neither.
 
     Args:
-        root: folder to read; without it the folder that CIFAR_FAST_DATA names, else the user's cache folder. It may
+        root: the folder to read. Default: the folder that CIFAR_FAST_DATA names, else the user's cache folder. It may
             hold torchvision's cifar-10-batches-py, the binary cifar-10-batches-bin, or train/<class>/ and test/<class>/
             with 32x32 pictures (png, jpg).
         download: whether to download CIFAR-10 when no folder is named and the cache folder is empty.
@@ -54,7 +38,8 @@ def load_cifar10(root: str | Path | None = None, download: bool = True, mirrors:
         The data set, memory-mapped from its decoded copy in the cache folder.
 
     Raises:
-        DataError: a named folder does not hold a usable data set, or none could be had (DataNotFoundError).
+        DataError: a named folder does not hold a usable data set, or the cache folder is damaged or cannot be written.
+        DataNotFoundError: no folder is named, the cache folder is empty, and nothing was downloaded.
     """
     for origin, folder in _named_roots(root):
         layout = find_layout(folder)
@@ -62,17 +47,17 @@ def load_cifar10(root: str | Path | None = None, download: bool = True, mirrors:
             raise DataError(f"{nothing_in(folder)} It was named by {origin}. {WHAT_NEXT}")
         return _load(layout)
     layout = find_layout(cache_folder())
+    if layout is None and download:
+        layout = find_layout(download_cifar10(mirrors))
     if layout is None:
-        if not download:
-            raise DataNotFoundError(f"{nothing_in(cache_folder())} Downloading is switched off. {WHAT_NEXT}")
-        layout = download_and_unpack(CIFAR10_ARCHIVE, mirrors, progress=True)
+        raise DataNotFoundError(f"{nothing_in(cache_folder())} Downloading is switched off. {WHAT_NEXT}")
     return _load(layout)
 
 
 def load_or_synthetic(root: str | Path | None = None, download: bool = True, mirrors: Sequence[str] = ()) -> Dataset:
-    """Load the real set as `load_cifar10` does; where none can be had, say so loudly and return the synthetic set.
+    """Load real data as `load_cifar10` does; if there is none, say so loudly and return the synthetic set.
 
-    A folder that was named but cannot be used is still an error: nobody who names data wants other data.
+    A named folder that cannot be used is still an error: whoever names a data set does not want another one.
 
     Args:
         root: as in `load_cifar10`.
@@ -90,7 +75,7 @@ def load_or_synthetic(root: str | Path | None = None, download: bool = True, mir
     except DataNotFoundError as error:
         rule = "!" * 100
         print(
-            f"{rule}\nNO REAL DATA: going on with the embedded set (data set: synthetic). Its accuracies say nothing "
+            f"{rule}\nNO REAL DATA: using synthetic images instead (data set: synthetic). Their accuracies say nothing "
             f"about CIFAR-10.\n{error}\n{rule}",
             file=sys.stderr,
             flush=True,
@@ -98,8 +83,62 @@ def load_or_synthetic(root: str | Path | None = None, download: bool = True, mir
         return synthetic()
 
 
+def _named_roots(root: str | Path | None) -> list[tuple[str, Path]]:
+    """Return the folders that the user named, each with what named it; the first one counts."""
+    named = [("the argument", root), ("CIFAR_FAST_DATA", os.environ.get("CIFAR_FAST_DATA"))]
+    return [(origin, Path(folder).expanduser()) for origin, folder in named if folder]
+
+
+# --- the decoded copy ---
+
+
+def _load(layout: Layout) -> Dataset:
+    """Return the decoded copy of a layout; write it first if it is missing or older than the files."""
+    decoded = _decoded_file(layout)
+    with suppress(OSError, SafetensorError):  # not there yet, or cut short when the system crashed
+        return read_decoded(decoded)
+    data = decode(layout)
+    try:
+        write_decoded(data, decoded)
+        return read_decoded(decoded)  # mapped, so that processes share it and the system may drop its pages
+    except (OSError, SafetensorError) as error:
+        warnings.warn(
+            f"The decoded data set could not be stored in {decoded.parent} ({error}), so every start decodes it again. "
+            "Set CIFAR_FAST_CACHE to a folder with 200 MB of free space.",
+            stacklevel=3,
+        )
+        return data
+
+
+def _decoded_file(layout: Layout) -> Path:
+    """Name the decoded copy after the folder, symbolic links resolved, and after the state of every file in it."""
+    where = hashlib.sha256(str(layout.folder.resolve()).encode()).hexdigest()[:16]
+    state = json.dumps([_CACHE_FORMAT, layout.kind, file_states(layout)])
+    what = hashlib.sha256(state.encode()).hexdigest()[:16]
+    return cache_folder() / "decoded" / f"{where}-{what}.safetensors"
+
+
+# --- what is on this machine ---
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place to look for data, and what was found there."""
+
+    origin: str
+    """What named the place: "the argument", "CIFAR_FAST_DATA" or "the cache folder"."""
+    path: Path
+    """The folder."""
+    usable: bool
+    """Whether it holds a complete, undamaged data set."""
+    finding: str
+    """What was found, in words."""
+    decoded: Path | None
+    """The decoded copy in the cache folder, if there is one."""
+
+
 def status(root: str | Path | None = None) -> list[Place]:
-    """Look at every place where data may be, in the order of the search, and read what is there with all checks.
+    """Look in every place where data may be, in the order of the search, and check what is there completely.
 
     Args:
         root: as in `load_cifar10`.
@@ -110,19 +149,13 @@ def status(root: str | Path | None = None) -> list[Place]:
     return [_look_at(origin, folder) for origin, folder in (*_named_roots(root), ("the cache folder", cache_folder()))]
 
 
-def _named_roots(root: str | Path | None) -> list[tuple[str, Path]]:
-    """Return the folders that the user named, each with what named it; the first one counts."""
-    named = [("the argument", root), ("CIFAR_FAST_DATA", os.environ.get("CIFAR_FAST_DATA"))]
-    return [(origin, Path(folder).expanduser()) for origin, folder in named if folder]
-
-
 def _look_at(origin: str, folder: Path) -> Place:
     decoded = None
     try:
         layout = find_layout(folder)
         if layout is None:
-            part = folder / f"{CIFAR10_ARCHIVE.filename}.part"
-            kept = f" {megabytes(file_size(part))} of an interrupted download are kept." if part.exists() else ""
+            n_kept = unfinished_bytes(folder)
+            kept = f" An interrupted download left {megabytes(n_kept)} there." if n_kept else ""
             return Place(origin, folder, False, nothing_in(folder) + kept, None)
         decoded = _decoded_file(layout)
         data = decode(layout)
@@ -133,43 +166,3 @@ def _look_at(origin: str, folder: Path) -> Place:
         f"{len(data.test_labels):,} test images of {data.n_classes} classes, fingerprint {data.fingerprint}"
     )
     return Place(origin, folder, True, finding, decoded if decoded.exists() else None)
-
-
-# --- decoding ---
-
-
-def _load(layout: Layout) -> Dataset:
-    """Return the decoded copy of a layout, which is made when it is missing or older than the files."""
-    decoded = _decoded_file(layout)
-    with suppress(OSError, SafetensorError):  # not there yet, or cut short by a crash of the system
-        return read_decoded(decoded)
-    data = decode(layout)
-    try:
-        write_decoded(data, decoded)
-        return read_decoded(decoded)  # mapped, so that processes share it and the system may drop its pages
-    except (OSError, SafetensorError) as error:
-        warnings.warn(
-            f"The decoded data set could not be kept in {decoded.parent} ({error}), so it is decoded anew at every "
-            "start. Set CIFAR_FAST_CACHE to a folder with 200 MB of space.",
-            stacklevel=3,
-        )
-        return data
-
-
-# --- the decoded copy ---
-
-
-def _decoded_file(layout: Layout) -> Path:
-    """Name the decoded copy after the folder and after name, size and time of every file in it."""
-    try:
-        folders = [layout.folder]
-        if layout.kind == "image folder":
-            folders = [path for part in ("train", "test") for path in layout.folder.glob(f"{part}/*") if path.is_dir()]
-        entries = [entry for folder in folders for entry in os.scandir(folder)]  # keeps what the system says of each
-        n = len(str(layout.folder))  # the same files by way of a symbolic link are the same data
-        state = sorted((entry.path[n:], entry.stat().st_size, entry.stat().st_mtime_ns) for entry in entries)
-    except OSError as error:
-        raise unreadable(error) from error
-    where = hashlib.sha256(str(layout.folder.resolve()).encode()).hexdigest()[:16]
-    what = hashlib.sha256(json.dumps([_CACHE_FORMAT, layout.kind, state]).encode()).hexdigest()[:16]
-    return cache_folder() / "decoded" / f"{where}-{what}.safetensors"

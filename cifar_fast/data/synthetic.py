@@ -1,4 +1,4 @@
-"""The embedded synthetic data set, drawn when no real data can be had; its accuracy is never CIFAR-10's."""
+"""Draws the synthetic data set, for machines without real data; accuracies on it say nothing about CIFAR-10."""
 
 from __future__ import annotations
 
@@ -10,43 +10,41 @@ from torch import Tensor
 from cifar_fast.data.dataset import IMAGE_SIZE, SYNTHETIC, Dataset, build_dataset
 from cifar_fast.errors import DataError
 
-# --- the synthetic set ---
-
 _LOBES = (1, 2, 3, 4, 5)
-_SYNTHETIC_CLASSES = tuple(f"{fill} {lobes}-lobed pinwheel" for fill in ("solid", "hollow") for lobes in _LOBES)
-_N_PIECES_BEHIND, _N_PIECES_IN_FRONT = 2, 1  # of clutter, an image
+_CLASSES = tuple(f"{fill} {lobes}-lobed pinwheel" for fill in ("solid", "hollow") for lobes in _LOBES)
+_N_PIECES_BEHIND, _N_PIECES_IN_FRONT = 2, 1  # of clutter, per image
 _CHUNK = 500  # images drawn at once, so that the working set stays in the processor's cache
 
 
 def synthetic(n_train: int = 20_000, n_test: int = 4_000, seed: int = 0) -> Dataset:
-    """Draw a data set of ten shapes, for machines without the real one.
+    """Draw a data set of ten shapes, for machines without real data.
 
-    The class is the shape of a pinwheel (1 to 5 lobes, solid or hollow). Its place, size, tilt, mirror image, colour
-    and texture are random and say nothing about the class, and pieces of clutter lie behind and before it.
+    The class is the shape of a pinwheel: 1 to 5 lobes, solid or hollow. Its position, size, tilt, handedness, colour
+    and texture are random and say nothing about the class, and there is clutter behind it and in front of it.
 
     Args:
         n_train: number of training images.
-        n_test: number of test images, drawn from the same distribution with other random numbers.
+        n_test: number of test images, drawn independently from the same distribution.
         seed: the same seed draws the same images.
 
     Returns:
-        The data set, its classes balanced.
+        The data set; all classes are equally frequent.
 
     Raises:
-        DataError: a number of images is less than 1.
+        DataError: n_train or n_test is less than 1.
     """
     if n_train < 1 or n_test < 1:
         raise DataError(
-            f"A synthetic set needs at least one image of each kind, not n_train={n_train} and n_test={n_test}."
+            f"A synthetic set needs at least one training and one test image, not n_train={n_train}, n_test={n_test}."
         )
     train, test = (_draw(n, 2 * seed + part) for part, n in enumerate((n_train, n_test)))
-    return build_dataset(SYNTHETIC, _SYNTHETIC_CLASSES, train, test, f"drawn by cifar_fast, seed {seed}")
+    return build_dataset(SYNTHETIC, _CLASSES, train, test, f"drawn by cifar_fast, seed {seed}")
 
 
 def _draw(n: int, seed: int) -> tuple[Tensor, Tensor]:
     """Draw n images, uint8 (n, 3, 32, 32), and their labels, int64 (n,)."""
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.randperm(n, generator=generator) % len(_SYNTHETIC_CLASSES)
+    labels = torch.randperm(n, generator=generator) % len(_CLASSES)
     images = torch.cat([_draw_chunk(chunk, generator) for chunk in labels.split(_CHUNK)])
     return images, labels
 
@@ -61,7 +59,7 @@ def _draw_chunk(labels: Tensor, generator: torch.Generator) -> Tensor:
     pixels = torch.arange(IMAGE_SIZE) + 0.5
     y, x = pixels.view(1, 1, -1, 1), pixels.view(1, 1, 1, -1)
 
-    def stripes() -> Tensor:  # (n, 1, 32, 32), within -1 and 1
+    def stripes() -> Tensor:  # (n, 1, 32, 32), from -1 to 1
         angle, frequency = uniform(0, math.pi), uniform(0.3, 1.5)
         return torch.sin(frequency * (x * angle.cos() + y * angle.sin()) + uniform(0, 2 * math.pi))
 

@@ -1,4 +1,4 @@
-"""One recipe on several processes by one call: a process per GPU with NCCL, or several on a CPU with gloo."""
+"""Trains a recipe on several processes with one call: one per GPU with NCCL, or several on a CPU with gloo."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from cifar_fast.errors import RecipeError, RunError, UserError
 from cifar_fast.hardware.device import select_device
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.alone import Alone
-from cifar_fast.training.batches import steps_per_epoch
+from cifar_fast.training.batches import allowed_world_sizes, steps_per_epoch
 from cifar_fast.training.loop import train
 from cifar_fast.training.result import EpochResult, RunResult, run_from_dict, save_weights
 
 T = TypeVar("T")
 
 WARM_UP_STEPS = 3
-STEP_NEWS_SECONDS = 0.1
-"""How often, at most, rank 0 tells of its steps."""
+STEP_REPORT_SECONDS = 0.1
+"""How often, at most, rank 0 reports its steps."""
 
 
 class Trainer:
     """Processes that are started once and train any number of recipes on one data set.
 
-    A context manager. With one process nothing is started: the same training function is called directly. Under
-    torchrun, where RANK and WORLD_SIZE are set, this process joins the others instead of starting any, and each of them
-    runs the caller's code.
+    A context manager. For one process it starts nothing and calls the same training function directly. Under torchrun,
+    which sets RANK and WORLD_SIZE, this process joins the others instead of starting any, and each of them runs the
+    caller's code.
     """
 
     def __init__(
@@ -52,19 +52,20 @@ class Trainer:
     ) -> None:
         """Start the processes.
 
-        Arguments:
-            data: the data set; where it is a decoded file, all processes map the same one.
-            world_size: number of processes; None takes all GPUs, or one process where there is none.
-            device: `cpu`, `cuda`, or None for GPUs where there are any.
-            backend: `nccl`, `gloo`, or None for what fits the device.
+        Args:
+            data: the data set; if it comes from a decoded file, all processes map that file.
+            world_size: number of processes; None for all GPUs, or for one process without GPUs.
+            device: `cpu`, `cuda`, or None for GPUs if there are any.
+            backend: `nccl`, `gloo`, or None for the one that fits the device.
             timeout: seconds within which a process that died or no longer answers has ended all of them.
 
         Raises:
-            UserError: there are fewer GPUs than processes, or the backend does not fit.
-            RankError: a process failed to start.
+            UserError: there are fewer GPUs than processes, the backend does not fit the device, or the data cannot be
+                written for the processes.
+            RankError: a process could not start.
         """
         self.data = data
-        self._workers: WatchedProcesses | None = None
+        self._processes: WatchedProcesses | None = None
         self._ranks: Alone
         if under_torchrun():
             torchrun_world_size(world_size)
@@ -76,56 +77,53 @@ class Trainer:
         chosen = choose_backend(on, backend)
         self._ranks = Alone(device=on)
         if self.world_size > 1:
-            self._workers = WatchedProcesses(self.world_size, device=on.type, backend=chosen, timeout=timeout)
+            self._processes = WatchedProcesses(self.world_size, device=on.type, backend=chosen, timeout=timeout)
             try:
                 self._share(data)
-            except BaseException:  # Ctrl-C too: nobody has this object yet who could close it
+            except BaseException:  # Ctrl-C too: the caller has no object yet that it could close
                 self.close()
                 raise
 
     def _share(self, data: Dataset) -> None:
-        """Put the data where every process can map it, and have them do so."""
-        assert self._workers is not None
-        if data.decoded is not None:
-            self._file = data.decoded
-            self._workers.call(open_data, str(self._file))
-            return
-        self._file = self._workers.folder / "data.safetensors"
-        try:
-            write_decoded(data, self._file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"the data set cannot be handed to the processes through {self._file.parent}: {error}; set TMPDIR to a "
-                "folder with 200 MB of space"
-            ) from error
-        self._workers.call(open_data, str(self._file))
+        """Have every process map the data from a file, which is written first if there is none."""
+        assert self._processes is not None
+        self._file = data.decoded or self._processes.folder / "data.safetensors"
+        if data.decoded is None:
+            try:
+                write_decoded(data, self._file)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"the data set for the processes cannot be written to {self._file.parent}: {error}; set TMPDIR to "
+                    "a folder with 200 MB of space"
+                ) from error
+        self._processes.run(open_data, str(self._file))
 
     @property
     def is_main(self) -> bool:
-        """Whether this process is the one that writes and prints: all are, but the ranks above 0 under torchrun."""
+        """Whether this process writes and prints: always, except on ranks above 0 under torchrun."""
         return self._ranks.is_main
 
     @property
     def pids(self) -> list[int]:
-        """The numbers of the processes started here, by rank; none where this process trains itself."""
-        return self._workers.pids if self._workers else []
+        """The numbers of the processes started here, by rank; empty if this process trains by itself."""
+        return self._processes.pids if self._processes else []
 
     def check(self, recipe: Recipe) -> None:
-        """Raise `RecipeError` unless the recipe can be trained by this many processes on this data."""
+        """Raise `RecipeError` unless this many processes can train the recipe on this data."""
         check_fit(recipe, self.world_size, self.data)
 
     def agree(self, value: T) -> T:
-        """Return rank 0's `value` on every rank under torchrun, where each runs the same code; else the value."""
+        """Return rank 0's `value` on every rank under torchrun, where each runs the same code; else `value` itself."""
         return self._ranks.agree(value)
 
     def warm_up(self, recipe: Recipe) -> None:
-        """Train a few steps and evaluate on random data: what is compiled, loaded or measured once is so before a clock
-        starts."""
+        """Train a few steps and evaluate on random data, so that no clock counts what is compiled, loaded or measured
+        once."""
         self.check(recipe)
         side = self.data.train_images.shape[-1]
         arguments = (recipe, side, self.data.n_classes)
-        if self._workers:
-            self._workers.call(warm_up_task, *arguments)
+        if self._processes:
+            self._processes.run(warm_up_task, *arguments)
         else:
             warm_up_task(self._ranks, *arguments)
 
@@ -139,16 +137,16 @@ class Trainer:
         started: float | None = None,
         on_epoch: Callable[[EpochResult], None] | None = None,
     ) -> RunResult:
-        """Train `recipe` on all processes; arguments, result and errors are those of `train.train`.
+        """Train `recipe` on all processes; arguments, result and errors are those of `training.loop.train`.
 
-        The clocks are those of rank 0, `peak_memory_gb` is the sum over the processes, and `model` is on the CPU when
-        other processes trained it. An exception, Ctrl-C too, ends the processes.
+        The clocks are those of rank 0, `peak_memory_gb` is the sum over the processes, and `model` is on the CPU if
+        other processes trained it. An exception, Ctrl-C included, ends the processes.
         """
         self.check(recipe)
         started = time.time() if started is None else started
         if self.agree(out is not None and Path(out).exists()):
             raise RunError(f"{out} exists already; choose another --out, or remove it: a run never overwrites another")
-        if not self._workers:
+        if not self._processes:
             main = self._ranks.is_main
             return train(
                 recipe,
@@ -161,12 +159,12 @@ class Trainer:
                 on_epoch=on_epoch if main else None,
                 ranks=self._ranks,
             )
-        weights = self._workers.folder / "weights.safetensors"
-        where = str(Path(out).absolute()) if out is not None else None
+        weights = self._processes.folder / "weights.safetensors"
+        folder = str(Path(out).absolute()) if out is not None else None
         description = f"{recipe.name} on {self.data.name}, {self.world_size} processes"
         with tqdm(desc=description, unit="step", disable=not progress) as bar:
 
-            def hear(rank: int, message: tuple[str, Any]) -> None:
+            def show_progress(rank: int, message: tuple[str, Any]) -> None:
                 kind, content = message
                 if kind == "step":
                     done, bar.total = content
@@ -177,16 +175,16 @@ class Trainer:
                     if on_epoch:
                         on_epoch(epoch)
 
-            arguments = (recipe, str(self._file), seed, where, started, str(weights))
-            values = self._workers.call(train_task, *arguments, on_message=hear)[0]
+            arguments = (recipe, str(self._file), seed, folder, started, str(weights))
+            values = self._processes.run(train_task, *arguments, on_message=show_progress)[0]
         result = run_from_dict(values, load_file(weights))
         weights.unlink()
         return result
 
     def close(self) -> None:
         """End the processes, if there are any."""
-        if self._workers:
-            self._workers.close()
+        if self._processes:
+            self._processes.close()
 
     def __enter__(self) -> Trainer:
         return self
@@ -209,9 +207,9 @@ def launch(
     started: float | None = None,
     on_epoch: Callable[[EpochResult], None] | None = None,
 ) -> RunResult:
-    """Train `recipe` on `world_size` processes, started for this one training; for several see `Trainer`.
+    """Train `recipe` on `world_size` processes that are started for this one run; for several runs see `Trainer`.
 
-    Its arguments are those of `Trainer` and of `Trainer.train`. What cannot work is said before a process is started.
+    Arguments, result and errors are those of `Trainer` and `Trainer.train`. Mistakes show before a process starts.
     """
     started = time.time() if started is None else started
     if not under_torchrun():
@@ -222,10 +220,18 @@ def launch(
 
 
 def choose_world_size(world_size: int | None, device: str | None, recipe: Recipe | None = None) -> int:
-    """Return the number of processes: the one asked for if there are GPUs for it; else all GPUs (as many of them as
-    the recipe's shards can be divided among), or 1 on a CPU. Under torchrun it is what that has started.
+    """Return the number of processes.
 
-    Raises `UserError` when there are fewer GPUs.
+    Args:
+        world_size: the number asked for; None for all GPUs, or for 1 on a CPU.
+        device: `cpu`, `cuda`, one GPU, or None for GPUs if there are any.
+        recipe: take no more GPUs than can share its shards equally.
+
+    Returns:
+        The number of processes; under torchrun, as many as it has started.
+
+    Raises:
+        UserError: there are fewer GPUs.
     """
     if under_torchrun():
         return torchrun_world_size(world_size)
@@ -233,27 +239,28 @@ def choose_world_size(world_size: int | None, device: str | None, recipe: Recipe
     n_gpus = torch.cuda.device_count() if on.type == "cuda" else 0
     if world_size is None:
         usable = max(1, n_gpus) if on.index is None else 1
-        return max(n for n in range(1, usable + 1) if recipe is None or recipe.n_shards % n == 0)
+        allowed = allowed_world_sizes(recipe) if recipe else range(1, usable + 1)
+        return max(n for n in allowed if n <= usable)
     if world_size < 1:
         raise UserError(f"world_size={world_size} must be at least 1 process")
     if n_gpus and world_size > 1 and on.index is not None:
-        raise UserError(f"device={device!r} is one GPU, and world_size={world_size} processes take one each: use cuda")
+        raise UserError(f"device={device!r} is one GPU, but world_size={world_size} processes need one each: use cuda")
     if n_gpus and world_size > n_gpus:
         raise UserError(
-            f"world_size={world_size} processes need as many GPUs, and torch can use {n_gpus}: lower it, or use "
+            f"world_size={world_size} processes need as many GPUs, but torch can use {n_gpus}: lower it, or use "
             "device='cpu' (--device cpu), where any number of processes talk over gloo"
         )
     return world_size
 
 
 def check_fit(recipe: Recipe, world_size: int, data: Dataset) -> None:
-    """Raise `RecipeError` unless `world_size` processes can share the recipe's shards, batches and images evenly."""
-    if recipe.n_shards % world_size:
-        fitting = [n for n in range(1, recipe.n_shards + 1) if recipe.n_shards % n == 0]
+    """Raise `RecipeError` unless `world_size` processes can share the recipe's shards, batches and images equally."""
+    allowed = allowed_world_sizes(recipe)
+    if world_size not in allowed:
         raise RecipeError(
             f"n_shards={recipe.n_shards} cannot be divided among world_size={world_size} processes: use "
-            f"{' or '.join(map(str, fitting))} of them, or a recipe with n_shards={world_size} (which is another "
-            "training: batch norm and shuffling know shards)"
+            f"{' or '.join(map(str, allowed))} of them, or a recipe with n_shards={world_size} (which trains "
+            "differently, because batch norm and shuffling work within a shard)"
         )
     steps_per_epoch(recipe, len(data.train_labels))
     batch = recipe.global_batch_size // world_size
@@ -266,17 +273,17 @@ def check_fit(recipe: Recipe, world_size: int, data: Dataset) -> None:
         raise RecipeError(f"{len(data.test_labels)} test images cannot be shared by world_size={world_size} processes")
 
 
-# --- what every process does; top-level functions, so that they can be imported ---
+# --- tasks of every process; top-level functions, so that other processes can import them ---
 
 
 @cache
 def open_mapped(file: str) -> Dataset:
-    """Return the data set in a decoded file, mapped, so that all processes share its pages."""
+    """Return the data set in a decoded file, mapped into memory, so that all processes share its pages."""
     return read_decoded(Path(file))
 
 
 def open_data(ranks: Ranks, file: str) -> None:
-    """Map the data set, before whoever wrote the file removes it."""
+    """Map the data set now, because the file may be removed later."""
     open_mapped(file)
 
 
@@ -289,15 +296,15 @@ def train_task(
     started: float,
     weights: str,
 ) -> dict[str, Any] | None:
-    """Train with the other ranks; rank 0 tells of its progress, leaves the weights in a file, returns the rest."""
-    told = 0.0
+    """Train with the other ranks; rank 0 reports progress, writes the weights to a file and returns the rest."""
+    last_report = 0.0
 
     def on_step(done: int, total: int) -> None:
-        nonlocal told
+        nonlocal last_report
         ranks.tick()
-        if ranks.is_main and (done == total or time.monotonic() - told > STEP_NEWS_SECONDS):
-            told = time.monotonic()
-            ranks.tell(("step", (done, total)))
+        if ranks.is_main and (done == total or time.monotonic() - last_report > STEP_REPORT_SECONDS):
+            last_report = time.monotonic()
+            ranks.report(("step", (done, total)))
 
     result = train(
         recipe,
@@ -307,7 +314,7 @@ def train_task(
         out=out if ranks.is_main else None,
         progress=False,
         started=started,
-        on_epoch=(lambda epoch: ranks.tell(("epoch", asdict(epoch)))) if ranks.is_main else None,
+        on_epoch=(lambda epoch: ranks.report(("epoch", asdict(epoch)))) if ranks.is_main else None,
         on_step=on_step,
         ranks=ranks,
     )
@@ -319,7 +326,7 @@ def train_task(
 
 
 def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int) -> None:
-    """Train `WARM_UP_STEPS` steps on random images and labels, and evaluate."""
+    """Train `WARM_UP_STEPS` steps on random images of `side` pixels and random labels, and evaluate."""
     random = torch.Generator().manual_seed(0)
     n = WARM_UP_STEPS * recipe.global_batch_size
 
@@ -329,7 +336,7 @@ def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int) -> Non
     def labels(count: int) -> torch.Tensor:
         return torch.randint(0, n_classes, (count,), generator=random)
 
-    n_test = 500 * ranks.world_size  # a batch for each rank, as large as in an evaluation
+    n_test = 500 * ranks.world_size  # each rank gets a batch as large as in an evaluation
     classes = tuple(map(str, range(n_classes)))
     data = Dataset("random", classes, images(n), labels(n), images(n_test), labels(n_test), "warm-up", "")
     shorter = min(1.0, recipe.epochs)

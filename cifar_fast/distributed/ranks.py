@@ -1,4 +1,4 @@
-"""What the processes of one training say to each other: weights, mean gradients, statistics, sums."""
+"""What the processes of one training run exchange: weights, mean gradients, statistics, sums."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from cifar_fast.training.gradients import in_memory_order
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
-"""How long a collective waits for a missing rank before it fails; the caller that started the ranks notices earlier."""
+"""How long a collective waits for a missing rank before it fails; the caller that watches the ranks notices earlier."""
 
 
 @dataclass
 class Ranks(Alone):
-    """One rank's place among `world_size` processes that talk over a process group of torch's."""
+    """One of `world_size` processes that talk over torch's process group."""
 
-    tell: Callable[[Any], None] = lambda message: None
-    """Sends a message to the process that started this one, where there is one."""
+    report: Callable[[Any], None] = lambda message: None
+    """Sends a message to the process that started this one, if there is one."""
     ticks: int = field(default=0, init=False)
-    """Counts what this rank has done, so that others see progress."""
+    """Counts the pieces of work and the waits of this task, so that the caller sees progress."""
     waiting: bool = field(default=False, init=False)
-    """Whether this rank is waiting for the others at this moment."""
+    """Whether this rank is waiting for the others now."""
     settled: bool = field(default=False, init=False)
-    """Whether its work has become regular: set-up and the first step, which may include a compilation, are over."""
+    """Whether work has become regular: set-up and the first step, which may include a compilation, are over."""
     longest_work: float = field(default=0.0, init=False)
     """Longest piece of work since then, in seconds, without the time spent waiting."""
-    _since: float = field(default=0.0, init=False)
+    _work_began: float = field(default=0.0, init=False)
 
     def begin(self) -> None:
-        """Forget what an earlier task has done."""
+        """Start counting for a new task."""
         self.ticks, self.waiting, self.settled, self.longest_work = 0, False, False, 0.0
 
     def tick(self) -> None:
-        """Note that a regular piece of work is done: a step, a batch of an evaluation."""
+        """Note that a regular piece of work is done: a training step or an evaluated batch."""
         self._note_work()
         self.settled = True
 
@@ -62,16 +62,17 @@ class Ranks(Alone):
     def _note_work(self) -> None:
         now = time.monotonic()
         if self.settled:
-            self.longest_work = max(self.longest_work, now - self._since)
-        self.ticks, self._since = self.ticks + 1, now
+            self.longest_work = max(self.longest_work, now - self._work_began)
+        self.ticks, self._work_began = self.ticks + 1, now
 
     @contextmanager
-    def _together(self) -> Iterator[None]:
+    def _collective(self) -> Iterator[None]:
+        """Count as waiting for the other ranks."""
         self._note_work()
         self.waiting = True
-        yield  # after an exception the rank goes on counting as waiting: what failed is another one's failure
+        yield  # after an exception `waiting` stays True: another rank has failed, not this one
         self.waiting = False
-        self.ticks, self._since = self.ticks + 1, time.monotonic()
+        self.ticks, self._work_began = self.ticks + 1, time.monotonic()
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -81,17 +82,14 @@ class Ranks(Alone):
         """Return rank 0's `value`, which has to be small and picklable, on every rank."""
         if self.world_size == 1:
             return value
-        coded = bytearray(pickle.dumps(value))
-        # Bytes as a tensor, because broadcast_object_list would leave the device to guesswork.
-        size = self._broadcast(torch.tensor([len(coded)]))
-        content = (
-            torch.frombuffer(coded, dtype=torch.uint8) if self.is_main else torch.empty(int(size), dtype=torch.uint8)
-        )
-        return pickle.loads(bytes(self._broadcast(content).tolist()))
+        # Bytes in a tensor of ours, because broadcast_object_list would have to guess the device.
+        coded = _to_bytes(value)
+        size = int(self._broadcast(torch.tensor([len(coded)])))
+        return _from_bytes(self._broadcast(coded if self.is_main else torch.empty(size, dtype=torch.uint8)))
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
         there = tensor.to(self.device)
-        with self._together():
+        with self._collective():
             dist.broadcast(there, src=0)
             return there.cpu()
 
@@ -99,37 +97,37 @@ class Ranks(Alone):
         """Return every rank's `value`, which has to be small and picklable, in the order of the ranks."""
         if self.world_size == 1:
             return [value]
-        coded = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        coded = _to_bytes(value)
         sizes = torch.zeros(self.world_size)
         sizes[self.rank] = len(coded)
         lengths = [int(size) for size in self.sum(sizes)]
-        # A row a rank, to which the others add zeros: a sum is all that this needs of a backend.
+        # Each rank fills a row of its own, and zeros elsewhere, so that the sum holds all rows. Every backend can sum.
         rows = torch.zeros(self.world_size, max(lengths))
         rows[self.rank, : len(coded)] = coded
         gathered = self.sum(rows).to(torch.uint8)
-        return [pickle.loads(bytes(row[:n].tolist())) for row, n in zip(gathered, lengths, strict=True)]
+        return [_from_bytes(row[:n]) for row, n in zip(gathered, lengths, strict=True)]
 
     def all(self, condition: bool) -> bool:
-        """Say on every rank whether `condition` holds on each."""
+        """Return whether `condition` holds on every rank."""
         return self.sum(torch.tensor(float(condition))).item() == self.world_size
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of `values`, of any shape, over the ranks, in float64 on the CPU."""
+        """Return the sum of `values`, of any shape, over the ranks: float64, on the CPU."""
         if self.world_size == 1:
             return values.double().cpu()
         total = values.to(self.device, torch.float64)
-        with self._together():
+        with self._collective():
             dist.all_reduce(total)
             return total.cpu()
 
     @torch.no_grad()
     def copy_from_main(self, model: nn.Module) -> None:
-        """Give every rank rank 0's weights and buffers."""
+        """Give every rank the weights and buffers of rank 0."""
         if self.world_size == 1:
             return
         for value in model.state_dict().values():
             there = value.contiguous()
-            with self._together():
+            with self._collective():
                 dist.broadcast(there, src=0)
             value.copy_(there)
 
@@ -137,19 +135,19 @@ class Ranks(Alone):
     def average_gradients(self, model: nn.Module, *, half_precision: bool = False, scale: float = 1.0) -> None:
         """Replace every gradient by its mean over the ranks: one flat buffer, one all-reduce.
 
-        Arguments:
-            model: a network whose gradients are there on every rank.
-            half_precision: send float16, half the bytes; then `scale` lifts the gradients above its smallest numbers.
-            scale: factor on the gradients while they travel, for instance the number of images behind their mean.
+        Args:
+            model: a network, the same on every rank, with the rank's own gradients.
+            half_precision: send float16, half the bytes; a large `scale` then keeps small gradients from becoming 0.
+            scale: factor on the gradients while they are sent, for instance the number of images in the mean.
         """
         if self.world_size == 1:
             return
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
-        # In each gradient's own memory order, channels-last or not, so that nothing is moved about to flatten it.
+        # Each gradient stays in its own memory order, channels-last or not, so that flattening only copies.
         flat = torch.cat([in_memory_order(gradient) for gradient in gradients])
-        # Divided before they are added: a sum could leave float16's range where the mean does not.
+        # Divide before adding: a sum can leave float16's range where the mean does not.
         buffer = flat.mul_(scale / self.world_size).to(torch.float16 if half_precision else flat.dtype)
-        with self._together():
+        with self._collective():
             dist.all_reduce(buffer)
         if scale != 1.0 or half_precision:
             buffer = buffer.to(flat.dtype).div_(scale)
@@ -159,12 +157,12 @@ class Ranks(Alone):
 
     @torch.no_grad()
     def average_buffer(self, flat: Tensor, *, half_precision: bool = False, scale: float = 1.0) -> None:
-        """Do the same for gradients that are views of `flat`, as `flat_gradients` lays them: nothing to gather first.
+        """Do the same for gradients that are all views of the buffer `flat` (numel,), which needs no copies.
 
-        Of one process too, if it has a backend: a step is recorded as it is, whatever the number of ranks.
+        A single process with a backend reduces too, so that a captured step is the same for any number of ranks.
         """
         buffer = flat.mul_(scale / self.world_size).to(torch.float16 if half_precision else flat.dtype)
-        with self._together():
+        with self._collective():
             dist.all_reduce(buffer)
         flat.copy_(buffer).div_(scale)
 
@@ -172,37 +170,58 @@ class Ranks(Alone):
     def average_statistics(self, model: nn.Module) -> None:
         """Replace the running means and variances of every batch norm by their mean over the ranks.
 
-        They are linear in what each rank has seen, so this gives what one process would have gathered.
+        They are linear in the batches that each rank has seen, so one process would have the same statistics.
         """
         if self.world_size == 1:
             return
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
         buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
         flat = torch.cat(buffers).div_(self.world_size)
-        with self._together():
+        with self._collective():
             dist.all_reduce(flat)
         for buffer, mean in zip(buffers, flat.split([len(b) for b in buffers]), strict=True):
             buffer.copy_(mean)
 
 
+def _to_bytes(value: object) -> Tensor:
+    """Return a pickled value as a uint8 tensor (n,)."""
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _from_bytes(coded: Tensor) -> Any:
+    return pickle.loads(bytes(coded.tolist()))
+
+
 def choose_backend(device: torch.device, backend: str | None = None) -> str:
-    """Return the backend for processes on `device`: the one asked for if it can be, else NCCL on GPUs, gloo on CPUs."""
+    """Return the backend for processes on `device`: `backend`, or by default NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        UserError: `backend` is unknown, or cannot be used here.
+    """
     if backend not in (None, "nccl", "gloo"):
         raise UserError(f"backend {backend!r} is not known; choose nccl (GPUs) or gloo")
     if backend == "nccl" and device.type != "cuda":
-        raise UserError("backend 'nccl' connects GPUs, and the device is the CPU; choose gloo, or leave it out")
+        raise UserError("backend 'nccl' connects GPUs, but the device is the CPU; choose gloo, or leave it out")
     if backend == "nccl" and not dist.is_nccl_available():
         raise UserError("this build of torch has no NCCL; choose --backend gloo")
     return backend or ("nccl" if device.type == "cuda" and dist.is_nccl_available() else "gloo")
 
 
 def set_threads(n_processes: int) -> None:
-    """Give this process its share of the cores that `n_processes` on this machine divide among themselves."""
+    """Give torch in this process its share of the machine's cores, which `n_processes` divide among themselves."""
     torch.set_num_threads(max(1, cores() // n_processes))
 
 
 def rank_device(device: str | None, local_rank: int) -> torch.device:
-    """Return the device of one rank of a machine: its own GPU, or the CPU where `device` says so or there is no GPU."""
+    """Return the device of a rank: its own GPU, or the CPU if `device` is `cpu` or there is no GPU.
+
+    Args:
+        device: `cpu`, `cuda`, or None for GPUs if there are any.
+        local_rank: the rank among those on this machine, which is the number of its GPU.
+
+    Raises:
+        UserError: `device` is a single device, or this machine has fewer GPUs than ranks.
+    """
     if device == "cpu" or (device is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if device not in (None, "cuda"):

@@ -1,4 +1,4 @@
-"""Joining processes that torchrun or Slurm has started."""
+"""Joins processes that torchrun or Slurm has started."""
 
 from __future__ import annotations
 
@@ -15,30 +15,42 @@ from cifar_fast.errors import UserError
 from cifar_fast.hardware.cuda_graph import release_captures
 
 TORCHRUN_PATIENCE = timedelta(minutes=5)
-"""The same under torchrun, which sees a rank that died, but not one that hangs."""
+"""How long a collective waits for a missing rank; torchrun notices a rank that died, but not one that hangs."""
 
 
 def under_torchrun() -> bool:
-    """Say whether a launcher such as torchrun has started this process as one rank of several."""
+    """Return whether a launcher such as torchrun has started this process as one of several ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def torchrun_world_size(asked_for: int | None = None) -> int:
-    """Return how many processes the launcher has started; `UserError` when another number is asked for."""
+    """Return how many processes the launcher has started.
+
+    Raises:
+        UserError: WORLD_SIZE is not a positive number, or `asked_for` is another number.
+    """
     started = int(os.environ["WORLD_SIZE"]) if os.environ["WORLD_SIZE"].isdigit() else 0
     if started < 1:
         raise UserError(f"WORLD_SIZE={os.environ['WORLD_SIZE']!r} must be the number of processes")
     if asked_for not in (None, started):
         raise UserError(
-            f"world_size={asked_for}, and the launcher has started {started} processes (WORLD_SIZE): leave it out"
+            f"world_size={asked_for}, but the launcher has started {started} processes (WORLD_SIZE): leave it out"
         )
     return started
 
 
 def join_torchrun(device: str | None, backend: str | None) -> Ranks:
-    """Join the ranks that torchrun (or Slurm, with the same variables set) has started, at the address that they give.
+    """Join the ranks that torchrun, or Slurm with the same environment variables, has started.
 
-    Raises `UserError` when a variable is missing or not a number, or this rank's GPU is not there.
+    Args:
+        device: `cpu`, `cuda`, or None for GPUs if there are any.
+        backend: `nccl`, `gloo`, or None for the one that fits the device.
+
+    Returns:
+        This rank, after it has met the others. A second call keeps their process group.
+
+    Raises:
+        UserError: a variable is missing or not a number, this rank has no GPU, or the ranks cannot meet.
     """
     try:
         rank, world_size = int(os.environ["RANK"]), torchrun_world_size()
@@ -48,13 +60,13 @@ def join_torchrun(device: str | None, backend: str | None) -> Ranks:
         raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}") from error
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(
-            f"RANK={rank} and WORLD_SIZE={world_size} are set and {' and '.join(missing)} not: start with torchrun, "
+            f"RANK={rank} and WORLD_SIZE={world_size} are set, but {' and '.join(missing)} not: start with torchrun, "
             "set all four, or unset RANK and WORLD_SIZE to train without other machines"
         )
     on = rank_device(device, local_rank)
     set_threads(local_world_size)
     chosen = choose_backend(on, backend)
-    if not dist.is_initialized():  # a second training in the same processes keeps their group
+    if not dist.is_initialized():
         try:
             dist.init_process_group(chosen, rank=rank, world_size=world_size, timeout=TORCHRUN_PATIENCE)
             atexit.register(_leave)
@@ -65,17 +77,17 @@ def join_torchrun(device: str | None, backend: str | None) -> Ranks:
 
 
 def joined_torchrun() -> bool:
-    """Say whether this process is one of a launcher's ranks and has met the others."""
+    """Return whether a launcher started this process and it has met the other ranks."""
     return under_torchrun() and dist.is_initialized()
 
 
 def end_rank(status: int) -> NoReturn:
-    """End a rank of torchrun's, all work done, with `status`, and without taking the interpreter down.
+    """Exit from a rank that torchrun started, with `status`, without shutting the interpreter down.
 
-    Once torch.optim has been imported, torch 2.15's group outlives destroy_process_group; seldom, its threads then
-    abort the process while the interpreter ends, and torchrun calls the whole training failed.
+    Once torch.optim is imported, torch 2.15's process group outlives destroy_process_group. Its threads sometimes abort
+    the process while the interpreter shuts down, and torchrun then reports that training failed.
     """
-    if status == 0:  # one that fails alone might wait there for the others, and torchrun would not see it end
+    if status == 0:  # a rank that fails alone could wait there for the others, and torchrun would not see it end
         _leave()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""A recipe with and without a trick: each arm is trained with the same seeds, in turns, and compared pair by pair."""
+"""Trains a recipe with and without a trick, with the same seeds, and compares the runs seed by seed."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from cifar_fast.training.evaluate import Evaluation, evaluate
 from cifar_fast.training.result import EpochResult, RunResult
 
 AS_IT_IS = "as it is"
-"""The first arm's name."""
+"""The name of the first arm, the unchanged recipe; saved results have it too."""
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """Finished runs by the name of their arm; the first arm is what the others are compared with."""
+    """Finished runs by the name of their arm; the others are compared with the first."""
 
     arms: dict[str, list[dict[str, Any]]]
-    """Each run as `RunResult.to_dict()` gives it; clocks are None where other work shared the machine."""
+    """Each run as `RunResult.to_dict()` gives it; its clocks are None if other work shared the machine."""
 
     def differences(self, arm: str, field: str = "accuracy") -> list[float]:
-        """Return by how much each run of `arm` exceeds the first arm's run of the same seed.
+        """Return each run of `arm` minus the first arm's run with the same seed.
 
-        `field`: `accuracy` (0 ... 1), `loss`, or a clock, in seconds. Raises `UserError` when no seed is in both.
+        `field`: `accuracy` (0 ... 1), `loss`, or a clock, in seconds. Raises `UserError` when they share no seed.
         """
         first = {run["seed"]: run[field] for run in next(iter(self.arms.values()))}
         differences = [run[field] - first[run["seed"]] for run in self.arms[arm] if run["seed"] in first]
@@ -43,16 +43,16 @@ class Ablation:
         return differences
 
     def difference(self, arm: str, field: str = "accuracy") -> tuple[float, tuple[float, float] | None]:
-        """Return the mean of `differences`, and its 95 % interval from n = 2 on."""
+        """Return the mean of `differences` and its 95 % interval, or None for a single difference."""
         differences = self.differences(arm, field)
         return fmean(differences), mean_interval(differences)
 
     def verdict(self, arm: str) -> str:
-        """Return whether the interval of the accuracy's difference leaves out zero, in words; from 3 seeds on."""
+        """Return in words whether the interval of the difference in accuracy excludes zero; it takes 3 seeds."""
         return _verdict(self.differences(arm))
 
     def table(self) -> str:
-        """Return a line an arm: accuracy and time with their spread, and the difference from the first arm."""
+        """Return a line for each arm: accuracy and time with 95 % intervals, and the difference from the first."""
         rows = [("arm", "n", "accuracy", "train_seconds", "accuracy against the first arm, paired by seed")]
         for number, (name, runs) in enumerate(self.arms.items()):
             accuracies = [100 * run["accuracy"] for run in runs]
@@ -63,7 +63,7 @@ class Ablation:
                     str(len(runs)),
                     _spread(accuracies, "%"),
                     _spread(seconds, "s") if len(seconds) == len(runs) else "not timed",
-                    self._against_first(name) if number else "",
+                    points(self.differences(name)) if number else "",
                 )
             )
         first = next(iter(self.arms.values()))[0]
@@ -75,22 +75,19 @@ class Ablation:
             f"hardware: {hardware(first['environment'])}; torch {first['environment']['torch']}"
         )
 
-    def _against_first(self, name: str) -> str:
-        return points(self.differences(name))
-
 
 def _verdict(differences: Sequence[float]) -> str:
     interval = mean_interval(differences)
     if interval is None:
         return "one seed: no interval"
     if len(differences) == 2:
-        return "two seeds: too few to tell"  # two that agree by chance have an interval of no width
+        return "two seeds: too few to tell"  # if the two agree by chance, their interval has no width
     low, high = interval
     return "more accurate" if low > 0 else "less accurate" if high < 0 else "no clear difference"
 
 
 def points(differences: Sequence[float]) -> str:
-    """Return the mean of differences in accuracy, and its interval, in percentage points."""
+    """Return in words the mean of differences in accuracy (0 ... 1), its interval in percentage points, the verdict."""
     interval = mean_interval(differences)
     between = f" ({100 * interval[0]:+.2f} to {100 * interval[1]:+.2f})" if interval else ""
     return f"{100 * fmean(differences):+.2f}{between} points: {_verdict(differences)}"
@@ -114,24 +111,25 @@ def ablation(
     on_epoch: Callable[[str, int, EpochResult], None] | None = None,
     on_run: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> Ablation:
-    """Train `recipe` and, for each arm, the recipe with that arm's fields changed, with the same seeds, in turns.
+    """Train `recipe`, and for each arm the recipe with that arm's fields changed, with the same seeds.
 
     Args:
         recipe: the first arm, named `AS_IT_IS`.
-        data: what all train on.
-        arms: by name, the fields that differ: `{"no smoothing": {"label_smoothing": 0.0}}`.
-        seeds: one run of each arm for each.
-        world_size: processes, as in `parallel.launch`.
-        device: as in `train`.
-        progress: whether to show a bar.
-        on_epoch: called with the arm, the seed and each epoch's result, as it ends.
-        on_run: called with the arm and each finished run, as it ends.
+        data: the training and test images.
+        arms: the fields that each arm changes: `{"no smoothing": {"label_smoothing": 0.0}}`.
+        seeds: each arm is trained once with each of them.
+        world_size: number of processes, as for `launch`.
+        device: as for `train`.
+        progress: whether to show a progress bar.
+        on_epoch: called with the arm, the seed and the result of each epoch.
+        on_run: called with the arm and each finished run.
 
     Returns:
-        The runs. Arms take turns, so that a machine which slows down slows all of them.
+        The runs. The arms take turns, so that a machine that slows down slows all of them.
 
     Raises:
-        UserError: there is no arm or no seed, or an arm changes nothing; `RecipeError` for a recipe that cannot be.
+        UserError: there is no arm or no seed, or an arm changes nothing.
+        RecipeError: an arm names an unknown field, or a value that is not allowed.
     """
     seeds = list(seeds)
     if not arms or not seeds:
@@ -140,7 +138,7 @@ def ablation(
     for name, changes in arms.items():
         recipes[name] = Recipe.from_dict(recipe.to_dict() | dict(changes))
         if not changed_fields(recipe, recipes[name]):
-            raise UserError(f"the arm {name!r} changes nothing: {dict(changes)} is what the recipe has already")
+            raise UserError(f"the arm {name!r} changes nothing: the recipe already has {dict(changes)}")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
     with (
         Trainer(data, world_size=world_size, device=device) as trainer,
@@ -163,12 +161,14 @@ def ablation(
 
 
 def tta_ablation(results: Sequence[RunResult], data: Dataset, *, progress: bool = True) -> Ablation:
-    """Evaluate the networks of `results` in each way that test-time augmentation knows; nothing is trained again.
+    """Evaluate the networks of `results` with each kind of test-time augmentation; nothing is trained.
 
-    The first arm is `tta=none`. Each run is its training's, with accuracy, loss and `evaluate_seconds` of that way.
+    The first arm is `tta=none`. Each run keeps the clocks of its training; its accuracy, loss and `evaluate_seconds`
+    are those of the arm.
     """
     arms: dict[str, list[dict[str, Any]]] = {f"tta={tta}": [] for tta in choices("tta")}
-    with tqdm(total=len(results) * len(arms), desc=f"TTA on {data.name}", unit="way", disable=not progress) as bar:
+    n_runs = len(results) * len(arms)
+    with tqdm(total=n_runs, desc=f"TTA on {data.name}", unit="evaluation", disable=not progress) as bar:
         for result in results:
             for tta in choices("tta"):
                 clock = Clock(next(result.model.parameters()).device)
@@ -181,6 +181,6 @@ def tta_ablation(results: Sequence[RunResult], data: Dataset, *, progress: bool 
 
 
 def evaluate_as_trained(result: RunResult, data: Dataset, tta: str) -> Evaluation:
-    """Evaluate the network of `result` by `tta`, in the precision in which its training did."""
+    """Evaluate the network of `result` with `tta`, in the precision of its training run."""
     dtype = getattr(torch, result.environment["precision"])
     return evaluate(result.model, data.test_images, data.test_labels, tta=tta, dtype=dtype)

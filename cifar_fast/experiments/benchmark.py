@@ -1,7 +1,7 @@
-"""The same training many times: a finished run is one line of `results.jsonl`, and all else is drawn from that file.
+"""Trains one recipe many times: each finished run is a line of `results.jsonl`, and every other file follows from it.
 
-A benchmark folder holds `results.jsonl`; `run_log.txt` and `summary.json`, drawn anew from it after each run; and of
-the first run `timing_log.tsv`, `weights.safetensors` and `result.json`, so that `load_run` reads it there.
+A benchmark folder holds `results.jsonl`; `run_log.txt` and `summary.json`, rewritten after each run; and from the
+first run `timing_log.tsv`, `weights.safetensors` and `result.json`, so that `load_run` can read that run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,15 @@ RESULTS = "results.jsonl"
 FIRST_RUN = ("timing_log.tsv", "weights.safetensors", "result.json")
 """Files of the first run that are kept, in the order in which they are moved into place."""
 SCRATCH = ".first-run-"
+LEFTOVERS = (f"{SCRATCH}*", "run_log.txt.*.part", "summary.json.*.part")
+"""What a killed call may leave in a folder."""
 HARDWARE = ("device", "gpu", "cpu", "world_size", "backend", "torch")
 """Fields of a run's environment that all runs of a folder share."""
-LINE = ("run", "seed", "target", "version", "accuracy", "loss", "train_seconds", "evaluate_seconds", "total_seconds")
+FIELDS = (
+    "run", "seed", "target", "version", "recipe", "dataset", "environment", "epochs", "accuracy", "loss",
+    "train_seconds", "evaluate_seconds", "total_seconds",
+)  # fmt: skip
+"""What every line of a results file must have."""
 LINE_START = b'{"run": '
 
 
@@ -53,7 +59,7 @@ class Benchmark:
     """Accuracy that counts as reached, 0 ... 1."""
 
     def summary(self) -> dict[str, Any]:
-        """Return n, the share at the target with its interval, and the spread of accuracy and clocks."""
+        """Return n, the share of runs at the target with its interval, and the spread of accuracy and clocks."""
         return summarise(self.runs, self.target)
 
 
@@ -73,25 +79,33 @@ def benchmark(
     timeout: float = 10.0,
     on_run: Callable[[dict[str, Any]], None] | None = None,
 ) -> Benchmark:
-    """Train `recipe` on `data` `runs` times, run n (from 0) with seed `first_seed` + n, and file each run in `out`.
+    """Train `recipe` on `data` several times and save each run in the folder `out` as it ends.
 
-    Processes, data and compiled code are kept over the runs, and a warm-up precedes the first clock; so `total_seconds`
-    counts from the start of the run. A folder that holds runs of the same benchmark is gone on with. `until_confident`
-    stops as soon as the 95 % interval of the mean accuracy leaves out `target` (0 ... 1); `runs` is then the most there
-    will be. `on_run` is called with each finished run's line; without it `progress` prints one. `world_size`, `device`,
-    `backend` and `timeout` are those of `parallel.launch`.
+    An interrupted benchmark is resumed by the same call: runs that are in the folder already count. Processes, data and
+    compiled code serve all runs, and a warm-up comes before the first clock, so `total_seconds` counts from the start
+    of each run.
 
-    Raises `RunError` when `out` holds runs of another recipe, data set, hardware or first seed, belongs to a benchmark
-    that is running, or cannot be written; else what `Trainer` raises, with the finished runs kept in `out`.
+    Args:
+        recipe: what is trained.
+        data: the training and test images.
+        runs: the number of runs; run n (from 0) has the seed `first_seed` + n.
+        world_size: as for `launch`, like `device`, `backend` and `timeout`.
+        device: `cpu`, `cuda`, ... or None for the best there is.
+        backend: what the processes talk over.
+        out: the benchmark folder.
+        target: the accuracy that counts as reached, 0 ... 1.
+        until_confident: stop as soon as the 95 % interval of the mean accuracy excludes `target`; at most `runs` runs.
+        first_seed: the seed of run 0.
+        progress: whether to show progress, and to print a line for each run unless there is an `on_run`.
+        timeout: seconds within which a process that died or hangs ends all of them.
+        on_run: called with the line of each finished run.
+
+    Raises:
+        UserError: an argument is out of range, or `Trainer` cannot start; `RecipeError` for a recipe that does not fit.
+        RunError: `out` holds runs of another recipe, data set, hardware or first seed, belongs to a benchmark that is
+            still running, or cannot be written. Finished runs stay in it, here and when a run fails.
     """
-    if runs < 1:
-        raise UserError(f"runs={runs} must be at least 1")
-    if first_seed < 0:
-        raise UserError(f"first_seed={first_seed} must be at least 0")
-    if not 0 < target <= 1:
-        advice = f"; for {target:g} % give {target / 100:g}" if 1 < target <= 100 else ""
-        raise UserError(f"target={target:g} must be a share above 0 and at most 1{advice}")
-
+    _check_arguments(runs, first_seed, target)
     world_size = choose_world_size(world_size, device, recipe)
     check_fit(recipe, world_size, data)
     with ExitStack() as stack:
@@ -101,40 +115,53 @@ def benchmark(
         machine = environment(select_device(device)) | {"world_size": world_size}
         expected = {"recipe": recipe.to_dict(), "dataset": data.describe(), "environment": machine}
         folder = BenchmarkFolder(Path(out), target)
+        lines = _on_main(trainer, lambda: stack.enter_context(folder).read(expected, first_seed))
 
-        def open_folder() -> list[dict[str, Any]]:
-            stack.enter_context(folder)
-            return folder.read(expected, first_seed)
-
-        lines = _on_main(trainer, open_folder)
-
-        def wanted() -> bool:
-            confident = until_confident and excludes([line["accuracy"] for line in lines], target)
-            return len(lines) < runs and not confident
+        def finished() -> bool:
+            accuracies = [line["accuracy"] for line in lines]
+            return len(lines) >= runs or (until_confident and excludes(accuracies, target))
 
         if lines and trainer.is_main:
-            goes_on = f"going on with run {len(lines)}" if wanted() else "nothing is left to do"
-            _note(f"{out} holds {len(lines)} of {runs} runs: {goes_on}")
-        if wanted():
+            next_step = "nothing is left to do" if finished() else f"resuming with run {len(lines)}"
+            _note(f"{out} holds {len(lines)} of {runs} runs: {next_step}")
+        if not finished():
             trainer.warm_up(recipe)
-        while wanted():
-            number = len(lines)
-            run_folder = _on_main(trainer, folder.scratch) / "run" if number == 0 else None
-            result = trainer.train(recipe, seed=first_seed + number, out=run_folder, progress=progress)
-            lines.append(_on_main(trainer, folder.add, number, result, run_folder))
+        while not finished():
+            line = _train_once(trainer, folder, recipe, number=len(lines), first_seed=first_seed, progress=progress)
+            lines.append(line)
             if on_run:
-                on_run(lines[-1])
+                on_run(line)
             elif progress and trainer.is_main:
-                tqdm.write(run_line(lines[-1], runs))
-        # Drawn again although nothing may be left to do: the target may be another, or the last start was killed here.
-        _on_main(trainer, folder.redraw)
+                tqdm.write(run_line(line, runs))
+        # Also when no run was missing: the target may be a new one, or the last call was killed just before this.
+        _on_main(trainer, folder.rewrite_summaries)
     return Benchmark(recipe, lines, target)
 
 
-def load_benchmark(folder: Path | str, target: float | None = None) -> Benchmark:
-    """Read the finished runs in a benchmark folder, also while it grows; `RunError` when there are none to be read.
+def _check_arguments(runs: int, first_seed: int, target: float) -> None:
+    if runs < 1:
+        raise UserError(f"runs={runs} must be at least 1")
+    if first_seed < 0:
+        raise UserError(f"first_seed={first_seed} must be at least 0")
+    if not 0 < target <= 1:
+        advice = f"; for {target:g} % give {target / 100:g}" if 1 < target <= 100 else ""
+        raise UserError(f"target={target:g} must be a share above 0 and at most 1{advice}")
 
-    `target` (0 ... 1) is that of the last run when it is not given.
+
+def _train_once(
+    trainer: Trainer, folder: BenchmarkFolder, recipe: Recipe, *, number: int, first_seed: int, progress: bool
+) -> dict[str, Any]:
+    """Train run `number`, save it, and return its line on every rank."""
+    run_folder = _on_main(trainer, folder.scratch) / "run" if number == 0 else None
+    result = trainer.train(recipe, seed=first_seed + number, out=run_folder, progress=progress)
+    return _on_main(trainer, lambda: folder.add(number, result, run_folder))
+
+
+def load_benchmark(folder: Path | str, target: float | None = None) -> Benchmark:
+    """Read the finished runs in a benchmark folder, also while it grows.
+
+    `target` (0 ... 1) is by default that of the last run. Raises `RunError` when there is no finished run, or when a
+    line cannot be read or belongs to another benchmark.
     """
     lines, _, _ = _read_lines(Path(folder) / RESULTS)
     if not lines:
@@ -150,12 +177,12 @@ def run_line(line: Mapping[str, Any], runs: int) -> str:
     return f"{what}  {line['train_seconds']:8.2f} s  test accuracy {percent(line['accuracy'])}"
 
 
-def _on_main(trainer: Trainer, do: Callable[..., Any], *args: Any) -> Any:
-    """Return on every rank what `do(*args)` returns on rank 0, which alone calls it; raise its `UserError` on all."""
+def _on_main(trainer: Trainer, do: Callable[[], Any]) -> Any:
+    """Return on every rank what `do()` returns on rank 0, the only one that calls it; raise its `UserError` on all."""
     value, mistake = None, None
     if trainer.is_main:
         try:
-            value = do(*args)
+            value = do()
         except UserError as error:
             mistake = error
     value, mistake = trainer.agree((value, mistake))
@@ -165,20 +192,20 @@ def _on_main(trainer: Trainer, do: Callable[..., Any], *args: Any) -> Any:
 
 
 class BenchmarkFolder:
-    """The folder of one benchmark, which this process alone may write to while it is open.
+    """The folder of one benchmark; while it is open, no other process can write to it.
 
-    It may be killed at any moment: the files of the first run are moved into place before its line is written, a line
-    that is cut off is not valid JSON and does not count, and what is drawn from the lines is replaced as a whole.
+    It survives `kill -9` at any moment: the files of the first run are moved into place before its line is written, a
+    line that was cut off is not valid JSON and does not count, and the other files are replaced whole.
     """
 
     def __init__(self, path: Path, target: float) -> None:
-        """Name the folder; nothing is touched before it is opened."""
+        """Name the folder; nothing on disk is touched before it is opened."""
         self.path = path
         self.target = target
         self.lines: list[dict[str, Any]] = []
 
     def __enter__(self) -> BenchmarkFolder:
-        """Make the folder and lock it; the system lets go of the lock however this process ends."""
+        """Make the folder and lock it; the system releases the lock however this process ends."""
         lock = self.path / ".lock"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -186,25 +213,28 @@ class BenchmarkFolder:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise RunError(
-                f"another benchmark is at work in {self.path} ({lock} is locked); wait for it, or choose another --out"
+                f"another benchmark is running in {self.path} ({lock} is locked); wait for it, or choose another --out"
             ) from error
         except (OSError, NotImplementedError) as error:
             raise _cannot_write(self.path, error) from error
-        self._remove_scratch()
+        self._remove_leftovers()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Unlock the folder."""
-        self._remove_scratch()
+        self._remove_leftovers()
         self._lock.release()
 
-    def _remove_scratch(self) -> None:
-        # Left by a start that was killed; a worker of it may be writing there still, so failing is no mistake.
-        for left in self.path.glob(f"{SCRATCH}*"):
-            shutil.rmtree(left, ignore_errors=True)
+    def _remove_leftovers(self) -> None:
+        # A process of a killed call may still be writing to its scratch folder, so a failure here is no mistake.
+        for left in [path for pattern in LEFTOVERS for path in self.path.glob(pattern)]:
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
     def read(self, expected: Mapping[str, Any], first_seed: int) -> list[dict[str, Any]]:
-        """Return the finished runs, all of the kind that is expected, and cut off a line that was not finished."""
+        """Return the finished runs and cut off an unfinished line; `RunError` unless all are of the expected kind."""
         path = self.path / RESULTS
         if (self.path / "recipe.json").exists():
             raise RunError(
@@ -214,37 +244,31 @@ class BenchmarkFolder:
         for line in self.lines:
             _require_same_kind(self.path, line, expected)
             if line["seed"] != first_seed + line["run"]:
-                found = line["seed"] - line["run"]
-                raise _mixed(self.path, "the first seed", found, first_seed)
+                raise _mixed(self.path, "the first seed", line["seed"] - line["run"], first_seed)
         if rest:
             if not rest.startswith(LINE_START[: len(rest)]):
                 raise RunError(
-                    f"the end of {path} is not of a benchmark: {rest[:40]!r}; remove it or choose another --out"
+                    f"no benchmark wrote the end of {path}: {rest[:40]!r}; remove it or choose another --out"
                 )
             try:
                 os.truncate(path, size)
             except OSError as error:
                 raise _cannot_write(self.path, error) from error
-            _note(f"dropped the half-written last line of {path} ({len(rest)} bytes): that run is trained again")
+            _note(f"dropped the half-written last line of {path} ({len(rest)} bytes): that run will be repeated")
         return list(self.lines)
 
     def scratch(self) -> Path:
-        """Return a new folder, which is removed when this one is closed."""
+        """Return a new temporary folder inside this one; closing this one removes it."""
         try:
-            # A name of its own: workers of a start that was killed may still write for a second or two.
+            # A new name each time: processes of a killed call may go on writing for a second or two.
             return Path(tempfile.mkdtemp(prefix=SCRATCH, dir=self.path))
         except OSError as error:
             raise _cannot_write(self.path, error) from error
 
     def add(self, number: int, result: RunResult, run_folder: Path | None) -> dict[str, Any]:
-        """File a finished run, with its run folder if it is the first, and return its line."""
-        line = {
-            "run": number,
-            "seed": result.seed,
-            "target": self.target,
-            "version": __version__,
-            **result.to_dict(),
-        }
+        """Save a finished run, with the files in its run folder if it is the first, and return its line."""
+        about = {"run": number, "seed": result.seed, "target": self.target, "version": __version__}
+        line = about | result.to_dict()
         if self.lines:
             _require_same_kind(self.path, self.lines[0], line)
         try:
@@ -255,11 +279,11 @@ class BenchmarkFolder:
         except OSError as error:
             raise _cannot_write(self.path, error) from error
         self.lines.append(line)
-        self.redraw()
+        self.rewrite_summaries()
         return line
 
-    def redraw(self) -> None:
-        """Write `run_log.txt` and `summary.json` anew, each whole or not at all."""
+    def rewrite_summaries(self) -> None:
+        """Write `run_log.txt` and `summary.json` from the lines, each whole or not at all."""
         try:
             write_text(self.path / "run_log.txt", run_log(self.lines, self.target))
             write_json(self.path / "summary.json", summarise(self.lines, self.target))
@@ -268,7 +292,7 @@ class BenchmarkFolder:
 
 
 def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int, bytes]:
-    """Return the whole lines of a results file, the bytes they take, and what follows them."""
+    """Return the whole lines of a results file, how many bytes they take, and the bytes after them."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -278,29 +302,29 @@ def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int, bytes]:
     size = content.rfind(b"\n") + 1
     with suppress(ValueError):
         json.loads(content[size:])
-        size = len(content)  # a whole line, of which an editor took the newline
+        size = len(content)  # a whole line whose newline an editor has removed
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(content[:size].splitlines(), start=1):
         try:
             line = json.loads(text)
-            missing = [key for key in (*LINE, "recipe", "dataset", "environment", "epochs") if key not in line]
+            missing = [field for field in FIELDS if field not in line]
         except (ValueError, TypeError) as error:
-            raise RunError(f"line {number} of {path} cannot be read: {error}; mend or remove the line") from error
+            raise RunError(f"line {number} of {path} cannot be read: {error}; repair or remove the line") from error
         if missing:
             raise RunError(
-                f"line {number} of {path} is no run of a benchmark: it lacks {missing[0]}; choose another --out"
+                f"line {number} of {path} is not a run of a benchmark: it lacks {missing[0]}; choose another --out"
             )
         if line["run"] != len(lines):
             raise RunError(
-                f"line {number} of {path} is run {line['run']}, not run {len(lines)}: lines are missing or twice"
+                f"line {number} of {path} is run {line['run']}, not run {len(lines)}: a line is missing or repeated"
             )
         lines.append(line)
     return lines, size, content[size:]
 
 
 def _append_line(path: Path, text: str) -> None:
-    """Append a line in a single write and bring it to disk; on failure leave the file as it was."""
-    binary = getattr(os, "O_BINARY", 0)  # Windows has it, and would else write two bytes for the newline
+    """Append a line in a single write and flush it to disk; on failure leave the file as it was."""
+    binary = getattr(os, "O_BINARY", 0)  # without it Windows would write two bytes for the newline
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | binary, 0o644)
     try:
         size = os.fstat(descriptor).st_size
@@ -319,34 +343,35 @@ def _append_line(path: Path, text: str) -> None:
 
 
 def _require_same_kind(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise `RunError` when two lines differ in recipe, data set or hardware, as far as both know them."""
+    """Raise `RunError` when two lines differ in recipe, data set or hardware; fields that one lacks do not count."""
     before, now = _recipe(there), _recipe(here)
     for name, (old, new) in changed_fields(before, now).items():
         raise _mixed(folder, f"the recipe's {name}", old, new)
     if before.name != now.name:
         raise _mixed(folder, "the recipe's name", before.name, now.name)
     if there["dataset"]["fingerprint"] != here["dataset"]["fingerprint"]:
-        old, new = (
-            f"{data['name']} (fingerprint {data['fingerprint']})" for data in (there["dataset"], here["dataset"])
-        )
-        raise _mixed(folder, "the data set", old, new)
+        raise _mixed(folder, "the data set", _with_fingerprint(there["dataset"]), _with_fingerprint(here["dataset"]))
     for name in HARDWARE:
-        old, new = there["environment"].get(name), here["environment"].get(name)
-        if name in here["environment"] and name in there["environment"] and old != new:
-            raise _mixed(folder, name, old, new)
+        known = name in there["environment"] and name in here["environment"]
+        if known and there["environment"][name] != here["environment"][name]:
+            raise _mixed(folder, name, there["environment"][name], here["environment"][name])
+
+
+def _with_fingerprint(dataset: Mapping[str, Any]) -> str:
+    return f"{dataset['name']} (fingerprint {dataset['fingerprint']})"
 
 
 def _recipe(line: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.from_dict(line["recipe"])
     except RecipeError as error:
-        raise RunError(f"these results are of another version of the package: {error}; choose another --out") from error
+        raise RunError(f"another version of the package wrote these results: {error}; choose another --out") from error
 
 
 def _mixed(folder: Path, what: str, there: object, here: object) -> RunError:
     return RunError(
         f"{folder} holds runs of another benchmark: {what} is {there} there and {here} now; "
-        "choose another --out, or run as before"
+        "choose another --out, or start it as before"
     )
 
 

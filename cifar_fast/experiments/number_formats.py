@@ -1,4 +1,4 @@
-"""What number formats and memory layouts are worth on a device, and what a short format leaves of gradients."""
+"""How fast a device computes in each number format and memory layout, and what a short format does to gradients."""
 
 from __future__ import annotations
 
@@ -8,38 +8,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.experiments.step_costs import steady_step, with_batch_size
+from cifar_fast.hardware.numerics import DTYPES, Numerics
 from cifar_fast.kernels import amx, winograd
 from cifar_fast.recipe import Recipe
-from cifar_fast.training.batches import pixel_statistics
 from cifar_fast.training.layers import Conv3x3
-from cifar_fast.training.model import Network, build_model, whiten_first_layer
+from cifar_fast.training.model import Network
+from cifar_fast.training.setup import Execution, set_up
 from cifar_fast.training.step import forward_backward
 
 
-def training_step(
-    recipe: Recipe,
-    model: Network,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    channels_last: bool,
-) -> Callable[[], None]:
-    """Return a function that computes `forward_backward` of one batch in `dtype`, always the same, on `device`.
+def training_step(recipe: Recipe, data: Dataset, numerics: Numerics, *, device: torch.device) -> Callable[[], None]:
+    """Return a function that takes one eager training step, always on the first batch of `data`, on `device`.
 
-    `images`: uint8 (N, 3, H, W); `labels`: int64 (N,). The copies on the device are made here, outside of any clock.
+    Set-up happens here, outside of any clock.
     """
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = model.to(device, torch.float32).to(memory_format=layout)
-    batch = model.normalise(images.to(device)).contiguous(memory_format=layout)
-    labels = labels.to(device)
+    setup = set_up(recipe, data, Execution(numerics), device=device)
+    step = steady_step(setup)
+    images, labels = next(setup.batches.epoch(0))
 
-    def step() -> None:
-        forward_backward(model, batch, labels, recipe, dtype)
-        model.zero_grad()
+    def step_again() -> None:
+        step(images, labels)
 
-    return step
+    return step_again
 
 
 def step_ways(
@@ -47,10 +39,12 @@ def step_ways(
 ) -> dict[str, Callable[[], None]]:
     """Return, by name, training steps of one network on one batch that differ in format, layout and algorithm.
 
-    The first is float32 with the channels outermost, which PyTorch does unless told otherwise. `images`: uint8
-    (N, 3, H, W); `labels`: int64 (N,). `float16`: whether to have it too; CPUs can be very slow at it.
+    The first is float32 with the channels outermost, which is PyTorch's default. `images`: uint8 (N, 3, H, W);
+    `labels`: int64 (N,). `float16`: whether to include it; CPUs can be very slow at it.
     """
-    recipe = replace(recipe, micro_batch_size=0)
+    recipe = replace(with_batch_size(recipe, len(labels)), micro_batch_size=0, resolutions=())
+    classes = tuple(map(str, range(int(labels.max()) + 1)))
+    data = Dataset("one batch", classes, images, labels, images[:0], labels[:0], "the caller", "")
     ways = [("float32", False, "direct"), ("float32", True, "direct")]
     if device.type == "cpu" and winograd.available()[0]:
         ways.append(("float32", True, "winograd"))
@@ -60,19 +54,11 @@ def step_ways(
     if float16:
         ways.append(("float16", True, "direct"))
     steps = {}
-    for name, channels_last, convolution in ways:
-        model = build_model(recipe, int(labels.max()) + 1, *pixel_statistics(images), convolution=convolution)
-        whiten_first_layer(model, recipe, images)
-        named = {"direct": "", "winograd": ", Winograd", "amx": ", AMX"}[convolution]
-        title = f"{name}, channels {'last' if channels_last else 'first'}{named}"
-        steps[title] = training_step(
-            recipe,
-            model,
-            images,
-            labels,
-            device=device,
-            dtype=getattr(torch, name),
-            channels_last=channels_last,
+    for precision, channels_last, convolution in ways:
+        algorithm = {"direct": "", "winograd": ", Winograd", "amx": ", AMX"}[convolution]
+        numerics = Numerics(DTYPES[precision], convolution, "one of several that are compared")
+        steps[f"{precision}, channels {'last' if channels_last else 'first'}{algorithm}"] = training_step(
+            replace(recipe, channels_last=channels_last), data, numerics, device=device
         )
     return steps
 
@@ -87,7 +73,7 @@ def output_gradients(
         images: normalised (N, 3, H, W), on the same device.
         labels: int64 (N,).
         recipe: label smoothing and norm groups.
-        most: gradients kept of each layer, evenly taken of all that are not exactly 0.
+        most: gradients to keep of each layer, spread evenly over those that are not exactly 0.
 
     Returns:
         By the layer's name, in the order of the network: float32 (n,), on the CPU.
@@ -107,7 +93,7 @@ def output_gradients(
     handles = [module.register_forward_hook(watch(name)) for name, module in layers.items()]
     before, training = {name: value.clone() for name, value in model.named_buffers()}, model.training
     try:
-        # A short format would round on the way; what it would round is wanted.
+        # In float32, since a short format would round the very gradients that are to be studied.
         forward_backward(model.train(), images, labels, replace(recipe, micro_batch_size=0), torch.float32)
     finally:
         for handle in handles:
@@ -132,8 +118,8 @@ def lost(gradients: Tensor, loss_scale: float = 1.0, dtype: torch.dtype = torch.
 def rounding_error(gradients: Tensor, loss_scale: float = 1.0, dtype: torch.dtype = torch.float16) -> float:
     """Return how far rounding to `dtype` moves `gradients`, relative to their length.
 
-    The loss is multiplied by `loss_scale` before, and the gradients are divided by it after the rounding.
+    The loss is multiplied by `loss_scale` first, and the gradients are divided by it after rounding.
     """
-    wanted = gradients.double()
-    rounded = (wanted * loss_scale).to(dtype).double() / loss_scale
-    return ((rounded - wanted).norm() / wanted.norm()).item()
+    exact = gradients.double()
+    rounded = (exact * loss_scale).to(dtype).double() / loss_scale
+    return ((rounded - exact).norm() / exact.norm()).item()

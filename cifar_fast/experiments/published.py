@@ -1,4 +1,4 @@
-"""Times and accuracies that others have published, with their sources."""
+"""Holds the times and accuracies that others have published, with their sources."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 CIFAR10_FINGERPRINT = "9048fcbac9c08a64"
-"""`Dataset.fingerprint` of the official CIFAR-10, which alone the published figures can be compared with."""
+"""`Dataset.fingerprint` of the official CIFAR-10, the only data set with which published figures can be compared."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What others published of their runs on CIFAR-10: accuracies as shares 0 ... 1, times in seconds."""
+    """Published runs on CIFAR-10: accuracies as shares 0 ... 1, times in seconds."""
 
     name: str
     source: str
@@ -38,20 +38,20 @@ APPLE_2019 = Published(
     median_accuracy=0.9419,
     mean_seconds=7.81,
     max_seconds=10.31,
-    clock="training with preprocessing, without validation; its code leaves out about 0.47 s of whitening statistics",
+    clock="training with preprocessing, without validation; its code excludes about 0.47 s of whitening statistics",
 )
 
 
 @dataclass(frozen=True)
 class Record:
-    """A published time of training to 94 % of CIFAR-10's test images, by that publication's own clock."""
+    """A published time of training to 94 % test accuracy on CIFAR-10, by the publication's own clock."""
 
     system: str
     year: int
     hardware: str
     seconds: float
     added: str
-    """What was new in it; `-` where we found no description."""
+    """What was new; `-` if we found no description."""
 
 
 RECORDS = (
@@ -63,16 +63,22 @@ RECORDS = (
     Record("Kakao Brain", 2019, "4 V100", 28.0, "-"),
     Record("Apple, ml-cifar-10-faster", 2019, "8 V100", 9.43, "Page's tricks on 8 GPUs: apple_8gpu"),
     Record("Arasanipalai", 2020, "4 V100", 10.7, "-"),
-    Record("hlb-CIFAR10", 2023, "1 A100", 6.3, "Page's system written anew, memory format, tuning"),
-    Record("airbench94", 2024, "1 A100", 3.83, "dirac start, 2x2 whitening, alternating flip, Lookahead, 6-view TTA"),
+    Record("hlb-CIFAR10", 2023, "1 A100", 6.3, "Page's system rewritten, memory format, tuning"),
+    Record(
+        "airbench94",
+        2024,
+        "1 A100",
+        3.83,
+        "dirac weights, 2x2 whitening, alternating flip, Lookahead, 6-view TTA",
+    ),
     Record("airbench94, compiled", 2024, "1 A100", 3.09, "the same through torch.compile"),
     Record("airbench94 with Muon", 2024, "1 A100", 2.59, "Muon: orthogonalised momentum on the filters"),
     Record("Hiverge", 2025, "1 A100", 1.98, "batched Newton-Schulz, colour jitter, TTA on unsure images only"),
 )
 """Sources: DAWNBench's list (2017 to 2020), Page (2018, 2019), the systems' own repositories and arXiv 2404.00498.
 
-Their clocks differ; of those since 2023 the time of compiling is left out. Apple's is the first epoch at 94 %, of 50
-runs the mean to the last epoch is 7.81 s.
+Their clocks differ; since 2023 they exclude compilation. Apple's entry counts to the first epoch at 94 %; its mean
+over 50 runs to the last epoch is 7.81 s.
 """
 
 LADDER_2019 = {
@@ -88,10 +94,10 @@ LADDER_2019 = {
     "ema_retuned_2019": 33.5,
     "page_2019": 26.0,
 }
-"""Seconds of training on one V100 that Page published, by the rung of `recipe.ladder`; the mean accuracy of 50 runs is
-94.1 % at each of them. Source: David Page, "How to train your ResNet 8: bag of tricks", 2019."""
+"""Page's published training seconds on one V100, by rung of `recipes.ladder()`; the mean accuracy of 50 runs is 94.1 %
+on each. Source: David Page, "How to train your ResNet 8: bag of tricks", 2019."""
 
 
 def comparable(dataset: Mapping[str, Any]) -> bool:
-    """Return whether figures of this data set may stand beside published ones: it is CIFAR-10 to the last pixel."""
+    """Return whether this data set is CIFAR-10 to the last pixel, so that its figures compare with published ones."""
     return dataset["fingerprint"] == CIFAR10_FINGERPRINT

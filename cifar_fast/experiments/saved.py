@@ -1,4 +1,4 @@
-"""The measured results that ship with the package."""
+"""Reads the measured results that ship with the package."""
 
 from __future__ import annotations
 
@@ -11,39 +11,40 @@ from cifar_fast.errors import RunError
 from cifar_fast.experiments.ablation import AS_IT_IS, Ablation, points
 
 RESULTS = Path(__file__).parents[1] / "results"
-"""Where an installed package has the files of benchmarks/results; a clone has them there."""
+"""The installed package's copy of benchmarks/results."""
 
 
 def results_folder() -> Path:
-    """Return the folder with what was measured at full scale: benchmarks/results of the clone, or the package's copy.
+    """Return the folder of saved results: benchmarks/results in a clone, else the installed package's copy.
 
-    Raises `RunError` when neither is there.
+    Raises `RunError` when neither exists.
     """
     clone = Path(__file__).parents[2] / "benchmarks" / "results"
     for folder in (clone, RESULTS):
         if folder.is_dir():
             return folder
-    raise RunError(f"neither {clone} nor {RESULTS} is there; install the package anew, or clone the repository")
+    raise RunError(f"neither {clone} nor {RESULTS} exists; reinstall the package, or clone the repository")
 
 
 def saved_runs(name: str) -> list[dict[str, Any]]:
-    """Return the runs in the folder `name` of `results_folder()`, each as `RunResult.to_dict()` gives it.
+    """Return the saved runs in the folder `name` of `results_folder()`, each as `RunResult.to_dict()` gives it.
 
-    Raises `RunError` when there are none; the folder's README tells which of their clocks may be cited.
+    The README in `results_folder()` says how each folder was measured and which of its clocks can be cited. Raises
+    `RunError` when there is no such folder.
     """
     path = results_folder() / name / "results.jsonl"
     if not path.exists():
-        there = ", ".join(sorted(file.parent.name for file in results_folder().glob("*/results.jsonl")))
-        raise RunError(f"no runs are filed as {name!r}; there are {there}")
+        names = ", ".join(sorted(file.parent.name for file in results_folder().glob("*/results.jsonl")))
+        raise RunError(f"there are no saved runs named {name!r}; choose one of {names}")
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def saved_ablation(*arms: str, folder: Path | str | None = None) -> Ablation | None:
-    """Return what `benchmarks/ablation.py` has filed of the recipe as it is and of `arms`, or None where one is
-    missing.
+    """Return the saved runs of the unchanged recipe and of `arms`, or None when one of them has no runs.
 
-    `arms`: the names under which the script files them. `folder`: the script's folder; without it `ablation` in
-    `results_folder()`.
+    Args:
+        arms: their names in `benchmarks/ablation.py`, such as `label_smoothing=0`.
+        folder: where that script saved them; None for `ablation` in `results_folder()`.
     """
     path = (Path(folder) if folder else results_folder() / "ablation") / "results.jsonl"
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in (AS_IT_IS, *arms)}
@@ -55,31 +56,32 @@ def saved_ablation(*arms: str, folder: Path | str | None = None) -> Ablation | N
     return Ablation(found) if all(found.values()) else None
 
 
-WHOLE_TRAININGS = ("ablation", "ablation_without_tiles")
-"""Folders of `results_folder()` with whole trainings on all of CIFAR-10, each from one machine."""
-SHORT_TRAININGS = "ablation_2_epochs"
-"""The folder with trainings of two epochs on all of CIFAR-10."""
+FULL_RUNS = ("ablation", "ablation_without_tiles")
+"""Folders of `results_folder()` with full training runs on all of CIFAR-10, each from one machine."""
+SHORT_RUNS = "ablation_2_epochs"
+"""The folder with training runs of two epochs on all of CIFAR-10."""
 
 
 def full_scale_tables(*arms: str, results: Path | str | None = None) -> str:
-    """Return the tables of the longest trainings on all of CIFAR-10 that are filed for `arms`, and what is missing.
+    """Return as text the saved ablation of `arms` on all of CIFAR-10, one table for each machine.
 
-    Where two machines have trained them, a last line an arm puts together the differences of both, each between runs
-    of one machine.
+    The tables show full training runs, or two-epoch runs where there are no others; what is missing is said. When two
+    machines trained the same arm, a last line pools the differences, each of which compares runs of one machine.
 
-    `arms`: the names under which `benchmarks/ablation.py` files them. `results`: another folder than
-    `results_folder()`.
+    Args:
+        arms: their names in `benchmarks/ablation.py`, such as `label_smoothing=0`.
+        results: the folder to look in; None for `results_folder()`.
     """
     root = Path(results) if results else results_folder()
-    whole = [found for name in WHOLE_TRAININGS if (found := saved_ablation(*arms, folder=root / name))]
-    if whole:
-        together = ["\n".join(_together(arm, whole) for arm in arms)] if len(whole) > 1 else []
-        return "\n\n".join([*(each.table() for each in whole), *together])
-    missing = f"not measured yet for {', '.join(arms)}; benchmarks/ablation.py does it, in hours on two cores"
-    short = saved_ablation(*arms, folder=root / SHORT_TRAININGS)
-    return f"{short.table()}\nwhole trainings: {missing}" if short else f"full scale: {missing}"
+    machines = [found for name in FULL_RUNS if (found := saved_ablation(*arms, folder=root / name))]
+    if machines:
+        pooled = ["\n".join(_pooled(arm, machines) for arm in arms)] if len(machines) > 1 else []
+        return "\n\n".join([*(machine.table() for machine in machines), *pooled])
+    missing = f"not measured yet for {', '.join(arms)}; benchmarks/ablation.py measures it, in hours on two cores"
+    short = saved_ablation(*arms, folder=root / SHORT_RUNS)
+    return f"{short.table()}\nfull runs: {missing}" if short else f"full runs: {missing}"
 
 
-def _together(arm: str, machines: Sequence[Ablation]) -> str:
+def _pooled(arm: str, machines: Sequence[Ablation]) -> str:
     differences = [each for machine in machines for each in machine.differences(arm)]
     return f"{arm} on {len(machines)} machines, n = {len(differences)}: {points(differences)}"

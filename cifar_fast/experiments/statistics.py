@@ -10,29 +10,30 @@ from typing import Any
 CLOCKS = ("train_seconds", "evaluate_seconds", "total_seconds")
 
 
-# --- statistics ---
+# --- intervals ---
 
 
 def wilson_interval(k: float, n: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share of which `k` of `n` were seen; unlike k/n +- 1.96 s it stays in 0 ... 1.
+    """Return the 95 % interval of the share k/n; unlike k/n +- 1.96 standard errors it stays within 0 ... 1.
 
     Source: E. B. Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
     """
     if not 0 <= k <= n or n == 0:
-        raise ValueError(f"k={k} of n={n} is no share")
+        raise ValueError(f"k={k} of n={n} is not a share")
     z = statistics.NormalDist().inv_cdf(0.975)
     share, scale = k / n, 1 + z**2 / n
     centre = (share + z**2 / (2 * n)) / scale
     half_width = z / scale * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    # At the ends the formula is 0 and 1; only rounding is not.
+    # At the ends the exact values are 0 and 1, which rounding would miss.
     return (0.0 if k == 0 else centre - half_width), (1.0 if k == n else centre + half_width)
 
 
 def student_t_quantile(degrees_of_freedom: int) -> float:
-    """Return the t that Student's distribution stays within, on both sides, with 95 % probability.
+    """Return the t with P(|T| < t) = 0.95 for Student's distribution.
 
-    For whole degrees of freedom P(|T| < t) is a finite sum in sines and cosines of atan(t / sqrt(degrees of freedom))
-    (Abramowitz and Stegun, 26.7.3 and 26.7.4), which rises with that angle: halving finds the angle.
+    For whole degrees of freedom that probability is a finite sum in sines and cosines of the angle
+    atan(t / sqrt(degrees of freedom)) (Abramowitz and Stegun, 26.7.3 and 26.7.4). It rises with the angle, so bisection
+    finds it.
     """
     if degrees_of_freedom < 1:
         raise ValueError(f"degrees_of_freedom={degrees_of_freedom} must be at least 1")
@@ -58,7 +59,7 @@ def _probability_within(angle: float, degrees_of_freedom: int) -> float:
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean (Student's t) of independent values; None for fewer than 2."""
+    """Return the 95 % interval (Student's t) of the mean of independent values; None for fewer than 2."""
     if len(values) < 2:
         return None
     half_width = student_t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
@@ -67,16 +68,16 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def excludes(values: Sequence[float], target: float) -> bool:
-    """Return whether at least 3 values are there and the 95 % interval of their mean leaves out the target.
+    """Return whether there are at least 3 values and the 95 % interval of their mean excludes the target.
 
-    Asked after every run this is wrong about the mean more often than 1 time in 20: it is a reason to stop, not a test.
+    Asked after every run, this is wrong more often than 1 time in 20: it is a reason to stop, not a test.
     """
     interval = mean_interval(values)
     return interval is not None and len(values) >= 3 and not interval[0] <= target <= interval[1]
 
 
 def reaches(accuracy: float, target: float) -> bool:
-    """Return whether an accuracy is at the target or above; less than any one image is rounding, not a shortfall."""
+    """Return whether an accuracy is at least the target, up to rounding."""
     return accuracy >= target - 1e-9
 
 
@@ -84,9 +85,10 @@ def reaches(accuracy: float, target: float) -> bool:
 
 
 def summarise(runs: Sequence[Mapping[str, Any]], target: float) -> dict[str, Any]:
-    """Return what `runs` (lines of results.jsonl, at least one) come to, as plain values ready for JSON.
+    """Return the summary of `runs` (at least one line of results.jsonl) as plain values, ready for JSON.
 
-    Shares, accuracies and `target` are 0 ... 1, clocks in seconds, `..._95` a 95 % interval (None where there is none).
+    Shares, accuracies and `target` are 0 ... 1, clocks are in seconds, and `..._95` is a 95 % interval, None for one
+    run.
     """
     first = runs[0]
     at_target = sum(reaches(run["accuracy"], target) for run in runs)
@@ -124,7 +126,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def hardware(environment: Mapping[str, Any]) -> str:
-    """Return the machine that an environment names, in words, with the processes that shared the work."""
+    """Return an environment's machine and its processes in words."""
     processes, backend = environment.get("world_size", 1), environment.get("backend")
     together = f", {processes} processes" + (f" ({backend})" if backend else "") if processes > 1 else ""
     if environment["gpu"]:
@@ -135,10 +137,16 @@ def hardware(environment: Mapping[str, Any]) -> str:
 
 
 def data_set(data: Mapping[str, Any]) -> str:
-    """Return the name and the size of the data set that `Dataset.describe` describes, in words."""
+    """Return in words the name and size of a data set, given as `Dataset.describe()`."""
     return f"{data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images)"
 
 
 def _different(values: Iterable[str]) -> str:
-    """Return the different values there are, in the order in which they came."""
+    """Return the distinct values in their order."""
     return " / ".join(dict.fromkeys(values))
+
+
+def speeds(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Return how many times as fast as the first way each way was, in each round of what `in_turns` measured."""
+    first = next(iter(seconds.values()))
+    return {name: [a / b for a, b in zip(first, now, strict=True)] for name, now in seconds.items()}

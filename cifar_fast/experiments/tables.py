@@ -1,4 +1,4 @@
-"""Results as text: aligned tables, the run log, our runs beside published ones."""
+"""Writes results as text: aligned tables, the run log, our runs beside published ones."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from statistics import median
 from typing import Any
 
 from cifar_fast.experiments.published import APPLE_2019, Published, comparable
-from cifar_fast.experiments.statistics import CLOCKS, data_set, summarise, wilson_interval
-from cifar_fast.hardware.clock import speeds
+from cifar_fast.experiments.statistics import CLOCKS, data_set, speeds, summarise, wilson_interval
 
 # --- text ---
 
 
 def run_log(runs: Sequence[Mapping[str, Any]], target: float) -> str:
-    """Return the log of a benchmark: what was run where, a line a run, a closing summary."""
+    """Return the log of a benchmark: recipe and machine, a line for each run, a closing summary."""
     found = summarise(runs, target)
     tta, data = runs[0]["recipe"]["tta"], found["dataset"]
     lines = [
@@ -23,7 +22,7 @@ def run_log(runs: Sequence[Mapping[str, Any]], target: float) -> str:
         f"data set: {data_set(data)}, fingerprint {data['fingerprint']}",
         f"hardware: {found['hardware']}; {found['numerics']}",
         f"versions: {_versions(found)}",
-        "train: last epoch, images as they were trained on (augmented, with the recipe's label smoothing)",
+        "train: last epoch, on the augmented images, with the recipe's label smoothing",
         f"validation: the test images after the last epoch (TTA: {tta}); wall time: train_seconds, without validation",
         "",
     ]
@@ -46,7 +45,7 @@ def run_log(runs: Sequence[Mapping[str, Any]], target: float) -> str:
 
 
 def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_2019) -> str:
-    """Return the runs of `summary` beside published ones, as text; loud where the data set forbids to compare."""
+    """Return as text the runs of `summary` beside published ones, with a loud warning if the data set is another."""
     same_data = comparable(summary["dataset"])
     accuracy, seconds = summary["accuracy"], summary["train_seconds"]
     same_target = math.isclose(summary["target"], published.target)
@@ -59,7 +58,7 @@ def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_20
         ("", "here", f"published: {published.name}"),
         ("data set", data_set(summary["dataset"]), "CIFAR-10" + ("" if same_data else ": NOT COMPARABLE")),
         ("hardware", summary["hardware"], published.hardware),
-        ("recipe", f"{summary['recipe']} ({summary['numerics']})", "the one that apple_8gpu repeats"),
+        ("recipe", f"{summary['recipe']} ({summary['numerics']})", "reproduced as apple_8gpu"),
         ("versions", _versions(summary), "not published"),
         ("n", _runs(summary["n"]), _runs(published.runs)),
         (f"at {percent(summary['target'])}", _share(summary["at_target"], summary["n"]), there),
@@ -77,8 +76,9 @@ def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_20
         text = f"{values['median']:.2f} s ({values['min']:.2f} to {values['max']:.2f})"
         rows.append((f"{clock} median", text, "not published"))
     notes = [
-        "train_seconds here: first byte to the device to the last step, whitening included, validation left out;",
-        "total_seconds: a whole run, with processes, imports and a warm-up paid for before the first.",
+        "train_seconds here: from the first byte sent to the device to the last step, whitening included, without "
+        "validation;",
+        "total_seconds: a whole run; starting processes, imports and the warm-up came before the first run.",
         f"Published clock: {published.clock}.",
         f"Source: {published.source}. Wilson intervals of both columns are ours.",
     ]
@@ -87,8 +87,8 @@ def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_20
         rule = "!" * 100
         banner = [
             rule,
-            f"NOT COMPARABLE: these runs are of the data set {data_set(summary['dataset'])}, which is not the whole "
-            "of CIFAR-10. Neither their accuracies nor their times say anything about the published ones.",
+            f"NOT COMPARABLE: these runs used the data set {data_set(summary['dataset'])}, which is not all of "
+            "CIFAR-10. Neither their accuracies nor their times can be compared with the published ones.",
             rule,
         ]
     return "\n".join([*banner, table(rows), *notes])
@@ -117,7 +117,7 @@ def _mean(values: Mapping[str, Any], scale: float, unit: str) -> str:
 
 
 def table(rows: Iterable[Sequence[str]], *, right: bool = False) -> str:
-    """Return the rows with their columns aligned, to the left or to the right."""
+    """Return the rows with aligned columns, to the left or to the right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     aligned = [
@@ -128,14 +128,14 @@ def table(rows: Iterable[Sequence[str]], *, right: bool = False) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share of 0 ... 1 in per cent."""
+    """Return a share (0 ... 1) in per cent."""
     return f"{100 * share:.2f} %"
 
 
 def turns_table(seconds: Mapping[str, Sequence[float]], n_images: int) -> str:
-    """Return a line a way: images per second, and the speed against the first way, median and range of the rounds.
+    """Return a line for each way: images per second, and its speed relative to the first way over the rounds.
 
-    `n_images`: images that each call handled.
+    `seconds`: what `clock.in_turns` returns. `n_images`: the number of images that each call handled.
     """
     rows = [("way", "images/s", "times as fast as the first", "round by round")]
     for name, now in speeds(seconds).items():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -63,19 +63,15 @@ def in_turns(
     return seconds
 
 
-def speeds(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Return how many times as fast as the first way each way was, in each round of what `in_turns` measured."""
-    first = next(iter(seconds.values()))
-    return {name: [a / b for a, b in zip(first, now, strict=True)] for name, now in seconds.items()}
-
-
 def process_start() -> float:
     """Return when this process was started, in seconds since the epoch, as `time.time` counts."""
     return psutil.Process().create_time()
 
 
-def peak_memory() -> int:
-    """Return the largest resident memory that this process has had so far, in bytes."""
+def peak_memory(device: torch.device) -> int:
+    """Return the largest memory that this process has had so far, in bytes: allocated on a GPU, or resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # there is none on Windows

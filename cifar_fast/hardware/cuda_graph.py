@@ -1,9 +1,9 @@
-"""How a step's kernels get to a GPU: recorded once as a CUDA graph and replayed, fused by torch.compile, or one by one.
+"""How a step's kernels reach a GPU: captured once as a CUDA graph and replayed, fused by torch.compile, or one by one.
 
-Nothing here knows what a step does: `CapturedFunction` takes any function of tensors. What such a function may do is in
-PyTorch's note "CUDA semantics", section "CUDA graphs": no reading of numbers from the device, the same shapes and the
-same memory each time, nothing on the CPU that matters. Random choices are drawn on the CPU, per shard and epoch, and
-are inputs; learning rates are numbers in the device's memory.
+Nothing here knows what a step does: `CapturedFunction` takes any function of tensors. PyTorch's note "CUDA semantics",
+section "CUDA graphs", says what such a function may do. It must not read numbers from the device, it uses the same
+shapes and the same memory each time, and whatever it does on the CPU happens only once. That is why random choices are
+drawn on the CPU and passed in, and why learning rates are numbers in the device's memory.
 """
 
 from __future__ import annotations
@@ -24,31 +24,34 @@ from cifar_fast.files import cache_folder
 from cifar_fast.recipe import Recipe
 
 WARM_UPS = 3
-"""Times that a function is called before it is recorded, so that all it loads, chooses or allocates once is there."""
+"""Calls of a function before its capture: what it loads, chooses or allocates once is then in place."""
 COMPILATIONS = 64
-"""Networks, each with and without a frozen bias, that one process may compile: a series of ablations has dozens."""
+"""Networks, each with and without a frozen bias, that one process may compile: a series of ablations needs dozens."""
 COMPILERS = ("gcc", "clang", "cc")
-"""Triton builds the launcher of each kernel with one of these, or with what CC names."""
+"""Triton builds the launcher of each kernel with one of these, or with the compiler that CC names."""
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+"""Names the folder where Inductor and Triton keep compiled code."""
 
 
 @dataclass(frozen=True)
 class StepMode:
-    """How a step gets to the device: eager (kernel by kernel), compiled, captured, or both; and why it is not more."""
+    """How a step runs: eager (kernel by kernel), compiled, captured, or compiled and captured."""
 
     cuda_graph: bool = False
-    """Captured: recorded once as a CUDA graph, then replayed."""
+    """Captured once as a CUDA graph, then replayed."""
     compile: bool = False
     """Compiled: torch.compile has fused its kernels."""
     reasons: tuple[str, ...] = ()
-    """Why not, for what the recipe leaves to `auto` or asks for and does not get."""
+    """Why the step is not compiled or not captured, where the recipe asked for it or left it to `auto`."""
 
     def describe(self) -> dict[str, str]:
-        """Return it as plain words, for results."""
+        """Return the mode and its reasons as plain words, for results."""
         words = ["compiled"] * self.compile + ["captured"] * self.cuda_graph
         return {"step_mode": " and ".join(words) or "eager", "step_mode_reason": "; ".join(self.reasons)}
 
     def without(self, field: str, why: str) -> StepMode:
-        """Return it with `cuda_graph` or `compile` given up, and the reason added."""
+        """Return this mode without `cuda_graph` or `compile`, with the reason added."""
         return replace(self, **{field: False}, reasons=(*self.reasons, f"no {field}: {why}"))  # type: ignore[arg-type]
 
 
@@ -56,18 +59,21 @@ EAGER = StepMode()
 
 
 def choose_step_mode(recipe: Recipe, device: torch.device, backend: str | None = None) -> StepMode:
-    """Return how `recipe`'s step runs on `device`; `backend` connects the processes, None for a single one."""
+    """Return how `recipe`'s step runs on `device`.
+
+    `backend` is what connects the processes: `nccl`, `gloo`, or None for a single process.
+    """
     mode = StepMode(recipe.cuda_graph != "off", recipe.compile != "off")
     against_both = None
     if device.type != "cuda":
         against_both = "the device is no CUDA GPU"
     elif recipe.resolutions:
-        against_both = f"resolutions={recipe.resolutions} changes the images' size, and a recorded step has one"
+        against_both = f"resolutions={recipe.resolutions} changes the size of the images, and a captured step has one"
     against_graph = against_compile = against_both
     if not against_both and CapturedFunction.refused:
-        against_graph = f"this process could not record a step before ({CapturedFunction.refused}); start it again"
+        against_graph = f"an earlier capture in this process failed ({CapturedFunction.refused}); start it again"
     elif not against_both and backend == "gloo":
-        against_graph = "gloo averages gradients on the CPU, which no graph records; use NCCL"
+        against_graph = "gloo averages gradients on the CPU, which no CUDA graph captures; use NCCL"
     if not against_both and mode.compile:
         against_compile = _no_compiler()
     if mode.cuda_graph and against_graph:
@@ -78,71 +84,99 @@ def choose_step_mode(recipe: Recipe, device: torch.device, backend: str | None =
 
 
 def _no_compiler() -> str | None:
-    """Return what torch.compile lacks for a GPU, if anything."""
-    from torch.utils._triton import has_triton  # the question that torch.compile itself asks
+    """Return what torch.compile needs for a GPU and cannot find, if anything."""
+    from torch.utils._triton import has_triton  # torch.compile itself asks this function
 
     if not has_triton():
-        return "Triton is missing (pip install triton), or does not know this GPU"
+        return "Triton is missing (pip install triton) or does not support this GPU"
     named = os.environ.get("CC")
     if not any(shutil.which(name) for name in ([named] if named else COMPILERS)):
-        return f"Triton needs a C compiler, and there is no {named or ' or '.join(COMPILERS)} on the path: install gcc"
+        return f"Triton needs a C compiler, and there is no {named or ' or '.join(COMPILERS)} on the PATH; install gcc"
     return None
 
 
 def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
-    """Return `function` compiled on its first call, with what has been compiled kept on disk for later processes.
+    """Return `function` compiled on its first call; the compiled code stays on disk for later processes.
 
-    Fixed shapes, and no part left uncompiled: what cannot be compiled as a whole raises on the first call.
+    Shapes are fixed and no part stays uncompiled: a function that cannot be compiled as a whole raises on its first
+    call.
     """
-    # Inductor and Triton both look there. Whoever has set it already has a place of their own.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))
-    # Each recipe that a process trains is compiled anew, and beyond this number would be refused.
+    _choose_cache_folder()
+    # Each recipe that a process trains is compiled anew, and torch refuses after this number.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
     return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
 
 
-class CapturedFunction:
-    """A function of tensors, recorded as a CUDA graph; a call copies its arguments in, and replays.
+def _choose_cache_folder() -> None:
+    """Have Inductor and Triton keep their code in the package's cache, unless the user has named another folder.
 
-    It returns the same tensors each time, with new content: whoever keeps a result keeps a copy of it.
+    When torch imports its compiler it sets the variable to a default that a restart of the machine may empty, so a
+    variable with that value is not the user's.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):
+        os.environ[CACHE_VARIABLE] = str(cache_folder() / "compiled")
+
+
+class CapturedFunction:
+    """A function of tensors, captured as a CUDA graph; a call copies its arguments in and replays the graph.
+
+    It returns the same tensors each time, with new content: copy what you keep.
     """
 
     refused: ClassVar[str] = ""
-    """Why recording has failed in this process, if it has: torch's allocator may then refuse any other."""
+    """Why a capture has failed in this process, if one has: torch's allocator may then refuse every other."""
     alive: ClassVar[weakref.WeakSet[CapturedFunction]] = weakref.WeakSet()
 
     def __init__(self, function: Callable[..., Any], *inputs: Tensor) -> None:
-        """Call `function` a few times with `inputs`, on whose device it works, then record it.
+        """Call `function` a few times with `inputs`, then capture it on their device.
 
-        `inputs` are what it reads from then on; a call with these very tensors copies nothing. All that the function
-        changes is changed by the calls, not by the recording.
+        The graph reads `inputs` from then on, and a call with these very tensors copies nothing. The first calls
+        change what the function changes; the capture itself changes nothing. If it fails, the error is the one that
+        `function` raised, not the ones that follow when the broken capture ends.
         """
         self.inputs = inputs
         with torch.cuda.device(inputs[0].device):
-            # The same side stream for both, so that what libraries keep for each stream is there when it is recorded.
+            # One side stream for both, so that what libraries keep for each stream exists before the capture.
             stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
             stream.wait_stream(before)
-            gc.collect()  # what an earlier backward pass has left belongs to other streams
+            gc.collect()  # remains of an earlier backward pass belong to other streams
             with measured_convolutions():
                 try:
                     with torch.cuda.stream(stream):
                         for _ in range(WARM_UPS):
                             function(*inputs)
-                finally:  # whoever takes back what an unfinished call has done comes after it, too
+                finally:  # a rollback must not overtake a call that failed
                     before.wait_stream(stream)
                 self.graph = torch.cuda.CUDAGraph()
-                # Other threads may go on: NCCL's watchdog asks after events meanwhile.
                 try:
-                    with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
-                        self.outputs = function(*inputs)
+                    self.outputs = self._capture(function, stream)
                 except BaseException as error:
-                    torch.cuda.set_stream(before)  # before torch 2.15 the recording's stays the current one
-                    CapturedFunction.refused = f"{type(error).__name__}: {error}".partition("\n")[0]
+                    torch.cuda.set_stream(before)  # before torch 2.15 the stream of the capture stays the current one
+                    CapturedFunction.refused = first_line(error)
                     raise
         CapturedFunction.alive.add(self)
 
+    def _capture(self, function: Callable[..., Any], stream: torch.cuda.Stream) -> Any:
+        errors: list[BaseException] = []
+        try:
+            # Other threads may use the GPU meanwhile: NCCL's watchdog queries events.
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+                try:
+                    return function(*self.inputs)
+                except BaseException as error:
+                    errors.append(error)
+                    raise
+        except BaseException as error:  # the end of a broken capture only says "due to a previous error"
+            errors.append(error)
+        try:
+            raise errors[0]
+        finally:
+            del errors  # otherwise its traceback would keep the memory of the capture alive
+
     def __call__(self, *arguments: Tensor) -> Any:
-        """Run it once more, on the current stream."""
+        """Replay the function on the current stream."""
         for own, given in zip(self.inputs, arguments, strict=True):
             if given is not own:
                 own.copy_(given)
@@ -150,10 +184,15 @@ class CapturedFunction:
         return self.outputs
 
 
+def first_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
 def release_captures() -> None:
-    """Give up every recording of this process: NCCL waits without end for those that hold one of its operations."""
-    for recorded in list(CapturedFunction.alive):
-        recorded.graph.reset()
+    """Free every captured graph of this process: NCCL waits forever for those that hold one of its operations."""
+    for captured in list(CapturedFunction.alive):
+        captured.graph.reset()
     CapturedFunction.alive.clear()
 
 
@@ -161,7 +200,7 @@ def release_captures() -> None:
 def measured_convolutions() -> Iterator[None]:
     """Have cuDNN measure which of its algorithms is fastest when it meets a convolution for the first time.
 
-    Only then: a process keeps what was chosen first, measured or guessed, for each shape.
+    Only the first meeting counts: for each shape a process keeps what it chose then, measured or guessed.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True

@@ -1,4 +1,4 @@
-"""What this machine is: its devices, its processor, its memory."""
+"""What this machine has: its devices, its processor, its memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from cifar_fast.errors import UserError
 
 
 def select_device(name: str | None = None) -> torch.device:
-    """Return the device called `name`, or the first GPU, or the CPU; raise `UserError` for one that is not there."""
+    """Return the device called `name`; by default a GPU, or the CPU where torch can use no GPU.
+
+    Raises `UserError` for a device that this machine lacks, or that this package does not support.
+    """
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,10 +37,10 @@ def select_device(name: str | None = None) -> torch.device:
 
 @cache
 def keep_freed_memory() -> None:
-    """Tell glibc to keep large freed blocks instead of handing them back: each step then reuses its pages, and faults
-    in none anew.
+    """Tell glibc to keep large freed blocks instead of returning them to the system.
 
-    Nothing happens where the C library has no `mallopt`.
+    Each training step then reuses the pages of the step before, and the system need not hand out zeroed ones anew. Does
+    nothing where the C library has no `mallopt`.
     """
     if sys.platform != "linux":
         return
@@ -51,7 +54,7 @@ def keep_freed_memory() -> None:
 
 
 def cpu_name() -> str:
-    """Return the processor's name as the system gives it."""
+    """Return the processor's name as the system reports it."""
     try:
         with open("/proc/cpuinfo") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -65,7 +68,7 @@ def cores() -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Return what a result stands on: hardware and versions."""
+    """Return the hardware and the versions behind a result, as plain values."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": device.type,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,150 +17,170 @@ from cifar_fast.kernels import amx, fused, winograd
 from cifar_fast.recipe import Recipe
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 HALF = (torch.float16, torch.bfloat16)
 
 
-WAYS = ("float32 winograd", "float32 direct", "bfloat16 direct", "bfloat16 amx")
-"""The ways to compute a convolution on a CPU: precision and algorithm, in a recipe's words."""
+class Way(NamedTuple):
+    """A way to compute a convolution on a CPU, in a recipe's words."""
+
+    precision: str
+    convolution: str
+
+    def __str__(self) -> str:
+        return f"{self.precision} {self.convolution}"
+
+
+WAYS = (Way("float32", "winograd"), Way("float32", "direct"), Way("bfloat16", "direct"), Way("bfloat16", "amx"))
+"""All of them; of two that are about as fast, the earlier one is taken."""
 
 CLEARLY = 1.25
-"""How many times faster than the one before it in `WAYS` a way must be measured to be taken instead."""
+"""How many times as fast as an earlier one of `WAYS` a later one must be to be taken instead."""
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a machine can compute with the package's kernels: plain values, which ranks tell each other."""
+
+    unavailable: Mapping[str, str]
+    """Of each convolution algorithm that the machine cannot run, the reason."""
+    fused_norm: bool
+    """Whether it can compute a norm and the activation after it in one fused kernel."""
 
 
 @dataclass(frozen=True)
 class Numerics:
-    """How the convolutions are computed on a device, and why, and whether norms and activations are at once."""
+    """How a device computes the convolutions, and why, and whether it fuses each norm with its activation."""
 
     dtype: torch.dtype
     convolution: str
     reason: str
     fuse_norm: bool = False
 
-    def restricted_to(self, others):
-        """TEMP."""
-        numerics = self
-        if not all(self.convolution in other.convolutions for other in others):
-            why = f"not every rank can compute a {self.convolution} convolution: direct instead"
-            numerics = replace(numerics, convolution="direct", reason=why)
-        if numerics.fuse_norm and not all(other.fused_norm for other in others):
-            numerics = replace(numerics, fuse_norm=False)
-        return numerics
-
-    def describe(self) -> dict[str, str]:
-        """Return them as plain words, for results."""
+    def describe(self) -> dict[str, Any]:
+        """Return them as plain values, for results."""
         return {
             "precision": str(self.dtype).removeprefix("torch."),
             "convolution": self.convolution,
             "numerics_reason": self.reason,
-            "norm_and_activation": "at once" if self.fuse_norm else "apart",
+            "fused_norm": self.fuse_norm,
         }
+
+    def restricted_to(self, others: Sequence[Capabilities]) -> Numerics:
+        """Return the same without what one of `others`, the ranks of a run, lacks: all ranks must compute alike."""
+        numerics = self
+        if any(self.convolution in rank.unavailable for rank in others):
+            reason = f"not every rank can compute a {self.convolution} convolution: direct instead"
+            numerics = replace(numerics, convolution="direct", reason=reason)
+        return replace(numerics, fuse_norm=self.fuse_norm and all(rank.fused_norm for rank in others))
+
+
+def capabilities() -> Capabilities:
+    """Find out what this machine can compute; the first call in a process loads the kernels, compiled if need be."""
+    found = {"winograd": winograd.available(), "amx": amx.available()}
+    unavailable = {convolution: reason for convolution, (usable, reason) in found.items() if not usable}
+    return Capabilities(unavailable, fused_norm=fused.available()[0])
 
 
 def choose_numerics(recipe: Recipe, device: torch.device) -> Numerics:
-    """Return how `device` computes the recipe: precision, convolution, and whether norm and activation are at once."""
+    """Return how `device` computes the recipe: precision, convolution, and whether it fuses norm and activation."""
     numerics = choose_precision_and_convolution(recipe, device)
-    fuse_norm = recipe.fuse_norm and device.type == "cpu" and numerics.dtype in fused.DTYPES and fused.available()[0]
-    return replace(numerics, fuse_norm=fuse_norm)
+    if not recipe.fuse_norm or device.type != "cpu" or numerics.dtype not in fused.DTYPES:
+        return numerics
+    return replace(numerics, fuse_norm=capabilities().fused_norm)
 
 
 def choose_precision_and_convolution(recipe: Recipe, device: torch.device) -> Numerics:
     """Return the recipe's precision and convolution on `device`; what it leaves to `auto` is measured on a CPU.
 
-    A precision or a convolution that the device lacks falls back to one that it has, and the reason says so.
+    A precision or a convolution that the device lacks is replaced by one that it has, and the reason says so.
     """
     if recipe.precision == "float64":
-        return Numerics(torch.float64, "direct", "asked for by the recipe: everything, not the convolutions alone")
+        return Numerics(torch.float64, "direct", "the recipe asks for it: everything, not only the convolutions")
     if device.type == "cuda":
-        return _cuda_numerics(recipe, device)
+        return _on_a_gpu(recipe.precision, device)
     if recipe.precision == "float16":
         return Numerics(torch.float32, "direct", "CPUs have no fast backward pass in float16: float32 instead")
-    ways = [way for way in WAYS if recipe.precision in ("auto", way.split()[0]) and can_convolve(way.split()[1])[0]]
-    asked = [way for way in ways if recipe.convolution in ("auto", way.split()[1])]
-    if not asked:
-        can, detail = can_convolve(recipe.convolution)
-        if can:
-            formats = " and ".join(way.split()[0] for way in WAYS if way.split()[1] == recipe.convolution)
-            detail = f"it computes in {formats} alone"
-        direct = next(way for way in ways if way.split()[1] == "direct")
-        return _way(direct, f"no {recipe.convolution} convolution here: {detail}; direct instead")
-    if len(asked) == 1:
-        return _way(asked[0], "the only way that the recipe leaves on this machine")
+    possible = _possible_ways(recipe.precision)
+    wanted = [way for way in possible if recipe.convolution in ("auto", way.convolution)]
+    if not wanted:
+        return _direct_instead(recipe.convolution, possible)
+    if len(wanted) == 1:
+        return _numerics(wanted[0], "the only way that the recipe allows on this machine")
+    return _fastest(wanted)
+
+
+def _on_a_gpu(precision: str, device: torch.device) -> Numerics:
+    lacks_bfloat16 = torch.cuda.get_device_capability(device) < (8, 0)
+    if precision == "auto":
+        why = "half precision on the GPU's tensor cores, with three bits more than bfloat16"
+        return Numerics(torch.float16, "direct", why)
+    if precision == "bfloat16" and lacks_bfloat16:
+        why = "this GPU has no bfloat16 arithmetic (compute capability below 8.0): float16 instead"
+        return Numerics(torch.float16, "direct", why)
+    return Numerics(DTYPES[precision], "direct", "the recipe asks for it")
+
+
+def _possible_ways(precision: str = "auto") -> list[Way]:
+    """Return the ways that this CPU can compute with that precision."""
+    unavailable = capabilities().unavailable
+    return [way for way in WAYS if precision in ("auto", way.precision) and way.convolution not in unavailable]
+
+
+def _direct_instead(convolution: str, possible: Sequence[Way]) -> Numerics:
+    """Replace a convolution that the machine lacks, or that does not exist in the recipe's precision."""
+    formats = " and ".join(way.precision for way in WAYS if way.convolution == convolution)
+    detail = capabilities().unavailable.get(convolution, f"it exists only in {formats}")
+    direct = next(way for way in possible if way.convolution == "direct")
+    return _numerics(direct, f"no {convolution} convolution here: {detail}; direct instead")
+
+
+def _fastest(wanted: Sequence[Way]) -> Numerics:
     rates = convolution_rates()
-    best, *others = [way for way in asked if way in rates]
+    best, *others = [way for way in wanted if way in rates]
     for way in others:
-        # A clear win or none: the same machine has to choose the same way each time, though its clock is noisy.
+        # Only a clear win counts: the same machine must choose the same way each time, however noisy its clock.
         if rates[way] > CLEARLY * rates[best]:
             best = way
     measured = ", ".join(f"{way} {rate:.0f}" for way, rate in rates.items())
-    return _way(best, f"measured on this CPU, in GFLOP/s of direct convolution: {measured}")
+    return _numerics(best, f"measured on this CPU, in GFLOP/s of direct convolution: {measured}")
 
 
-def _way(way: str, reason: str) -> Numerics:
-    precision, convolution = way.split()
-    return Numerics(DTYPES[precision], convolution, reason)
-
-
-def can_convolve(convolution: str) -> tuple[bool, str]:
-    """Say whether this machine can compute a 3x3 convolution so, and else why not."""
-    if convolution == "direct":
-        return True, "torch's own"
-    return winograd.available() if convolution == "winograd" else amx.available()
-
-
-def _cuda_numerics(recipe: Recipe, device: torch.device) -> Numerics:
-    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    if recipe.precision == "bfloat16" and not has_bf16:
-        return Numerics(
-            torch.float16,
-            "direct",
-            "this GPU has no bfloat16 arithmetic (compute capability below 8.0): float16 instead",
-        )
-    if recipe.precision != "auto":
-        return Numerics(DTYPES[recipe.precision], "direct", "asked for by the recipe")
-    return Numerics(
-        torch.float16, "direct", "half precision on the GPU's matrix units, with three bits more than bfloat16"
-    )
+def _numerics(way: Way, reason: str) -> Numerics:
+    return Numerics(DTYPES[way.precision], way.convolution, reason)
 
 
 @cache
-def convolution_rates() -> dict[str, float]:
-    """Measure this CPU, in about a second: GFLOP/s of one typical convolution, forward and backward, each way.
+def convolution_rates(n: int = 128) -> dict[Way, float]:
+    """Measure the GFLOP/s of one typical convolution of `n` images on this CPU, forward and backward, each way.
 
+    It takes about a second.
     Winograd's rate counts the multiplications of the direct algorithm, so that rates compare as speeds do. The ways
-    take turns and the best time of each counts, so that another process in between disturbs them alike; one that takes
-    twice as long as another drops out after two turns.
+    take turns and the best time of each counts, so that another process slows all of them down alike. Two turns on few
+    images come first: a way that takes four times as long as another, as bfloat16 does on a processor without
+    instructions for it, would need many seconds for all of them, so it keeps the rate of these.
     """
-    n, channels, side = 128, 256, 7  # as in the layers where most of the arithmetic is
-    flops = 3 * 2 * n * channels**2 * 9 * side**2
-    x, dy = (torch.randn(n, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2))
+    channels, side = 256, 7  # as in the layers with most of the arithmetic
     weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
-    own: dict[str, Callable[..., Tensor]] = {
+    functions: dict[str, Callable[..., Tensor]] = {
         "winograd": winograd.winograd_conv2d,
         "amx": amx.amx_conv2d,
         "direct": partial(F.conv2d, padding=1),
     }
-    best = {way: math.inf for way in WAYS if can_convolve(way.split()[1])[0]}
-    for number in range(6):
-        for way in [way for way in best if number < 2 or best[way] < 2 * min(best.values())]:
-            precision, convolution = way.split()
-            inputs, filters, gradient = (value.to(DTYPES[precision]) for value in (x, weight, dy))
-            start = time.perf_counter()
-            y = own[convolution](inputs.requires_grad_(), filters.requires_grad_())
-            torch.autograd.grad(y, (inputs, filters), gradient)
-            best[way] = min(best[way], time.perf_counter() - start)
-    return {way: flops / seconds / 1e9 for way, seconds in best.items()}
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """TEMP."""
-
-    convolutions: dict[str, str]
-    fused_norm: bool
-
-
-def capabilities() -> Capabilities:
-    """TEMP."""
-    return Capabilities({c: "" for c in ("direct", "winograd", "amx") if can_convolve(c)[0]}, fused.available()[0])
+    rates: dict[Way, float] = {}
+    ways = _possible_ways()
+    for n_images, turns in ((min(n, 8), 2), (n, 4)):
+        x, dy = (
+            torch.randn(n_images, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2)
+        )
+        best = dict.fromkeys(ways, math.inf)
+        for _ in range(turns):
+            for way in ways:
+                inputs, filters, gradient = (value.to(DTYPES[way.precision]) for value in (x, weight, dy))
+                start = time.perf_counter()
+                y = functions[way.convolution](inputs.requires_grad_(), filters.requires_grad_())
+                torch.autograd.grad(y, (inputs, filters), gradient)
+                best[way] = min(best[way], time.perf_counter() - start)
+        flops = 3 * 2 * n_images * channels**2 * 9 * side**2
+        rates |= {way: flops / seconds / 1e9 for way, seconds in best.items()}
+        ways = [way for way in ways if best[way] < 4 * min(best.values())]
+    return rates

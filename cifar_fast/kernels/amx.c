@@ -9,15 +9,23 @@
    Images are taken 32 at a time (a block), and their pixels copied to where a tile is 1 KB in a row; forward, between
    products, so that the processor does so while its tiles are busy. Every sum has a fixed order, so a result depends on
    the number of threads alone. */
-#if !defined(__AMX_BF16__) || !defined(__AVX512BF16__) || !defined(__linux__)
-int permit(void) { return -1; } /* this processor, or this compiler, knows no such tiles */
-#else
-#include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(CIFAR_FAST_EMULATE_AMX) /* by the tests alone: the instructions below in plain C */
+#include "amx_emulation.h"
+#elif defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+/* Ask the operating system for the use of AMX in all threads of this process; 0 where it is granted. */
+int permit(void) { return (int)syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
+#else
+#define NO_AMX
+int permit(void) { return -1; } /* this processor, compiler or operating system has no AMX */
+#endif
+
+#ifndef NO_AMX
 #define BLOCK 32 /* images of a block, and channels of a line: two tiles of 16 */
 #define TILE 512 /* bfloat16 numbers in a tile, 1 KB */
 #define PAIR (2 * TILE)
@@ -27,9 +35,6 @@ int permit(void) { return -1; } /* this processor, or this compiler, knows no su
 #define PHASE() __asm__ volatile("" ::: "memory")
 
 typedef uint16_t bf16;
-
-/* Ask the kernel for the use of tile registers, for all threads of this process; 0 where it is granted. */
-int permit(void) { return (int)syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */); }
 
 typedef struct {
     uint8_t palette, start, reserved[14];

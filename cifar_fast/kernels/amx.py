@@ -19,8 +19,6 @@ loops; the machine's C compiler builds it once, on first use.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cifar_fast.kernels import compile as native
+from cifar_fast.kernels.compile import INT, LONG, POINTER, Library, address
 
 LINE = 32
 """Channels, and images, that are handled together: two tiles of 16."""
@@ -38,20 +36,19 @@ CACHE_BYTES = 1_200_000
 """What the filters' gradient packs at a time, to be found in a core's second cache (2 MB where there are tiles)."""
 
 
-@functools.cache
-def available() -> tuple[bool, str]:
-    """Say whether the compiled loops can be used here.
-
-    Returns:
-        (True, path of the library) or (False, the reason).
-    """
-    try:
-        library = native.load("amx.c")
-    except OSError as error:
-        return False, str(error)
-    if library.permit():
-        return False, "this processor, its compiler or its system has no bfloat16 matrix tiles (AMX)"
-    return True, library._name
+LIBRARY = Library(
+    "amx.c",
+    {
+        "convolve_scratch": (LONG, [INT] * 3),
+        "gradient_scratch": (LONG, [INT] * 5),
+        "pack_filters": (None, [POINTER] * 2 + [INT] * 4),
+        "convolve": (None, [POINTER] * 6 + [INT] * 8),
+        "weight_gradient": (None, [POINTER] * 6 + [INT] * 9),
+        "multiply_in_registers": (None, [LONG, INT]),
+    },
+    not_permitted="this processor, its compiler or its operating system does not support AMX in bfloat16",
+)
+available = LIBRARY.available
 
 
 def amx_conv2d(x: Tensor, weight: Tensor) -> Tensor:
@@ -127,27 +124,11 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """The loops of `amx.c`, compiled."""
-    library = native.load("amx.c")
-    pointer, integer, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
-    library.convolve_scratch.restype = library.gradient_scratch.restype = long
-    library.convolve_scratch.argtypes = [integer] * 3
-    library.gradient_scratch.argtypes = [integer] * 5
-    library.pack_filters.argtypes = [pointer] * 2 + [integer] * 4
-    library.convolve.argtypes = [pointer] * 6 + [integer] * 8
-    library.weight_gradient.argtypes = [pointer] * 6 + [integer] * 9
-    library.multiply_in_registers.argtypes = [long, integer]
-    library.permit()
-    return library
-
-
 def multiply_in_registers(products: int) -> float:
     """Multiply tiles that stay in registers, `products` (a multiple of four) on each thread, and return how many
     floating-point operations those are: over their time, the rate that nothing can pass."""
     threads = torch.get_num_threads()
-    _library().multiply_in_registers(products, threads)
+    LIBRARY.functions.multiply_in_registers(products, threads)
     return 2.0 * 16 * 16 * 32 * products * threads
 
 
@@ -172,10 +153,6 @@ def _aligned(n_bytes: int) -> Tensor:
     return room[start : start + n_bytes]
 
 
-def _address(places: Tensor | None) -> int | None:
-    return None if places is None else places.data_ptr()
-
-
 def _convolve(
     x: Tensor,
     x_places: Tensor | None,
@@ -190,7 +167,7 @@ def _convolve(
     With `x_places` x (N, C, H // 2, W // 2) stands for the image that is x at these places and zero elsewhere. With
     `y_places` the result, of `y_size`, is max-pooled by 2 and the places are filled in.
     """
-    library, threads, (n_out, n_in) = _library(), torch.get_num_threads(), weight.shape[:2]
+    library, threads, (n_out, n_in) = LIBRARY.functions, torch.get_num_threads(), weight.shape[:2]
     weight = weight.detach().float().contiguous(memory_format=torch.channels_last)
     filters = _aligned(_lines(n_in) * _lines(n_out) * 9 * LINE * LINE * 2)
     library.pack_filters(weight.data_ptr(), filters.data_ptr(), n_out, n_in, flipped, threads)
@@ -199,7 +176,7 @@ def _convolve(
     y = _empty((len(x), n_out, *(y_size if y_places is None else y_places.shape[2:])), torch.bfloat16)
     scratch = _aligned(threads * library.convolve_scratch(x_size[1], n_in, y_places is not None))
     library.convolve(
-        x.data_ptr(), _address(x_places), filters.data_ptr(), y.data_ptr(), _address(y_places), scratch.data_ptr(),
+        x.data_ptr(), address(x_places), filters.data_ptr(), y.data_ptr(), address(y_places), scratch.data_ptr(),
         len(x), *x_size, n_in, *y_size, n_out, threads,
     )  # fmt: skip
     return y
@@ -211,13 +188,13 @@ def _weight_gradient(x: Tensor, dy: Tensor, places: Tensor | None, size: Sequenc
     With `places` dy (N, C_out, size[0] // 2, size[1] // 2) stands for the image that is dy at these places and zero
     elsewhere.
     """
-    library, threads, (n, n_in, height, width) = _library(), torch.get_num_threads(), x.shape
+    library, threads, (n, n_in, height, width) = LIBRARY.functions, torch.get_num_threads(), x.shape
     n_out = dy.shape[1]
     sums = _aligned(threads * _lines(n_in) * _lines(n_out) * 9 * LINE * LINE * 4)
     scratch = _aligned(threads * library.gradient_scratch(height, width, n_in, n_out, CACHE_BYTES))
     dw = _empty((n_out, n_in, 3, 3), torch.float32)
     library.weight_gradient(
-        x.data_ptr(), dy.data_ptr(), _address(places), dw.data_ptr(), sums.data_ptr(), scratch.data_ptr(),
+        x.data_ptr(), dy.data_ptr(), address(places), dw.data_ptr(), sums.data_ptr(), scratch.data_ptr(),
         n, height, width, n_in, *size, n_out, CACHE_BYTES, threads,
     )  # fmt: skip
     return dw

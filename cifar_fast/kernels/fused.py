@@ -18,15 +18,13 @@ Source of the gradient: Ioffe and Szegedy, "Batch normalization", 2015, arXiv 15
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from cifar_fast.kernels import compile as native
+from cifar_fast.kernels.compile import FLOAT, INT, LONG, POINTER, Library
 
 DTYPES = (torch.float32, torch.bfloat16)
 """Number formats that the compiled loops know."""
@@ -34,30 +32,17 @@ DTYPES = (torch.float32, torch.bfloat16)
 ACTIVATIONS = {nn.ReLU: 0, nn.SiLU: 1, nn.GELU: 2, nn.CELU: 3}
 """Activations that the compiled loops know, by their number there."""
 
+_KIND = [INT, INT, INT, FLOAT, INT]  # channels, activation, whether bfloat16, alpha, threads
 
-@functools.cache
-def available() -> tuple[bool, str]:
-    """Say whether the compiled loops can be used here.
-
-    Returns:
-        (True, path of the library) or (False, the reason).
-    """
-    try:
-        return True, _library()._name
-    except OSError as error:
-        return False, str(error)
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """The loops of `fused.c`, compiled."""
-    library = native.load("fused.c")
-    pointer, integer, long, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
-    kind: list[Any] = [integer, integer, integer, number, integer]  # channels, activation, bfloat16, alpha, threads
-    library.forward.argtypes = [pointer] * 4 + [number] + [pointer] * 4 + [long] * 2 + kind
-    library.evaluate.argtypes = [pointer] * 3 + [long] + kind
-    library.backward.argtypes = [pointer] * 5 + [number] + [pointer] * 6 + [long] * 2 + kind
-    return library
+LIBRARY = Library(
+    "fused.c",
+    {
+        "forward": (None, [POINTER] * 4 + [FLOAT] + [POINTER] * 4 + [LONG] * 2 + _KIND),
+        "evaluate": (None, [POINTER] * 3 + [LONG] + _KIND),
+        "backward": (None, [POINTER] * 5 + [FLOAT] + [POINTER] * 6 + [LONG] * 2 + _KIND),
+    },
+)
+available = LIBRARY.available
 
 
 def suits(x: Tensor, norm: nn.BatchNorm2d, activation: nn.Module) -> bool:
@@ -106,7 +91,7 @@ def normalise_and_activate(
 def apply_and_activate(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, activation: nn.Module) -> Tensor:
     """Return `activation((x - mean) * scale + bias)` of images (N, C, H, W), the others being (C,); no gradient."""
     y, now = torch.empty_like(x), torch.stack([mean, scale, bias])
-    _library().evaluate(x.data_ptr(), y.data_ptr(), now.data_ptr(), _rows(x), *_kind(x, activation))
+    LIBRARY.functions.evaluate(x.data_ptr(), y.data_ptr(), now.data_ptr(), _rows(x), *_kind(x, activation))
     return y
 
 
@@ -122,7 +107,7 @@ class NormActivation(torch.autograd.Function):
         y = torch.empty_like(x)
         mean, variance = torch.empty(2, groups, channels)
         sums, room = _scratch(channels, 4)
-        _library().forward(
+        LIBRARY.functions.forward(
             x.data_ptr(), y.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps, mean.data_ptr(), variance.data_ptr(),
             sums.data_ptr(), room.data_ptr(), groups, _rows(x) // groups, *_kind(x, activation),
         )  # fmt: skip
@@ -141,7 +126,7 @@ class NormActivation(torch.autograd.Function):
         dx = torch.empty_like(x)
         dweight, dbias = torch.empty(2, groups, channels)
         sums, room = _scratch(channels, 5)
-        _library().backward(
+        LIBRARY.functions.backward(
             x.data_ptr(), dy.data_ptr(), dx.data_ptr(), weight.data_ptr(), bias.data_ptr(), ctx.eps, mean.data_ptr(),
             variance.data_ptr(), dweight.data_ptr(), dbias.data_ptr(), sums.data_ptr(), room.data_ptr(), groups,
             _rows(x) // groups, *_kind(x, ctx.activation),

@@ -21,7 +21,6 @@ Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 201
 the loops; the machine's C compiler builds it once, on first use.
 """
 
-import ctypes
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from cifar_fast.kernels import compile as native
+from cifar_fast.kernels.compile import INT, LONG, POINTER, Library, address
 
 BLOCK_TILES = 56
 """Tiles a thread handles at a time: few enough for its caches, enough to reuse each transformed filter it reads."""
@@ -42,18 +41,17 @@ PARTIAL_SUMS_BELOW = 128 * 256
 # 24 G: a filter's three taps as a polynomial, evaluated at the six points and scaled as B and A need it.
 EVALUATE_TAPS = ((6, 0, 0), (-4, -4, -4), (-4, 4, -4), (1, 2, 4), (1, -2, 4), (0, 0, 24))
 
-
-@functools.cache
-def available() -> tuple[bool, str]:
-    """Say whether the compiled loops can be used here.
-
-    Returns:
-        (True, path of the library) or (False, the reason).
-    """
-    try:
-        return True, _library()._name
-    except OSError as error:
-        return False, str(error)
+LIBRARY = Library(
+    "winograd.c",
+    {
+        "lanes": (INT, []),
+        "rows": (INT, []),
+        "scratch_floats": (LONG, [INT] * 3),
+        "convolve": (None, [POINTER] * 6 + [INT] * 7),
+        "weight_gradient": (None, [POINTER] * 5 + [INT] * 8),
+    },
+)
+available = LIBRARY.available
 
 
 def winograd_conv2d(x: Tensor, weight: Tensor) -> Tensor:
@@ -128,18 +126,6 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
-    """The loops of `winograd.c`, compiled."""
-    library = native.load("winograd.c")
-    pointer, integer = ctypes.c_void_p, ctypes.c_int
-    library.scratch_floats.restype = ctypes.c_long
-    library.scratch_floats.argtypes = [integer] * 3
-    library.convolve.argtypes = [pointer] * 6 + [integer] * 7
-    library.weight_gradient.argtypes = [pointer] * 5 + [integer] * 8
-    return library
-
-
-@functools.cache
 def _tap_matrix() -> Tensor:
     """G (x) G: the 36 values of a filter from its nine taps, (36, 9)."""
     g = torch.tensor(EVALUATE_TAPS, dtype=torch.float64) / 24
@@ -148,7 +134,7 @@ def _tap_matrix() -> Tensor:
 
 def _panels(channels: int) -> int:
     """Panels of output channels, the unit in which the matrix products are done."""
-    return -(-channels // (2 * _library().lanes()))
+    return -(-channels // (2 * LIBRARY.functions.lanes()))
 
 
 def _transform_weight(weight: Tensor, transposed: bool = False) -> Tensor:
@@ -158,7 +144,7 @@ def _transform_weight(weight: Tensor, transposed: bool = False) -> Tensor:
     if transposed:
         matrix, taps = matrix.flip(1), taps.transpose(2, 3)
     cin, cout = taps.shape[2:]
-    panels, panel = _panels(cout), 2 * _library().lanes()
+    panels, panel = _panels(cout), 2 * LIBRARY.functions.lanes()
     taps = F.pad(taps.reshape(9, cin, cout), (0, panels * panel - cout))
     taps = taps.view(9, cin, panels, panel).transpose(1, 2)
     return (matrix @ taps.reshape(9, -1)).view(36, panels, cin, panel)
@@ -171,19 +157,15 @@ def _tiles(n: int, height: int, width: int) -> int:
 
 def _block(tiles: int) -> int:
     """Tiles that a thread with `tiles` to do handles at a time: even shares, in whole register blocks."""
-    rows = _library().rows()
+    rows = LIBRARY.functions.rows()
     shares = -(-tiles // BLOCK_TILES)
     return -(-tiles // shares // rows) * rows
 
 
 def _empty_places(x: Tensor, channels: int) -> Tensor:
     """Room for the place of each maximum in its 2x2 window, the channels rounded up to whole vectors."""
-    lanes = _library().lanes()
+    lanes = LIBRARY.functions.lanes()
     return torch.empty(x.shape[0], x.shape[2] // 2, x.shape[3] // 2, -(-channels // lanes) * lanes, dtype=torch.uint8)
-
-
-def _address(places: Tensor | None) -> int | None:
-    return None if places is None else places.data_ptr()
 
 
 def _convolve(
@@ -194,14 +176,14 @@ def _convolve(
     With `x_places` x (N, C_in, H // 2, W // 2) stands for the image that is x at these places and zero elsewhere. With
     `y_places` the result is max-pooled by 2 and the places are filled in.
     """
-    library, threads = _library(), torch.get_num_threads()
+    library, threads = LIBRARY.functions, torch.get_num_threads()
     (n, cin), (height, width) = x.shape[:2], size
     block = _block(-(-_tiles(n, height, width) // threads))
     scratch = torch.empty(threads * library.scratch_floats(cin, cout, block))
     shape = (n, cout, height, width) if y_places is None else (n, cout, height // 2, width // 2)
     y = torch.empty(shape, memory_format=torch.channels_last)
     library.convolve(
-        x.data_ptr(), _address(x_places), points.data_ptr(), y.data_ptr(), _address(y_places), scratch.data_ptr(),
+        x.data_ptr(), address(x_places), points.data_ptr(), y.data_ptr(), address(y_places), scratch.data_ptr(),
         n, height, width, cin, cout, block, threads,
     )  # fmt: skip
     return y
@@ -212,7 +194,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, places: Tensor | None) -> Tensor:
 
     With `places` dy (N, C_out, H // 2, W // 2) stands for the image that is dy at these places and zero elsewhere.
     """
-    library, threads = _library(), torch.get_num_threads()
+    library, threads = LIBRARY.functions, torch.get_num_threads()
     n, cin, height, width = x.shape
     cout, panels, panel = dy.shape[1], _panels(dy.shape[1]), 2 * library.lanes()
     # Threads share out the tiles, each with a partial sum of its own; where those are large, they share out panels.
@@ -222,7 +204,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, places: Tensor | None) -> Tensor:
     scratch = torch.empty(threads * library.scratch_floats(cin, cout, block))
     sums = torch.empty(splits, 36, panels, cin, panel)
     library.weight_gradient(
-        x.data_ptr(), dy.data_ptr(), _address(places), sums.data_ptr(), scratch.data_ptr(),
+        x.data_ptr(), dy.data_ptr(), address(places), sums.data_ptr(), scratch.data_ptr(),
         n, height, width, cin, cout, block, splits, threads,
     )  # fmt: skip
     taps = _tap_matrix().T.repeat(1, splits) @ sums.view(splits * 36, -1)  # (9, panels * C_in * panel)

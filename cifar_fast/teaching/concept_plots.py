@@ -20,11 +20,11 @@ from matplotlib.ticker import NullLocator
 from torch import Tensor, nn
 
 from cifar_fast.errors import UserError
-from cifar_fast.experiments.plan import Prediction, ring_all_reduce
+from cifar_fast.experiments.all_reduce import ring_all_reduce
+from cifar_fast.experiments.plan import Prediction
 from cifar_fast.experiments.published import LADDER_2019, Record
-from cifar_fast.experiments.statistics import data_set, hardware, mean_interval, reaches, wilson_interval
+from cifar_fast.experiments.statistics import data_set, hardware, mean_interval, reaches, speeds, wilson_interval
 from cifar_fast.experiments.tables import percent
-from cifar_fast.hardware.clock import speeds
 from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import Rung
 from cifar_fast.teaching.result_plots import TERMS, Picture

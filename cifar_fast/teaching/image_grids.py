@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -117,7 +118,7 @@ def augment_images(
     if mean is None or std is None:
         mean, std = pixel_statistics(images)
     mean, std = mean[:, None, None], std[:, None, None]
-    padded = augment.reflect_pad(images, recipe.crop_padding)
+    padded = F.pad(images, (recipe.crop_padding,) * 4, mode="reflect")
     seen = augment.crop(padded, choices.top, choices.left, images.shape[-1])
     seen = (augment.flip(seen, choices.mirrored).float() - mean) / std
     if recipe.color_jitter:
@@ -210,7 +211,7 @@ def augmentation_steps(
     if not (0 <= top <= 2 * padding and 0 <= left <= 2 * padding):
         raise UserError(f"top={top} and left={left} must be 0 ... {2 * padding}, twice padding={padding}")
     side = image.shape[-1]
-    padded = augment.reflect_pad(image[None], padding)
+    padded = F.pad(image[None], (padding,) * 4, mode="reflect")
     crop = augment.crop(padded, torch.tensor([top]), torch.tensor([left]), side)
     flipped = augment.flip(crop, torch.tensor([mirrored]))
     mean = image.float().mean((1, 2))[:, None, None]  # cutout sets what is normalised to 0: the mean

@@ -143,6 +143,9 @@ def accuracy_and_time(benchmark: Benchmark, published: Published = APPLE_2019) -
     return figure
 
 
+BASELINE = 22.0  # points from the bottom of the axes to the line that the dots stand on; the mean is drawn below it
+
+
 def _dots(
     axis: Axes,
     values: Sequence[float],
@@ -152,43 +155,51 @@ def _dots(
     least_span: float,
 ) -> None:
     """Draw values as stacked dots over a baseline, their mean with its interval below, and vertical lines."""
-    shown = [*values, *(place for place, _, _ in lines)]
     interval = mean_interval(values)
+    shown = [*values, *(place for place, _, _ in lines)]
     if interval and len(values) > 2:  # that of two runs can be so wide that the runs would be one dot
         shown += [end for end in interval if end > 0]
-    low, high = min(shown), max(shown)
-    if axis.get_xscale() == "log":
-        low, high = low / (high / low) ** 0.07, high * (high / low) ** 0.07
-    else:
-        margin = max(0.07 * (high - low), (least_span - (high - low)) / 2)
-        low, high = low - margin, high + margin
-    axis.set_xlim(low, high)
-    figure, box = axis.get_figure(root=True), axis.get_position()
-    assert isinstance(figure, Figure)
-    width, height = (72 * size for size in figure.get_size_inches() * box.size)
-    below = 22.0
-    axis.set_ylim(-below, height - below)  # the y axis counts points, 1/72 inch, which places do too
-    to_axes = axis.transData + axis.transAxes.inverted()
-    places = [width * to_axes.transform((value, 0))[0] for value in values]
-    for diameter in (9.0, 8.0, 7.0, 6.0, 5.0):
-        levels = stack(places, diameter)
-        room = height - below - diameter - 2
-        if max(levels) * diameter <= room:
-            break
-    step = min(diameter, room / max(1, *levels))  # less than a diameter: the dots of a stack overlap
-    heights = [diameter / 2 + 2 + step * level for level in levels]
-    handles: list[Any] = [axis.scatter(values, heights, s=diameter**2, label="one run", **DOT)]
+    axis.set_xlim(_limits(min(shown), max(shown), least_span, logarithmic=axis.get_xscale() == "log"))
+    handles: list[Any] = [_stacked(axis, values)]
     if interval is not None:
         start, end = interval
-        mean = (start + end) / 2
-        label = f"mean {mean:.2f} {unit}, 95 % interval {start:.2f} to {end:.2f} {unit}"
-        handles.append(axis.errorbar([mean], [-below / 2], xerr=[(end - start) / 2], label=label, **MEAN))
+        label = f"mean {(start + end) / 2:.2f} {unit}, 95 % interval {start:.2f} to {end:.2f} {unit}"
+        handles.append(
+            axis.errorbar([(start + end) / 2], [-BASELINE / 2], xerr=[(end - start) / 2], label=label, **MEAN)
+        )
     handles += [axis.axvline(place, label=text, **style) for place, style, text in lines]
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_yticks([])
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["left", "top", "right"]].set_visible(False)
     axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.26), fontsize="small", frameon=False)
+
+
+def _limits(low: float, high: float, least_span: float, *, logarithmic: bool) -> tuple[float, float]:
+    """Return the ends of an axis that shows `low` to `high` with a margin, and no less than `least_span` if linear."""
+    if logarithmic:
+        factor = (high / low) ** 0.07
+        return low / factor, high * factor
+    margin = max(0.07 * (high - low), (least_span - (high - low)) / 2)
+    return low - margin, high + margin
+
+
+def _stacked(axis: Axes, values: Sequence[float]) -> Any:
+    """Draw a dot for each value, stacked where they meet, the largest that fit; the x limits of the axes are set."""
+    figure, box = axis.get_figure(root=True), axis.get_position()
+    assert isinstance(figure, Figure)
+    width, height = (72 * size for size in figure.get_size_inches() * box.size)  # in points, 1/72 inch
+    axis.set_ylim(-BASELINE, height - BASELINE)  # the y axis counts points, as the diameters and places do
+    to_axes = axis.transData + axis.transAxes.inverted()
+    places = [width * to_axes.transform((value, 0))[0] for value in values]
+    for diameter in (9.0, 8.0, 7.0, 6.0, 5.0):
+        levels = stack(places, diameter)
+        room = height - BASELINE - diameter - 2
+        if max(levels) * diameter <= room:
+            break
+    step = min(diameter, room / max(1, *levels))  # less than a diameter: the dots of a stack overlap
+    heights = [diameter / 2 + 2 + step * level for level in levels]
+    return axis.scatter(values, heights, s=diameter**2, label="one run", **DOT)
 
 
 def stack(places: Sequence[float], diameter: float) -> list[int]:

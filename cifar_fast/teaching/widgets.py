@@ -10,11 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from cifar_fast.errors import UserError
-from cifar_fast.experiments import plan
+from cifar_fast.experiments.all_reduce import Link
+from cifar_fast.experiments.plan import predict
+from cifar_fast.experiments.step_costs import StepCosts
 from cifar_fast.experiments.tables import percent
+from cifar_fast.experiments.world_sizes import planned_world_sizes
 from cifar_fast.recipe import Recipe, choices
-from cifar_fast.teaching import concept_plots as figures
-from cifar_fast.teaching import image_grids as galleries
+from cifar_fast.teaching import concept_plots, image_grids
 from cifar_fast.teaching.result_plots import Picture, learning_curve
 from cifar_fast.training.model import Network
 from cifar_fast.training.result import EpochResult, RunResult
@@ -135,7 +137,7 @@ def augmentation(images: Tensor, *, dataset: str, padding: int = 4, most_cutout:
     side = images.shape[-1]
 
     def draw(image: int, **chosen: Any) -> Picture:
-        return galleries.augmentation_steps(images[image], padding=padding, dataset=dataset, **chosen)
+        return image_grids.augmentation_steps(images[image], padding=padding, dataset=dataset, **chosen)
 
     return Explorer(
         draw,
@@ -153,7 +155,9 @@ def label_smoothing(logits: Tensor, label: int, classes: Sequence[str]) -> Explo
     """Explore target, softmax and loss of one image: its logits, float (K,), its class, the names of the classes."""
 
     def draw(label_smoothing: float, temperature: float) -> Picture:
-        return figures.label_smoothing(logits, label, classes, label_smoothing=label_smoothing, temperature=temperature)
+        return concept_plots.label_smoothing(
+            logits, label, classes, label_smoothing=label_smoothing, temperature=temperature
+        )
 
     return Explorer(
         draw,
@@ -166,26 +170,26 @@ def calibration(logits: Mapping[str, Tensor], labels: Tensor, *, dataset: str) -
     """Explore confidence and accuracy over the temperature: networks' logits, float (N, K), by name; int64 (N,)."""
 
     def draw(temperature: float) -> Picture:
-        return figures.calibration(logits, labels, dataset=dataset, temperature=temperature)
+        return concept_plots.calibration(logits, labels, dataset=dataset, temperature=temperature)
 
     return Explorer(draw, temperature=_powers("temperature", 1.0, -1, 1, ".2f"))
 
 
 def activations() -> Explorer:
     """Explore the activations, and where max-pool may stand, over the alpha of CELU."""
-    return Explorer(figures.activation_curves, celu_alpha=_real("celu_alpha", 0.3, 0.025, 1.0, 0.025, ".3f"))
+    return Explorer(concept_plots.activation_curves, celu_alpha=_real("celu_alpha", 0.3, 0.025, 1.0, 0.025, ".3f"))
 
 
 def number_formats() -> Explorer:
     """Explore what float16, bfloat16 and float32 make of a number."""
-    return Explorer(figures.number_formats, value=_powers("number", 1e-5, -12, 8, ".3g"))
+    return Explorer(concept_plots.number_formats, value=_powers("number", 1e-5, -12, 8, ".3g"))
 
 
 def loss_scale(gradients: Mapping[str, Tensor]) -> Explorer:
     """Explore which of the gradients of layers, float (n,) each, float16 loses when the loss is multiplied first."""
 
     def draw(loss_scale: int) -> Picture:
-        return figures.gradient_sizes(gradients, loss_scale)
+        return concept_plots.gradient_sizes(gradients, loss_scale)
 
     return Explorer(draw, loss_scale=_select("loss scale", 1, [2**power for power in range(0, 33, 2)]))
 
@@ -196,7 +200,7 @@ def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
     sizes = [size for size in range(2, n + 1) if n % size == 0]
 
     def draw(group_size: int, channel: int) -> Picture:
-        return figures.group_statistics(activations, group_size, dataset=dataset, channel=channel)
+        return concept_plots.group_statistics(activations, group_size, dataset=dataset, channel=channel)
 
     return Explorer(
         draw,
@@ -209,7 +213,7 @@ def scaled_activation(values: Tensor, *, dataset: str) -> Explorer:
     """Explore scale and bias of a batch norm and the alpha of the CELU behind them, on normalised `values`, float."""
 
     def draw(scale: float, bias: float, celu_alpha: float) -> Picture:
-        return figures.scaled_activation(values, scale, bias, celu_alpha=celu_alpha, dataset=dataset)
+        return concept_plots.scaled_activation(values, scale, bias, celu_alpha=celu_alpha, dataset=dataset)
 
     return Explorer(
         draw,
@@ -223,7 +227,7 @@ def whitening(images: Tensor, *, dataset: str) -> Explorer:
     """Explore spectrum and covariance of the patches of normalised `images` (N, 3, H, W) by patch size and eps."""
 
     def draw(size: int, eps: float) -> Picture:
-        return galleries.whitening_spectrum(images, size, eps, dataset=dataset)
+        return image_grids.whitening_spectrum(images, size, eps, dataset=dataset)
 
     return Explorer(
         draw,
@@ -236,7 +240,7 @@ def schedule(recipe: Recipe) -> Explorer:
     """Explore the learning rate's knots, beside those of `recipe`, and its value under a pointer."""
 
     def draw(at: float, **changes: Any) -> Picture:
-        return figures.learning_rates({recipe.name: recipe, "as set here": replace(recipe, **changes)}, at)
+        return concept_plots.learning_rates({recipe.name: recipe, "as set here": replace(recipe, **changes)}, at)
 
     most = 2 * recipe.epochs
     return Explorer(
@@ -254,7 +258,7 @@ def newton_schulz(matrices: Mapping[str, Tensor]) -> Explorer:
     """Explore what Newton-Schulz iterations make of the singular values of `matrices`, float (m, n), by their names."""
 
     def draw(matrix: str, steps: int) -> Picture:
-        return figures.newton_schulz(matrices[matrix], steps)
+        return concept_plots.newton_schulz(matrices[matrix], steps)
 
     return Explorer(
         draw,
@@ -270,7 +274,7 @@ def averaging(decay: float = 0.99, every: int = 5, *, values: Sequence[float] | 
     """
 
     def draw(decay: float, every: int) -> Picture:
-        return figures.ema_horizon(decay**every, every, values=values)
+        return concept_plots.ema_horizon(decay**every, every, values=values)
 
     return Explorer(
         draw,
@@ -282,7 +286,7 @@ def averaging(decay: float = 0.99, every: int = 5, *, values: Sequence[float] | 
 def averages_on_a_bowl(ema_decay: float = 0.9, lookahead_alpha: float = 0.5, every: int = 5) -> Explorer:
     """Explore what EMA and Lookahead do to the way of two weights under noisy gradients."""
     return Explorer(
-        figures.averages_on_a_bowl,
+        concept_plots.averages_on_a_bowl,
         ema_decay=_real("ema_decay, a step", ema_decay, 0.0, 0.99, 0.01),
         lookahead_alpha=_real("lookahead_alpha", lookahead_alpha, 0.05, 1.0, 0.05),
         every=_whole("every, steps", every, 1, 20),
@@ -296,7 +300,7 @@ def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Explo
     best = 100 * max(epoch["test_accuracy"] for epoch in epochs)
 
     def draw(target: float) -> Picture:
-        return figures.time_to_accuracy(runs, target / 100)
+        return concept_plots.time_to_accuracy(runs, target / 100)
 
     return Explorer(draw, target=_real("target, %", round(0.9 * best, 1), 0.0, 100.0, 0.1, ".1f"))
 
@@ -305,25 +309,25 @@ def share_intervals(share: float = 0.82, n: int = 50) -> Explorer:
     """Explore how well the share of runs that reach a target is known after n runs; the start is Apple's 41 of 50."""
 
     def draw(share: float, n: int) -> Picture:
-        return figures.share_intervals(share / 100, n)
+        return concept_plots.share_intervals(share / 100, n)
 
     return Explorer(
         draw, share=_real("at the target, %", 100 * share, 0.0, 100.0, 1.0, ".0f"), n=_whole("runs", n, 1, 500)
     )
 
 
-def workers(measured: plan.StepCosts, recipe: Recipe, n_train: int, n_test: int, link: plan.Link) -> Explorer:
-    """Explore what more workers and another link would do to a step, from costs that `plan.measure_step` measured.
+def workers(measured: StepCosts, recipe: Recipe, n_train: int, n_test: int, link: Link) -> Explorer:
+    """Explore what more workers and another link would do to a step, from costs that `measure_step` found.
 
     `n_train`, `n_test`: training and test images. The sliders start at `link`; what they are moved to is nobody's
     measurement.
     """
-    sizes = plan.planned_world_sizes(recipe)
+    sizes = planned_world_sizes(recipe)
 
     def draw(world_size: int, latency: float, bandwidth: float) -> Picture:
         wire = replace(link, latency_seconds=latency / 1e6, bytes_per_second=bandwidth * 1e9)
-        alone, together = (plan.predict(measured, recipe, n_train, n_test, n, wire) for n in (1, world_size))
-        return figures.timeline(together, alone)
+        alone, together = (predict(measured, recipe, n_train, n_test, n, wire) for n in (1, world_size))
+        return concept_plots.timeline(together, alone)
 
     return Explorer(
         draw,
@@ -339,7 +343,7 @@ def tta_votes(
     """Explore what the views of one of uint8 `images` (N, 3, H, W) make a trained network vote for."""
 
     def draw(image: int, tta: str) -> Picture:
-        return galleries.tta_votes(model, images[image], int(labels[image]), classes, tta=tta, dataset=dataset)
+        return image_grids.tta_votes(model, images[image], int(labels[image]), classes, tta=tta, dataset=dataset)
 
     return Explorer(
         draw,

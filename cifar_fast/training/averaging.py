@@ -1,4 +1,4 @@
-"""A running average of a network's weights, kept beside it and never written back."""
+"""Averages of a network's weights over time: an EMA, which leaves the network alone, and Lookahead, which moves it."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class EMA:
 
 
 class Lookahead:
-    """Slow weights that follow the fast ones, which then restart from the slow: unlike an EMA it changes what is
-    trained.
+    """Slow weights that follow the trained, fast ones, which then restart from the slow ones.
 
-    Source: Zhang, Lucas, Hinton and Ba, "Lookahead optimizer: k steps forward, 1 step back", arXiv 1907.08610.
+    Unlike an EMA it changes the training. Source: Zhang, Lucas, Hinton and Ba, "Lookahead optimizer: k steps
+    forward, 1 step back", arXiv 1907.08610.
     """
 
     def __init__(self, model: nn.Module, alpha: float) -> None:
-        """Start the slow weights where `model` is; `alpha` is the share of the way they go at each `move`."""
+        """Start the slow weights at those of `model`; each `move` covers the share `alpha` of the way, 0 ... 1."""
         self.model, self.alpha = model, alpha
         self.slow = [p.detach().clone() for p in model.parameters()]
 
     @torch.no_grad()
     def move(self) -> None:
-        """Move the slow weights towards the fast ones, and the fast ones there."""
+        """Move the slow weights towards the fast ones, and set the fast ones to the result."""
         for slow, fast in zip(self.slow, self.model.parameters(), strict=True):
             slow.lerp_(fast, self.alpha)
             fast.copy_(slow)

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cifar_fast.errors import RecipeError
@@ -17,11 +19,14 @@ from cifar_fast.training import augment
 
 
 def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each channel of uint8 `images` (N, C, H, W): float32 (C,), 0 ... 255."""
+    """Return the mean and standard deviation of each channel of uint8 `images` (N, C, H, W), float32 (C,), 0 ... 255.
+
+    The deviation is at least 1, so that an image of one colour can be divided by it.
+    """
     values = torch.arange(256, dtype=torch.float64, device=images.device)
     means, deviations = [], []
     for channel in images.unbind(1):
-        # Counting the 256 values is exact, and needs no float copy of the set.
+        # Counting the 256 values is exact and needs no floating-point copy of the set.
         share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
         mean = (share * values).sum()
         means.append(mean)
@@ -29,18 +34,26 @@ def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(means).float(), torch.stack(deviations).float()
 
 
-def draw_generator(seed: int, run: int, epoch: int, shard: int) -> torch.Generator:
-    """Return the CPU generator of one shard's choices in one epoch, whatever the device or the number of processes."""
-    return _generator(0, seed, run, epoch, shard)
+def draw_generator(seed: int, epoch: int, shard: int) -> torch.Generator:
+    """Return the CPU generator for the choices of one shard in one epoch: the same for any device and any number of
+    processes.
+    """
+    return _generator(0, seed, 0, epoch, shard)
 
 
+# The first number of a key separates the kinds of draws; the constant after the seed keeps what each seed draws.
 def _generator(*key: int) -> torch.Generator:
     state = np.random.SeedSequence(key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
 
 
+def allowed_world_sizes(recipe: Recipe) -> tuple[int, ...]:
+    """Return every number of processes that can share the recipe's shards equally, in ascending order."""
+    return tuple(number for number in range(1, recipe.n_shards + 1) if recipe.n_shards % number == 0)
+
+
 def steps_per_epoch(recipe: Recipe, n_images: int) -> int:
-    """Return the whole batches in one pass over `n_images`; raise `RecipeError` when a shard does not hold one."""
+    """Return the number of whole batches in `n_images`; raise `RecipeError` if a shard lacks images for its share."""
     smallest = n_images // recipe.n_shards
     if smallest < recipe.local_batch_size:
         raise RecipeError(
@@ -53,21 +66,21 @@ def steps_per_epoch(recipe: Recipe, n_images: int) -> int:
 
 @dataclass(frozen=True)
 class Choices:
-    """The random choices for `n` images of one epoch: which image, and what is done to it; all tensors are (n,)."""
+    """The random choices for `n` images of one epoch: which image comes, and how it is augmented. Tensors are (n,)."""
 
     index: Tensor  # int64, position within the shard
     top: Tensor  # int64, offset of the crop in pixels
     left: Tensor
     mirrored: Tensor  # bool
-    cutout_top: Tensor  # int64, pixels; may lie partly outside, so that the border is covered too
+    cutout_top: Tensor  # int64, pixels; the square may lie partly outside, so that it reaches the border as often
     cutout_left: Tensor
     contrast: Tensor  # float32, factor
-    brightness: Tensor  # float32, standard deviations
+    brightness: Tensor  # float32, in standard deviations
 
 
-def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, run: int, epoch: int, shard: int) -> Choices:
-    """Draw one epoch's choices for one shard of `shard_size` images of `side` pixels."""
-    generator = draw_generator(seed, run, epoch, shard)
+def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, epoch: int, shard: int) -> Choices:
+    """Draw the choices of one epoch for a shard of `shard_size` images that are `side` pixels wide."""
+    generator = draw_generator(seed, epoch, shard)
 
     def integers(low: int, high: int) -> Tensor:
         return torch.randint(low, high, (shard_size,), generator=generator)
@@ -80,8 +93,8 @@ def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, run: 
     top, left = integers(0, offsets), integers(0, offsets)
     mirrored = integers(0, 2).bool()
     if recipe.flip == "alternating":
-        # Each image starts from its own side, drawn once for the run, and changes sides every epoch.
-        first = torch.randint(0, 2, (shard_size,), generator=_generator(1, seed, run, shard)).bool()
+        # A draw for the whole run says how each image starts; then it changes sides every epoch.
+        first = torch.randint(0, 2, (shard_size,), generator=_generator(1, seed, 0, shard)).bool()
         mirrored = first[index] ^ bool(epoch % 2)
     elif recipe.flip == "none":
         mirrored = torch.zeros_like(mirrored)
@@ -89,13 +102,24 @@ def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, run: 
     return Choices(index, top, left, mirrored, cutout_top, cutout_left, 1 + spread(), spread())
 
 
+PORTION = 100_000
+"""Images that are padded at a time: torch's CUDA kernel accepts at most 2**31 numbers."""
+
+
+def _with_border(images: Tensor, padding: int) -> list[Tensor]:
+    """Return `images` (N, C, H, W), in portions, with `padding` reflected pixels on each side."""
+    if padding == 0:
+        return [images]
+    return [F.pad(some, (padding,) * 4, mode="reflect") for some in images.split(PORTION)]
+
+
 class TrainBatches:
-    """The training set of one process, and the batches it is trained on.
+    """The training set of one process and its augmented batches.
 
     A process holds `n_shards / world_size` of the recipe's strided shards: shard s has the images s, s + n_shards, ...
-    Its local batch is the shards' local batches one after the other, so that a ghost group never crosses a shard. What
-    is kept is uint8 with its reflected border: a quarter of the bytes of float32, and the crop is a gather. Cropping
-    and mirroring commute with normalisation, which comes after.
+    Its part of a batch is the local batches of its shards, one after the other, so a ghost group never crosses a shard.
+    The images stay uint8, a quarter of the bytes of float32, and have their reflected border, so a crop is a gather.
+    Cropping and mirroring commute with normalisation, which comes last.
     """
 
     def __init__(
@@ -109,42 +133,55 @@ class TrainBatches:
         mean: Tensor | None = None,
         std: Tensor | None = None,
         seed: int = 0,
-        run: int = 0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Take uint8 `images` (N, C, H, W) and int64 `labels` (N,) to `device`; `mean` and `std` (C,) in pixel values,
-        else measured.
+        """Send the shards of `rank` to `device`, or keep them on the CPU if the recipe does not preload.
 
-        Raises `RecipeError` when a shard holds fewer images than the local batch needs.
+        Args:
+            images: uint8 (N, C, H, W), the whole training set.
+            labels: int64 (N,).
+            recipe: what is trained.
+            device: where the batches are used.
+            dtype: number format of the batches.
+            mean: of each channel, (C,), in pixel values; None: measured.
+            std: likewise.
+            seed: of the random choices.
+            rank: of this process.
+            world_size: number of processes; divides the recipe's `n_shards`.
+
+        Raises:
+            RecipeError: a shard holds fewer images than its part of a batch, or the crop's border exceeds the image.
         """
-        self.recipe, self.seed, self.run, self.device, self.dtype = recipe, seed, run, device, dtype
-        self.shards = range(rank * recipe.n_shards // world_size, (rank + 1) * recipe.n_shards // world_size)
-        if recipe.crop_padding >= images.shape[-1]:
+        self.recipe, self.seed, self.device, self.dtype = recipe, seed, device, dtype
+        self.side = images.shape[-1]
+        if recipe.crop_padding >= self.side:
             raise RecipeError(
-                f"crop_padding={recipe.crop_padding} reflects more than an image has: at most {images.shape[-1] - 1}"
+                f"crop_padding={recipe.crop_padding} reflects more than an image has: at most {self.side - 1}"
             )
         self.steps_per_epoch = steps_per_epoch(recipe, len(images))
-        self.side = images.shape[-1]
-        # Where the set is not preloaded it stays on the CPU, which cuts and augments each batch and then sends it.
+        self.shards = range(rank * recipe.n_shards // world_size, (rank + 1) * recipe.n_shards // world_size)
         self.home = device if recipe.preload else torch.device("cpu")
-        padded, own_labels = [], []
-        for shard in self.shards:
-            own = images[shard :: recipe.n_shards].to(self.home, non_blocking=True)
-            padded.append(augment.reflect_pad(own, recipe.crop_padding))
-            own_labels.append(labels[shard :: recipe.n_shards].to(self.home, non_blocking=True))
-        sizes = [len(own) for own in own_labels]
-        self.starts = [sum(sizes[:number]) for number in range(len(sizes))]  # where each shard begins
-        # All shards lie one after the other, so that a batch is one gather.
-        self.all_images = torch.cat(padded) if len(padded) > 1 else padded[0]  # uint8 (n, C, H + 2p, W + 2p)
-        self.all_labels = torch.cat(own_labels)  # int64 (n,)
-        self.images, self.labels = self.all_images.split(sizes), self.all_labels.split(sizes)  # a view for each shard
+        """Where the training set lies and batches are made."""
         if mean is None or std is None:
             mean, std = pixel_statistics(images)
         self.mean, self.std = (value.to(self.home)[:, None, None] for value in (mean, std))  # (C, 1, 1)
+
+        padded, own_labels = [], []
+        for shard in self.shards:
+            own = slice(shard, None, recipe.n_shards)
+            padded += _with_border(images[own].to(self.home, non_blocking=True), recipe.crop_padding)
+            own_labels.append(labels[own].to(self.home, non_blocking=True))
+        # The shards lie one after the other, so that a batch is one gather. A single part need not be copied.
+        self.all_images = torch.cat(padded) if len(padded) > 1 else padded[0]  # uint8 (n, C, H + 2p, W + 2p)
+        self.all_labels = torch.cat(own_labels)  # int64 (n,)
+        sizes = [len(own) for own in own_labels]
+        self.starts = [0, *accumulate(sizes[:-1])]  # where each shard begins
+        self.images, self.labels = self.all_images.split(sizes), self.all_labels.split(sizes)  # a view for each shard
+
         self.prepared: Callable[..., tuple[Tensor, Tensor]] | None = None
-        """What takes the place of `make`, at the images' own resolution, where that was compiled or recorded."""
-        self._drawn: tuple[int, Choices] | None = None  # of one epoch, as `choices` returns them
+        """Compiled or captured replacement of `make` at the images' own resolution."""
+        self._drawn: tuple[int, Choices] | None = None  # the latest epoch and what `choices` returns for it
 
     def resolution(self, epoch: int) -> int:
         """Return the side in pixels of the training images in `epoch`, counted from 0."""
@@ -159,18 +196,18 @@ class TrainBatches:
         is_last = (epoch + 1) * self.steps_per_epoch >= self.total_steps()
         for number, now in enumerate(zip(*vars(chosen).values(), strict=True), start=1):
             if number == self.steps_per_epoch and self.home.type == "cuda" and not is_last:
-                self.choices(epoch + 1)  # while the GPU has steps in its queue: after the last one its loss is read
+                # Draw while the GPU still has steps in its queue: after the last one the loop waits for its loss.
+                self.choices(epoch + 1)
             yield make(*now)
 
     def _draw(self, epoch: int) -> list[Choices]:
         return [
-            draw_choices(self.recipe, len(labels), self.side, seed=self.seed, run=self.run, epoch=epoch, shard=shard)
+            draw_choices(self.recipe, len(labels), self.side, seed=self.seed, epoch=epoch, shard=shard)
             for shard, labels in zip(self.shards, self.labels, strict=True)
         ]
 
     def choices(self, epoch: int) -> Choices:
-        """Return what is chosen for each image of `epoch`, where the images are: (steps, B) each; `index` counts over
-        all shards."""
+        """Return the choices for `epoch`, (steps, B) each, where the images are; `index` counts over all shards."""
         if self._drawn is not None and self._drawn[0] == epoch:
             return self._drawn[1]
         size, steps, drawn = self.recipe.local_batch_size, self.steps_per_epoch, self._draw(epoch)
@@ -181,15 +218,15 @@ class TrainBatches:
                 of_shards = [index + start for index, start in zip(of_shards, self.starts, strict=True)]
             values = torch.cat(of_shards, 1)  # (steps, B): the local batches of all shards one after the other
             if self.home.type == "cuda":
-                values = values.pin_memory()  # else the copy waits for all that the GPU has been told to do
+                values = values.pin_memory()  # otherwise the copy waits for everything in the GPU's queue
             together.append(values.to(self.home, non_blocking=True))
         self._drawn = epoch, Choices(*together)
         return self._drawn[1]
 
     def example_choices(self) -> list[Tensor]:
-        """Return the choices for one batch, (B,) each, for whoever compiles `make`; training draws its own."""
+        """Return the choices for one batch, (B,) each, as an example for a compiler or a capture of `make`."""
         chosen = [values[0].clone() for values in vars(self.choices(0)).values()]
-        self._drawn = None  # the clock of training counts the drawing
+        self._drawn = None  # training draws them again, because its clock counts the drawing
         return chosen
 
     def make(self, side: int, *chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_fast.errors import TrainingError
-from cifar_fast.hardware.cuda_graph import CapturedFunction, compiled, measured_convolutions
+from cifar_fast.hardware.cuda_graph import CapturedFunction, compiled, first_line, measured_convolutions
 from cifar_fast.training.optim import keep_learning_rates_on
 from cifar_fast.training.setup import Setup
 from cifar_fast.training.step import TrainingStep, forward_backward, freeze_whitening_bias
@@ -23,25 +23,24 @@ Make = Callable[..., tuple[Tensor, Tensor]]
 
 
 def prepare_step(setup: Setup) -> TrainingStep:
-    """Return the training step, compiled and captured as `setup.execution` says; nothing is learned meanwhile.
+    """Return the training step, compiled and captured as `setup.execution` says; the weights stay as they are.
 
-    What a compiler or a GPU refuses is left out: a warning says so, and so does `setup.execution` from then on. A field
-    that the recipe turned `on` and the device cannot do is warned about as well.
+    Where the compiler or the GPU refuses, the step runs without: a warning says so, and so does `setup.execution` from
+    then on. A field that is `on` in the recipe and impossible on the device causes a warning, too.
     """
     step, mode = setup.step(), setup.execution.step_mode
+    for field in ("cuda_graph", "compile"):
+        if getattr(setup.recipe, field) == "on" and not getattr(mode, field):
+            warnings.warn(f"{field}=on is not used: {'; '.join(mode.reasons)}", stacklevel=3)
     if mode.compile:
         _compile(setup, step)
     if mode.cuda_graph:
         _capture(setup, step)
-    mode = setup.execution.step_mode
-    for field in ("cuda_graph", "compile"):
-        if getattr(setup.recipe, field) == "on" and not getattr(mode, field):
-            warnings.warn(f"{field}=on is not used: {'; '.join(mode.reasons)}", stacklevel=3)
     return step
 
 
 def _compile(setup: Setup, step: TrainingStep) -> None:
-    """Compile the network, and the making of a batch where that happens on the device."""
+    """Compile the network, and the making of a batch if it happens on the device."""
     update, make = setup.update(), _make(setup)
     compiled_model: Any = compiled(update.model)  # a module around the model, with its parameters
     compiled_make = compiled(make) if setup.batches.home == setup.device else make
@@ -53,11 +52,10 @@ def _compile(setup: Setup, step: TrainingStep) -> None:
                 images, labels = compiled_make(*setup.batches.example_choices())
                 forward_backward(compiled_model, images, labels, setup.recipe, update.dtype)
         except Exception as error:  # a compiler fails in many ways, and none need end a training run
-            why = f"{type(error).__name__}: {error}".splitlines()[0]
+            why = first_line(error)
         update.clear_gradients()
     if not setup.ranks.all(not why):
-        _do_without(setup, "compile", why or "another rank failed to")
-        warnings.warn(f"torch.compile is done without: {why or 'another rank failed to'}", stacklevel=4)
+        _run_without(setup, "compile", why or "another rank failed to compile it")
         return
     step.updates = dict.fromkeys((False, True), replace(update, model=compiled_model))
     setup.batches.prepared = compiled_make
@@ -71,7 +69,7 @@ def _capture(setup: Setup, step: TrainingStep) -> None:
     try:
         with rolled_back(setup.model, setup.optimizers):
             chosen = setup.batches.example_choices()
-            if setup.batches.home == setup.device:  # else it is made on the CPU, and sent
+            if setup.batches.home == setup.device:  # otherwise the CPU makes the batch and sends it
                 make = CapturedFunction(make, *chosen)
             images, labels = make(*chosen)
             for frozen in _variants(setup):
@@ -79,15 +77,14 @@ def _capture(setup: Setup, step: TrainingStep) -> None:
                 step.updates[frozen] = CapturedFunction(eager[frozen], images, labels)
         setup.batches.prepared = make
     except RuntimeError as error:
-        why = str(error).splitlines()[0]
-        if setup.ranks.world_size > 1:  # nobody knows which collective the others are in
+        why = first_line(error)
+        if setup.ranks.world_size > 1:  # nobody knows which collective operation the others have reached
             raise TrainingError(
                 f"rank {setup.ranks.rank} cannot capture its step: {why}; train with cuda_graph=off"
             ) from error
         setup.update().clear_gradients()
         step.updates = eager
-        _do_without(setup, "cuda_graph", why)
-        warnings.warn(f"the CUDA graph is done without: {why}", stacklevel=4)
+        _run_without(setup, "cuda_graph", why)
 
 
 def _make(setup: Setup) -> Make:
@@ -95,21 +92,23 @@ def _make(setup: Setup) -> Make:
 
 
 def _variants(setup: Setup) -> list[bool]:
-    """Return the states of the whitening bias, frozen or not, that this training run meets."""
+    """Return the states of the whitening bias, frozen or not, that occur in this training run."""
     batches, learned = setup.batches, setup.recipe.whitening_bias_epochs
     last = (batches.total_steps() - 1) / batches.steps_per_epoch
     return sorted({learned <= 0, last >= learned})
 
 
-def _do_without(setup: Setup, field: str, why: str) -> None:
+def _run_without(setup: Setup, field: str, why: str) -> None:
+    done = {"compile": "compiled", "cuda_graph": "captured"}[field]
+    warnings.warn(f"the training step cannot be {done} and runs without: {why}", stacklevel=5)
     setup.execution = replace(setup.execution, step_mode=setup.execution.step_mode.without(field, why))
 
 
 @contextmanager
 def rolled_back(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[None]:
-    """Undo what the block does to weights, statistics and optimisers; these must not have taken a step before.
+    """Undo what the block does to weights, statistics and optimisers; the optimisers must not have taken a step before.
 
-    Every tensor stays where it is. What the optimisers have gathered becomes zero, which is where momentum starts.
+    Every tensor stays at its address. The optimisers' state becomes zero, which is where momentum starts.
     """
     values = list(model.state_dict().values())
     before = [value.clone() for value in values]
@@ -121,6 +120,6 @@ def rolled_back(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> It
                 value.copy_(old)
             for optimizer in optimizers:
                 for state in optimizer.state.values():
-                    for gathered in state.values():
-                        if isinstance(gathered, Tensor):
-                            gathered.zero_()
+                    for value in state.values():
+                        if isinstance(value, Tensor):
+                            value.zero_()

@@ -1,4 +1,4 @@
-"""How good a network is on unseen images: loss, accuracy, confusion, with or without test-time augmentation."""
+"""Measures a network on unseen images: loss, accuracy, confusion, with or without test-time augmentation."""
 
 from __future__ import annotations
 
@@ -11,62 +11,60 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_fast.hardware.numerics import HALF
-from cifar_fast.training.augment import reflect_pad
 from cifar_fast.training.model import Network
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network makes of a set of labelled images."""
+    """The performance of a network on a set of labelled images."""
 
     loss: float
     """Mean cross entropy, without label smoothing."""
     accuracy: float
     """Share of images whose largest logit is their label's, 0 ... 1."""
     confusion: Tensor
-    """int64 (classes, classes): how many images of class [row] were taken for class [column]."""
+    """int64 (classes, classes): the number of images of class [row] that were classified as [column]."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How sure a network is of its predictions beside how often they are right, by bins of its confidence."""
+    """The confidence of a network beside the share of its predictions that are right, in bins of confidence."""
 
     confidence: Tensor
-    """float64 (bins,): mean probability of the predicted class; not a number where the bin is empty."""
+    """float64 (bins,): mean probability of the predicted class; NaN in an empty bin."""
     accuracy: Tensor
-    """float64 (bins,): share of these predictions that are right; likewise."""
+    """float64 (bins,): share of these predictions that are right; NaN in an empty bin."""
     count: Tensor
-    """int64 (bins,): images in the bin."""
+    """int64 (bins,): number of images in the bin."""
 
     @property
     def error(self) -> float:
-        """Mean distance over the images between their bins' confidence and accuracy, 0 ... 1."""
-        return (
-            (self.confidence - self.accuracy).abs().nan_to_num() * self.count
-        ).sum().item() / self.count.sum().item()
+        """Mean gap between confidence and accuracy, each bin weighted by its images, 0 ... 1."""
+        gaps = (self.confidence - self.accuracy).abs().nan_to_num()
+        return (gaps * self.count).sum().item() / self.count.sum().item()
 
 
 def calibration(probabilities: Tensor, labels: Tensor, n_bins: int = 10) -> Calibration:
-    """Compare the confidence of predictions, float (N, classes), with how often they hit int64 `labels` (N,).
+    """Compare the confidence of `probabilities`, float (N, classes), with the share that is right by `labels`, (N,).
 
     The bins are equally wide. `error` is the expected calibration error of Guo, Pleiss, Sun and Weinberger, "On
     calibration of modern neural networks", arXiv 1706.04599.
     """
     confidence, predicted = probabilities.double().max(1)
-    hits = (predicted == labels).double()
-    place = (confidence * n_bins).long().clamp(max=n_bins - 1)
-    count = torch.bincount(place, minlength=n_bins)
-    sums = (torch.bincount(place, weights=values, minlength=n_bins) for values in (confidence, hits))
+    right = (predicted == labels).double()
+    bin_index = (confidence * n_bins).long().clamp(max=n_bins - 1)
+    count = torch.bincount(bin_index, minlength=n_bins)
+    sums = (torch.bincount(bin_index, weights=values, minlength=n_bins) for values in (confidence, right))
     mean_confidence, accuracy = (each / count for each in sums)
     return Calibration(mean_confidence, accuracy, count)
 
 
 def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
-    """Yield the views of `images` (N, C, H, W) that test-time augmentation averages, each with its weight; the weights
-    sum to 1.
+    """Yield the views of `images` (N, C, H, W) that test-time augmentation averages, each after its weight.
 
-    `none`: the images. `flip`: and their mirror images. `flip_shift`: both again, shifted by a pixel up-left and down-
-    right, which together weigh as much as the unshifted pair. Source: Keller Jordan, arXiv 2404.00498.
+    `none`: the images alone. `flip`: the images and their mirror images. `flip_shift`: in addition both shifted by a
+    pixel, up-left and down-right; the shifted views together weigh as much as the unshifted pair. All weights sum to 1.
+    Source: Keller Jordan, arXiv 2404.00498.
     """
     if tta == "none":
         yield 1.0, images
@@ -75,7 +73,7 @@ def views(images: Tensor, tta: str) -> Iterator[tuple[float, Tensor]]:
     yield flip_weight, images
     yield flip_weight, images.flip(-1)
     if tta == "flip_shift":
-        padded, (height, width) = reflect_pad(images, 1), images.shape[-2:]
+        padded, (height, width) = F.pad(images, (1, 1, 1, 1), mode="reflect"), images.shape[-2:]
         for offset in (0, 2):
             shifted = padded[:, :, offset : offset + height, offset : offset + width]
             yield 0.125, shifted
@@ -93,7 +91,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
-    """Return half-precision `logits` in float32, in which a softmax keeps its digits; others as they are."""
+    """Return half-precision `logits` in float32, where a softmax keeps its digits, and others as they are."""
     return logits.float() if logits.dtype in HALF else logits
 
 
@@ -110,9 +108,10 @@ def predict_logits(
 ) -> Tensor:
     """Return the logits, float32 (N, classes), of uint8 `images` (N, 3, H, W), computed in `dtype`.
 
-    Below 1, `tta_margin` spares test-time augmentation those images whose two likeliest classes, seen once, differ by
-    more than this in probability: an average seldom turns them. Each image is decided on by itself, so the answer does
-    not depend on batches or processes. `on_batch` is called after each batch. A network in float64 gives float64.
+    A `tta_margin` below 1 skips test-time augmentation for an image if its two likeliest classes, from a single view,
+    differ by more than this in probability: an average seldom changes such a prediction. The choice is made for each
+    image alone, so the result does not depend on batches or processes. `on_batch` is called after each batch. A network
+    in float64 returns float64.
     """
     device = model.normalise.mean.device
     logits = []
@@ -140,7 +139,7 @@ def _averaged(model: Network, normalised: Tensor, tta: str) -> Tensor:
 
 
 def margins(logits: Tensor) -> Tensor:
-    """Return by how much the two likeliest classes differ in probability, (N,), 0 ... 1, for `logits` (N, classes)."""
+    """Return the difference in probability between the two likeliest classes, (N,), for `logits` (N, classes)."""
     first, second = logits.softmax(1).topk(2, dim=1).values.unbind(1)
     return first - second
 
@@ -161,7 +160,7 @@ def evaluate(
     batch_size: int = 500,
     on_batch: Callable[[], None] | None = None,
 ) -> Evaluation:
-    """Compare the predictions for uint8 `images` (N, 3, H, W) with int64 `labels` (N,)."""
+    """Compare predictions for uint8 `images` (N, 3, H, W) with int64 `labels` (N,); arguments as `predict_logits`."""
     logits = predict_logits(
         model, images, tta=tta, tta_margin=tta_margin, dtype=dtype, batch_size=batch_size, on_batch=on_batch
     )

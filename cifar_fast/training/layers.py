@@ -11,12 +11,18 @@ from cifar_fast.kernels import amx, fused, winograd
 
 
 class GhostBatchNorm(nn.BatchNorm2d):
-    """Batch norm with statistics of `group_size` consecutive images; a group as large as the batch is ordinary batch
-    norm.
+    """Batch norm with the statistics of `group_size` consecutive images; one group for the whole batch is ordinary
+    batch norm.
 
-    The running statistics take the mean over the groups. Source: Hoffer, Hubara and Soudry, "Train longer, generalize
-    better", arXiv 1705.08741.
+    The running statistics move towards the mean over the groups. Source: Hoffer, Hubara and Soudry, "Train longer,
+    generalize better", arXiv 1705.08741.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    running_mean: Tensor
+    running_var: Tensor
+    momentum: float
 
     def __init__(self, n_channels: int, group_size: int, *, eps: float, momentum: float, freeze_scale: bool) -> None:
         """Build for `n_channels`; with `freeze_scale` the scale stays at 1 and only the bias is learned."""
@@ -28,8 +34,8 @@ class GhostBatchNorm(nn.BatchNorm2d):
     def expect_part(self, part: int, n_parts: int) -> None:
         """Prepare for part number `part`, from 1, of a batch that comes in `n_parts` equal parts.
 
-        The running statistics then end where they would have ended had the batch come as a whole: each part counts
-        `batch_momentum / n_parts` once the later ones have taken their share.
+        The running statistics end where the whole batch would have moved them: after the later parts have taken their
+        share, each part counts for `batch_momentum / n_parts`.
         """
         share = self.batch_momentum / n_parts
         self.momentum = share / (1 - share * (n_parts - part))
@@ -38,65 +44,73 @@ class GhostBatchNorm(nn.BatchNorm2d):
         """Normalise by each group's own statistics in training, by the running ones in evaluation."""
         if not self.training or len(x) == self.group_size:
             return super().forward(x)
-        if x.is_cuda:
-            return self.all_groups_at_once(x)
+        return self.all_groups_at_once(x) if x.is_cuda else self.group_by_group(x)
+
+    def then(self, activation: nn.Module, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        """Return `activation(self(x))`, fused where a kernel can do it and no hook watches either of the two."""
+        if not self._can_fuse(activation, x):
+            return activation(self(x))
+        if not self.training:
+            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
+            return fused.apply_and_activate(x, self.running_mean, scale, self.bias, activation)
+        y, means, variances = fused.normalise_and_activate(
+            x, self.weight, self.bias, activation, group_size=self.group_size, eps=self.eps
+        )
+        self._move_statistics(means, variances, self._values_per_group(x))
+        if len(means) == 1 and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return y
+
+    def _can_fuse(self, activation: nn.Module, x: Tensor) -> bool:
+        whole_groups = len(x) % self.group_size == 0 and self._values_per_group(x) > 1
+        if self.training and not whole_groups:
+            return False
+        return not fused.watched(self, activation) and fused.suits(x, self, activation)
+
+    def group_by_group(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
+        """Normalise one group after the other: each fits into a CPU's cache."""
         groups = x.split(self.group_size)
-        # With momentum 1 batch_norm leaves a group's own mean and variance in the buffers that it is given.
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        # With momentum 1, batch_norm leaves a group's own mean and unbiased variance in the buffers that it is given.
         means = self.running_mean.new_zeros(len(groups), self.num_features)
         variances = torch.zeros_like(means)
         normalised = [
             F.batch_norm(group, mean, variance, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
             for group, mean, variance in zip(groups, means, variances, strict=True)
         ]
-        self.running_mean.lerp_(means.mean(0), self.momentum)
-        self.running_var.lerp_(variances.mean(0), self.momentum)
+        self._move_statistics(means, variances)
         return torch.cat(normalised)
 
-    def then(self, activation: nn.Module, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
-        """Return `activation(self(x))`, computed at once where that can be; not where a hook watches one of the two."""
-        count = self.group_size * x[0, 0].numel()  # values of a channel in a group
-        groups = not self.training or (len(x) % self.group_size == 0 and count > 1)
-        if not groups or fused.watched(self, activation) or not fused.suits(x, self, activation):
-            return activation(self(x))
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        if not self.training:
-            scale = self.weight * torch.rsqrt(self.running_var + self.eps)
-            return fused.apply_and_activate(x, self.running_mean, scale, self.bias, activation)
-        y, mean, variance = fused.normalise_and_activate(
-            x, self.weight, self.bias, activation, group_size=self.group_size, eps=self.eps
-        )
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.mean(0), self.momentum)
-            # As batch_norm does, the running variance is the unbiased one.
-            self.running_var.lerp_(variance.mean(0) * (count / (count - 1)), self.momentum)
-            if len(mean) == 1 and self.num_batches_tracked is not None:
-                self.num_batches_tracked.add_(1)
-        return y
-
     def all_groups_at_once(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
-        """Normalise as `forward` does in training: a few large kernels, where a GPU would wait for many small ones."""
+        """Normalise all groups together: a GPU prefers a few large kernels to many small ones."""
         groups = x.unflatten(0, (-1, self.group_size))  # (N / g, g, C, H, W)
         groups = groups.float() if x.dtype in HALF else groups
         variance, mean = torch.var_mean(groups, dim=(1, 3, 4), correction=0, keepdim=True)  # (N / g, 1, C, 1, 1)
         scale, bias = self.weight[:, None, None], self.bias[:, None, None]
         normalised = torch.addcmul(bias, (groups - mean) * torch.rsqrt(variance + self.eps), scale)
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        count = groups[0, :, 0].numel()
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.flatten(1).mean(0), self.momentum)
-            # As batch_norm does, the running variance is the unbiased one.
-            self.running_var.lerp_(variance.flatten(1).mean(0) * (count / (count - 1)), self.momentum)
+        self._move_statistics(mean.flatten(1), variance.flatten(1), self._values_per_group(x))
         return normalised.to(x.dtype).flatten(0, 1)
+
+    def _values_per_group(self, x: Tensor) -> int:
+        return self.group_size * x[0, 0].numel()
+
+    @torch.no_grad()
+    def _move_statistics(self, means: Tensor, variances: Tensor, count: int | None = None) -> None:
+        """Move the running statistics towards the mean of the groups' `means` and `variances`, (groups, C).
+
+        As in batch norm, the running variance is unbiased: variances that are not come with `count`, the number of
+        values behind each.
+        """
+        self.running_mean.lerp_(means.mean(0), self.momentum)
+        unbiased = variances.mean(0) if count is None else variances.mean(0) * (count / (count - 1))
+        self.running_var.lerp_(unbiased, self.momentum)
 
 
 class Block(nn.Sequential):
-    """Layers in a row; with `fuse` a norm and the layer right after it are computed at once where that can be."""
+    """Layers in a row; with `fuse` a norm and the activation right after it are fused where a kernel can do it."""
 
     fuse = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply one layer after the other."""
         norm: GhostBatchNorm | None = None
         for layer in self:
             if norm is not None:
@@ -111,7 +125,8 @@ class Block(nn.Sequential):
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution, padding 1, without bias, its output max-pooled by 2 if `pool`.
 
-    `convolution` says how: `direct` as torch does it, `winograd` with fewer multiplications, `amx` on matrix tiles.
+    `convolution` names the algorithm: `direct` is torch's own, `winograd` needs fewer multiplications, `amx` uses the
+    matrix unit of some processors.
     """
 
     def __init__(
@@ -127,11 +142,10 @@ class Conv3x3(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=False)
         self.pool, self.convolution = pool, convolution
         if init == "dirac":
-            # Only as many outputs as there are inputs; the others keep their random filters.
+            # Only as many outputs as there are inputs: the others keep their random filters.
             nn.init.dirac_(self.weight.data[:in_channels])
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K, H, W), or (N, K, H // 2, W // 2) if it pools
-        """Convolve, and pool."""
         if self.convolution == "winograd":
             convolve = winograd.winograd_conv2d_max_pool if self.pool else winograd.winograd_conv2d
             return convolve(x, self.weight)
@@ -145,29 +159,29 @@ class Scale(nn.Module):
     """Multiplication by a constant."""
 
     def __init__(self, factor: float) -> None:
-        """Take the constant."""
         super().__init__()
         self.factor = factor
 
     def forward(self, x: Tensor) -> Tensor:
-        """Multiply."""
         return x * self.factor
 
 
 class Normalise(nn.Module):
-    """Pixel values 0 ... 255 to zero mean and unit variance, by channel; the statistics travel with the weights."""
+    """Shifts and scales pixel values, 0 ... 255, to zero mean and unit variance in each channel.
+
+    The statistics are saved with the weights.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
-        """Take the channels' `mean` and `std`, float32 (C,), in pixel values."""
+        """Use the `mean` and `std` of the channels, float32 (C,), in pixel values."""
         super().__init__()
         self.register_buffer("mean", mean.clone())
         self.register_buffer("std", std.clone())
 
     def forward(self, images: Tensor) -> Tensor:  # (N, C, H, W), any dtype -> float32
-        """Normalise."""
         return (images.float() - self.mean[:, None, None]) / self.std[:, None, None]
 
 
@@ -176,7 +190,7 @@ def patch_covariance(images: Tensor, size: int) -> Tensor:
     channels = images.shape[1]
     covariance = images.new_zeros(channels * size**2, channels * size**2)
     count = 0
-    for some in images.split(1000):  # all patches of a thousand images fit in a few hundred MB
+    for some in images.split(1000):  # the patches of a thousand images take a few hundred MB
         patches = F.unfold(some, size).transpose(0, 1).flatten(1)  # (C * size**2, patches)
         covariance += patches @ patches.T
         count += patches.shape[1]
@@ -184,15 +198,15 @@ def patch_covariance(images: Tensor, size: int) -> Tensor:
 
 
 def whitening_filters(images: Tensor, size: int, eps: float) -> Tensor:
-    """Return the filters (C * size**2, C, size, size) whose outputs over the patches of `images` are uncorrelated with
-    unit variance.
+    """Return the filters (C * size**2, C, size, size) whose outputs over the patches of `images` are uncorrelated and
+    have unit variance.
 
-    `images`: normalised (N, C, H, W), floating point. `eps` is added to each eigenvalue. Largest eigenvalue first; the
-    largest weight of each filter is positive. Sources: David Page, "How to train your ResNet 8", 2019; tysam-code,
-    hlb-CIFAR10, 2023.
+    `images`: normalised (N, C, H, W), floating point. `eps` is added to each eigenvalue. The filter of the largest
+    eigenvalue comes first, and the largest weight of each filter is positive. Sources: David Page, "How to train your
+    ResNet 8", 2019; tysam-code, hlb-CIFAR10, 2023.
     """
     eigenvalues, eigenvectors = torch.linalg.eigh(patch_covariance(images, size).double())
-    # An eigenvector's sign is free, and the solver's depends on rounding, so on the number of threads.
+    # The sign of an eigenvector is free. The solver's choice depends on rounding, thus on the number of threads.
     largest = eigenvectors.gather(0, eigenvectors.abs().argmax(0, keepdim=True))
     eigenvectors = eigenvectors * largest.sign()
     filters = (eigenvectors / torch.sqrt(eigenvalues.clamp(min=0) + eps)).T.flip(0)  # (C * size**2, C * size**2)

@@ -41,13 +41,13 @@ def train(
 ) -> RunResult:
     """Train the recipe's network on `data` in this process, and evaluate it after every epoch.
 
-    The same seed on the same CPU with the same number of threads gives the same weights, bit for bit; `precision` and
+    The same seed on the same CPU with the same number of threads gives the same weights, bit for bit. `precision` and
     `convolution`, which `auto` measures, are in the result's `environment` and can be fixed in the recipe.
 
     Args:
-        recipe: what is trained. Every epoch but the last is evaluated on single views, the last one with its `tta`.
+        recipe: what is trained. Only the last epoch is evaluated with its `tta`, the others on single views.
         data: the training and test images.
-        device: `cpu`, `cuda`, ... or None for the best there is.
+        device: `cpu`, `cuda`, ... or None for the best one here.
         seed: of the weights and of every random choice.
         out: a new folder for logs and weights.
         progress: whether to show a progress bar.
@@ -67,11 +67,9 @@ def train(
     if seed < 0:
         raise UserError(f"seed={seed} must be at least 0")
     on = select_device(device)
-    keep_freed_memory()
+    _prepare_process()
     require_variation(data)
     execution = agree_on_execution(recipe, data, seed, on, ranks)
-    # The first optimiser makes torch import its compiler, for most of a second; imports come before the clock.
-    torch.optim.SGD([torch.zeros(1)])
     clocks = _Clocks(on)
     ranks.barrier()  # so that no rank's clock counts how much later another one started
     with clocks.train.running():  # from the first byte sent to the device
@@ -91,22 +89,9 @@ def train(
                 on_step(step.done, total_steps)
 
         for epoch in range(math.ceil(recipe.epochs)):
-            with clocks.train.running():
-                train_loss, train_accuracy = train_epoch(setup, step, epoch, after_step)
-            tta = recipe.tta if step.done == total_steps else "none"
-            with clocks.evaluate.running():
-                test_loss, test_accuracy = evaluate_together(setup, step.evaluated, data, tta)
-            result = EpochResult(
-                epoch=epoch + 1,
-                train_loss=train_loss,
-                train_accuracy=train_accuracy,
-                test_loss=test_loss,
-                test_accuracy=test_accuracy,
-                tta=tta,
-                train_seconds=clocks.train.seconds,
-            )
+            result = _train_and_evaluate(setup, step, epoch, data, clocks, after_step)
             epochs.append(result)
-            bar.set_postfix_str(f"epoch {epoch + 1}: test accuracy {test_accuracy:.2%}")
+            bar.set_postfix_str(f"epoch {result.epoch}: test accuracy {result.test_accuracy:.2%}")
             if folder:
                 with ranks.slow_work():
                     folder.log(result)
@@ -124,7 +109,7 @@ def train(
         warm_up_seconds=clocks.warm_up.seconds,
         total_seconds=time.time() - started,
         first_step_seconds=first_step_seconds,
-        peak_memory_gb=ranks.sum(torch.tensor(peak_memory() / 1e9)).item(),
+        peak_memory_gb=ranks.sum(torch.tensor(peak_memory(on) / 1e9)).item(),
         model=step.evaluated,
     )
     if folder:
@@ -133,11 +118,36 @@ def train(
     return run
 
 
+def _prepare_process() -> None:
+    """Do what no clock of training should count."""
+    keep_freed_memory()
+    torch.optim.SGD([torch.zeros(1)])  # the first optimiser makes torch import its compiler, for most of a second
+
+
 class _Clocks:
     """The clocks of one run; `hardware.clock` says what each of them counts."""
 
     def __init__(self, device: torch.device) -> None:
         self.train, self.evaluate, self.warm_up = Clock(device), Clock(device), Clock(device)
+
+
+def _train_and_evaluate(
+    setup: Setup, step: TrainingStep, epoch: int, data: Dataset, clocks: _Clocks, after_step: Callable[[], None]
+) -> EpochResult:
+    with clocks.train.running():
+        train_loss, train_accuracy = train_epoch(setup, step, epoch, after_step)
+    tta = setup.recipe.tta if step.done == setup.batches.total_steps() else "none"
+    with clocks.evaluate.running():
+        test_loss, test_accuracy = evaluate_together(setup, step.evaluated, data, tta)
+    return EpochResult(
+        epoch=epoch + 1,
+        train_loss=train_loss,
+        train_accuracy=train_accuracy,
+        test_loss=test_loss,
+        test_accuracy=test_accuracy,
+        tta=tta,
+        train_seconds=clocks.train.seconds,
+    )
 
 
 def train_epoch(setup: Setup, step: TrainingStep, epoch: int, after_step: Callable[[], None]) -> tuple[float, float]:

@@ -30,14 +30,14 @@ def norm(recipe: Recipe, n_channels: int) -> GhostBatchNorm:
 
 
 def conv_block(recipe: Recipe, n_in: int, n_out: int, *, pool: bool = False, convolution: str = "direct") -> Block:
-    """Return convolution, norm and activation, with max-pool by 2 where the recipe wants it."""
-    pool_at_once = pool and recipe.pool_position == "before_norm"
+    """Return convolution, norm and activation; with `pool` a max-pool by 2, where the recipe puts it."""
+    conv_pools = pool and recipe.pool_position == "before_norm"
     layers: list[tuple[str, nn.Module]] = [
-        ("conv", Conv3x3(n_in, n_out, init=recipe.conv_init, pool=pool_at_once, convolution=convolution)),
+        ("conv", Conv3x3(n_in, n_out, init=recipe.conv_init, pool=conv_pools, convolution=convolution)),
         ("norm", norm(recipe, n_out)),
         ("activation", activation(recipe)),
     ]
-    if pool and not pool_at_once:
+    if pool and not conv_pools:
         place = {"before_activation": 2, "after_activation": 3}[recipe.pool_position]
         layers.insert(place, ("pool", nn.MaxPool2d(2)))
     return Block(OrderedDict(layers))
@@ -47,27 +47,23 @@ class Residual(nn.Module):
     """Two blocks whose output is added to their input."""
 
     def __init__(self, recipe: Recipe, width: int, *, convolution: str = "direct") -> None:
-        """Build for `width` channels."""
         super().__init__()
         self.block1 = conv_block(recipe, width, width, convolution=convolution)
         self.block2 = conv_block(recipe, width, width, convolution=convolution)
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
-        """Add what the two blocks make of `x` to `x`."""
         return x + self.block2(self.block1(x))
 
 
 class Network(nn.Module):
-    """Layers in a row, from normalised images to scaled logits; `normalise` makes them from pixel values."""
+    """Layers in a row, from normalised images to scaled logits; `normalise` prepares the images from pixel values."""
 
     def __init__(self, normalise: Normalise, layers: OrderedDict[str, nn.Module]) -> None:
-        """Take the parts."""
         super().__init__()
         self.normalise = normalise
         self.layers = nn.Sequential(layers)
 
     def forward(self, images: Tensor) -> Tensor:  # (N, 3, H, W), normalised -> (N, classes)
-        """Return the logits."""
         return self.layers(images)
 
 
@@ -81,11 +77,12 @@ def build_model(
     fuse_norm: bool = False,
     seed: int = 0,
 ) -> Network:
-    """Build the recipe's network for `n_classes`, with weights drawn from `seed` on the CPU, the same for every device.
+    """Build the recipe's network for `n_classes`; its weights are drawn from `seed` on the CPU, so any device gets the
+    same ones.
 
-    `mean`, `std`: float32 (3,), in pixel values. `convolution`: how those of 3x3 are computed; `fuse_norm`: whether a
-    norm and the activation after it are computed at once. The whitening layer, where there is one, is filled by
-    `whiten_first_layer`.
+    `mean`, `std`: float32 (3,), in pixel values. `convolution`: the algorithm of the 3x3 convolutions. `fuse_norm`:
+    whether a norm and the activation after it are fused. `whiten_first_layer` fills the whitening layer, if there is
+    one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -103,7 +100,7 @@ def _resnet9(recipe: Recipe, n_classes: int, convolution: str) -> list[tuple[str
     first, second, third, fourth = recipe.widths
     size = recipe.whitening_size
     if size:
-        # The patches' directions are fixed, a learned 1x1 convolution mixes them.
+        # The whitening filters are fixed; a learned 1x1 convolution mixes their outputs.
         whiten = nn.Conv2d(3, 3 * size**2, size, padding=size // 2, bias=False)
         mix = [
             ("conv", nn.Conv2d(3 * size**2, first, 1, bias=False)),
@@ -130,7 +127,7 @@ def _resnet9(recipe: Recipe, n_classes: int, convolution: str) -> list[tuple[str
 def _convnet6(recipe: Recipe, n_classes: int, convolution: str) -> list[tuple[str, nn.Module]]:
     # Source: Keller Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498.
     size = recipe.whitening_size or 2  # without whitening a learned convolution of the same shape
-    # Each direction and its opposite: the activation after them cuts one half of each off.
+    # Each direction and its opposite, because the activation that follows cuts off one half of each.
     n_in = 2 * 3 * size**2
     layers: list[tuple[str, nn.Module]] = [
         ("whiten" if recipe.whitening_size else "first", nn.Conv2d(3, n_in, size, bias=True)),
@@ -141,7 +138,7 @@ def _convnet6(recipe: Recipe, n_classes: int, convolution: str) -> list[tuple[st
         layers.append((f"block{number}b", conv_block(recipe, width, width, convolution=convolution)))
         n_in = width
     linear = nn.Linear(n_in, n_classes, bias=False)
-    # Unit variance of the head's weights, made up for by logit_scale.
+    # The head's weights start with unit variance; logit_scale compensates for that.
     linear.weight.data /= linear.weight.data.std()
     return [
         *layers,

@@ -1,10 +1,11 @@
-"""Optimisers and what drives them: schedules, parameter groups, Nesterov SGD, Muon, Lookahead."""
+"""Optimisers and what drives them: schedules, parameter groups, Nesterov SGD, Muon."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,8 +32,10 @@ class PiecewiseLinear:
 
 
 def lr_schedule(recipe: Recipe) -> PiecewiseLinear:
-    """Return the learning rate, as a share of its peak, over time in epochs: up, down, at another pace from a bend on
-    if there is one, and flat at the end."""
+    """Return the learning rate, as a share of its peak, over time in epochs.
+
+    It rises, decays (with a second slope after the bend, if the recipe has one), and stays flat at the end.
+    """
     bend = ((recipe.epochs * recipe.bend_fraction, recipe.bend_lr_fraction),) if recipe.bend_fraction else ()
     points = (
         (0.0, recipe.start_lr_fraction),
@@ -44,16 +47,15 @@ def lr_schedule(recipe: Recipe) -> PiecewiseLinear:
 
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""The quintic's coefficients, which favour the slope at zero over convergence to 1. Source: as `orthogonalise`."""
+"""Coefficients of the quintic: a steep slope at zero instead of convergence to 1. Source: see `orthogonalise`."""
 
 
 @torch.no_grad()
 def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
-    """Return the matrices, (B, m, n), with their singular values brought near 1 by `steps` Newton-Schulz iterations,
-    all at once.
+    """Return the matrices, (B, m, n), with singular values brought near 1 by `steps` Newton-Schulz iterations.
 
-    The quintic's coefficients favour the slope at zero over convergence: the singular values end within about 0.5 ...
-    1.5. Source: Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
+    The coefficients of the quintic favour a steep slope at zero over convergence, so the singular values end between
+    about 0.5 and 1.5. Source: Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
     a, b, c = NEWTON_SCHULZ
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
@@ -65,11 +67,11 @@ def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
 
 
 def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
-    """Return `orthogonalise` of each of `matrices`, (m, n), whose shapes may differ, in as few batches as pay.
+    """Return `orthogonalise` of each of `matrices`, (m, n), whose shapes may differ.
 
-    A GPU, to which many small kernels cost more than arithmetic, takes all at once; a CPU those of one shape, and under
-    autocast keeps them in the short format throughout, since turning operands into it again and again costs as much as
-    their products.
+    A GPU takes all of them in one batch, because many small kernels cost it more than arithmetic. A CPU takes those of
+    one shape together. Under autocast it keeps them in 16 bits throughout: converting the operands of each product
+    would take as long as the product.
     """
     if matrices[0].is_cuda:
         return orthogonalise_padded(matrices)
@@ -79,7 +81,7 @@ def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonalise_by_shape(matrices: list[Tensor]) -> list[Tensor]:
-    """Do so for the matrices of each shape together."""
+    """Orthogonalise the matrices of each shape together."""
     places: defaultdict[torch.Size, list[int]] = defaultdict(list)
     for place, matrix in enumerate(matrices):
         places[matrix.shape].append(place)
@@ -91,7 +93,7 @@ def orthogonalise_by_shape(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonalise_padded(matrices: list[Tensor]) -> list[Tensor]:
-    """Do so for all at once, filled up with zeros to the largest: these stay zero, and add nothing to any product."""
+    """Orthogonalise all matrices in one batch, padded with zeros, which stay zero and add nothing to any product."""
     wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT for matrix in matrices]
     rows, columns = (max(matrix.shape[side] for matrix in wide) for side in (0, 1))
     padded = wide[0].new_zeros(len(wide), rows, columns)
@@ -102,7 +104,7 @@ def orthogonalise_padded(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def newton_schulz(values: Tensor, steps: int, coefficients: tuple[float, float, float] = NEWTON_SCHULZ) -> Tensor:
-    """Return what `steps` iterations make of singular `values`, 0 ... 1, any shape: the polynomial, again and again."""
+    """Apply the polynomial of the iteration `steps` times to singular `values`, 0 ... 1, of any shape."""
     a, b, c = coefficients
     for _ in range(steps):
         values = a * values + b * values**3 + c * values**5
@@ -110,98 +112,123 @@ def newton_schulz(values: Tensor, steps: int, coefficients: tuple[float, float, 
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum whose update of each convolution's filters is orthogonalised.
+    """Nesterov momentum with an orthogonalised update of each filter bank, which first gets the norm sqrt(K).
 
-    torch.optim.Muon takes matrices only. A filter bank (K, C, 3, 3) counts as a matrix (K, 9 C). Source: as
-    `orthogonalise`, and airbench94_muon for the norm of sqrt(K).
+    `torch.optim.Muon` accepts only matrices; here a filter bank (K, C, H, W) counts as a matrix (K, C H W). Sources:
+    the one of `orthogonalise`; airbench94_muon for the norm.
     """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
-        """Take filter banks of shape (K, C, H, W)."""
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all filter banks."""
         for group in self.param_groups:
-            filters, rate = group["params"], group["lr"]
-            updates = orthogonalise_all([each.flatten(1) for each in self._nesterov(filters, group["momentum"])])
-            for p, norm, update in zip(filters, torch._foreach_norm(filters), updates, strict=True):
-                p.mul_(len(p) ** 0.5 / norm)
+            banks, rate = group["params"], group["lr"]
+            updates = orthogonalise_all([each.flatten(1) for each in self._nesterov(banks, group["momentum"])])
+            norms = torch._foreach_norm(banks)
+            scales = torch.stack([len(p) ** 0.5 / norm for p, norm in zip(banks, norms, strict=True)])
+            # Zeros, and numbers so small that their norm underflows, cannot be scaled: the update alone moves them.
+            scales.nan_to_num_(nan=math.nan, posinf=1.0)
+            for p, scale, update in zip(banks, scales, updates, strict=True):
+                p.mul_(scale)
                 p.sub_((rate * update.to(p.dtype)).view_as(p))
 
-    def _nesterov(self, filters: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
+    def _nesterov(self, banks: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
         gradients, averages = [], []
-        for p in filters:
+        for p in banks:
             assert p.grad is not None
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             gradients.append(p.grad)
             averages.append(self.state[p]["momentum_buffer"])
-        # A GPU does each of these for all filters in one kernel.
+        # A GPU computes each of these for all filter banks in one kernel.
         torch._foreach_mul_(averages, momentum)
         torch._foreach_add_(averages, gradients)
         return torch._foreach_add(gradients, averages, alpha=momentum)
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Return the recipe's optimisers; each parameter group has its `peak_lr`, and those of the whitening bias
-    `stop_epoch`.
+    """Return the recipe's optimisers: SGD, and with `muon` a second one for the filters of the convolutions.
 
-    Weights and biases are groups of their own. Under `muon` the convolutions' filters are Muon's, the rest SGD's, and
-    batch norm's scales, where they are learned, go with its biases.
+    Each parameter group has its `peak_lr`; the group of the whitening bias has a `stop_epoch`, too.
     """
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    weights = [p for name, p in trained.items() if not name.endswith("bias")]
-    whitening = [p for name, p in trained.items() if name.endswith("whiten.bias")]
-    biases = [p for name, p in trained.items() if name.endswith("bias") and not name.endswith("whiten.bias")]
-    filters = [p for p in weights if p.ndim == 4] if recipe.optimizer == "muon" else []
-    # Beside Muon `peak_lr` is the rate of the head alone, at which scales end training within a few steps.
-    scales = [p for p in weights if p.ndim == 1] if recipe.optimizer == "muon" else []
-    others = [p for p in weights if not any(p is taken for taken in (*filters, *scales))]
-    slow = {"lr": recipe.peak_lr, "weight_decay": recipe.weight_decay}
-    fast = {
+    learned = _by_group(model, muon=recipe.optimizer == "muon")
+    weight_rates = {"lr": recipe.peak_lr, "weight_decay": recipe.weight_decay}
+    bias_rates = {
         "lr": recipe.peak_lr * recipe.bias_lr_scale,
         "weight_decay": recipe.weight_decay * recipe.bias_weight_decay_scale,
     }
-    groups: list[dict[str, Any]] = [{"params": others, **slow}, {"params": [*biases, *scales], **fast}]
-    if whitening:
-        groups.append({"params": whitening, **fast, "stop_epoch": recipe.whitening_bias_epochs})
+    groups: list[dict[str, Any]] = [
+        {"params": learned["weights"], **weight_rates},
+        {"params": learned["biases"], **bias_rates},
+    ]
+    if learned["whitening bias"]:
+        stop = recipe.whitening_bias_epochs
+        groups.append({"params": learned["whitening bias"], **bias_rates, "stop_epoch": stop})
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
     ]
-    if filters:
-        optimizers.append(Muon(filters, lr=recipe.muon_lr, momentum=recipe.muon_momentum))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak_lr"] = group["lr"]
+    if learned["filters"]:
+        optimizers.append(Muon(learned["filters"], lr=recipe.muon_lr, momentum=recipe.muon_momentum))
+    for group in _groups(optimizers):
+        group["peak_lr"] = group["lr"]
     return optimizers
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], schedule: PiecewiseLinear, epoch: float) -> None:
-    """Set every group's learning rate for the time `epoch`, in epochs and fractions; one that is a tensor in place."""
+def _by_group(model: nn.Module, *, muon: bool) -> dict[str, list[nn.Parameter]]:
+    """Return the learned parameters by the group they belong to; `filters` is Muon's and empty without it."""
+    learned: dict[str, list[nn.Parameter]] = {"weights": [], "biases": [], "whitening bias": [], "filters": []}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if name.endswith("whiten.bias"):
+            group = "whitening bias"
+        elif name.endswith("bias"):
+            group = "biases"
+        elif muon and p.ndim == 4:
+            group = "filters"
+        elif muon and p.ndim == 1:
+            # A scale of batch norm. Beside Muon, `peak_lr` is tuned for the head and ruins scales in a few steps.
+            group = "biases"
+        else:
+            group = "weights"
+        learned[group].append(p)
+    return learned
+
+
+def _groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict[str, Any]]:
     for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            share = schedule(epoch)
-            if "stop_epoch" in group:  # its own straight line down to zero
-                share = max(0.0, 1 - epoch / group["stop_epoch"]) if group["stop_epoch"] else 0.0
-            rate = group["peak_lr"] * share
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        yield from optimizer.param_groups
+
+
+def set_learning_rates(optimizers: list[torch.optim.Optimizer], schedule: PiecewiseLinear, epoch: float) -> None:
+    """Set every group's learning rate for the time `epoch`, in epochs and fractions; a rate that is a tensor keeps its
+    place in memory.
+    """
+    share = schedule(epoch)
+    for group in _groups(optimizers):
+        rate = group["peak_lr"] * (_share_until(group["stop_epoch"], epoch) if "stop_epoch" in group else share)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def _share_until(stop_epoch: float, epoch: float) -> float:
+    """Return a share that decays linearly from 1 at epoch 0 to 0 at `stop_epoch`."""
+    return max(0.0, 1 - epoch / stop_epoch) if stop_epoch else 0.0
 
 
 def keep_learning_rates_on(device: torch.device, optimizers: list[torch.optim.Optimizer]) -> None:
-    """Turn every group's learning rate into a number in the memory of `device`: a recorded step reads it from there."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+    """Turn every group's learning rate into a number in the memory of `device`, where a captured step reads it."""
+    for group in _groups(optimizers):
+        group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
 
 
 def fuse(optimizers: list[torch.optim.Optimizer]) -> None:
     """Have torch's own optimisers step with one kernel a group; only that one reads a learning rate on a GPU."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            if "fused" in group:
-                group["fused"] = True
+    for group in _groups(optimizers):
+        if "fused" in group:
+            group["fused"] = True

@@ -1,7 +1,7 @@
-"""What a training run leaves behind: `RunResult` in memory, a run folder on disk.
+"""The result of a training run: `RunResult` in memory, a run folder on disk.
 
-A run folder holds `recipe.json`, `environment.json`, `epochs.jsonl` and `timing_log.tsv` (each grows by a line an
-epoch, so that an interrupted run keeps them), and, once the run has finished, `result.json` and `weights.safetensors`.
+A run folder holds `recipe.json`, `environment.json`, and the logs `epochs.jsonl` and `timing_log.tsv`, which grow by a
+line an epoch, so an interrupted run keeps them. A finished run adds `result.json` and `weights.safetensors`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class EpochResult:
     epoch: int
     """Epochs done, from 1."""
     train_loss: float
-    """Mean loss of the batches as they were trained on: augmented, with label smoothing."""
+    """Mean loss over the training batches, augmented and with label smoothing."""
     train_accuracy: float
-    """Share of those images that were classified right."""
+    """Share of the images in those batches that were classified correctly."""
     test_loss: float
     test_accuracy: float
     tta: str
-    """Test-time augmentation behind the two test figures."""
+    """Test-time augmentation used for the two test figures."""
     train_seconds: float
 
 
@@ -49,7 +49,7 @@ class RunResult:
     dataset: dict[str, Any]
     """`name`, `fingerprint`, `n_train`, `n_test`, `classes`."""
     environment: dict[str, Any]
-    """Hardware and versions, as `device.environment` gives them, with `precision`, `convolution` and why."""
+    """Hardware, versions, numerics, step mode and processes, from `Setup.environment`."""
     seed: int
     epochs: list[EpochResult]
     train_seconds: float
@@ -58,12 +58,12 @@ class RunResult:
     first_step_seconds: float
     """From the start of the command (or of the call) to the first training step."""
     peak_memory_gb: float
-    """Largest resident memory of the process, in 1e9 bytes; in a notebook that of the whole kernel, and of several
-    processes the sum, pages that they share counted in each."""
+    """Largest memory of the process so far, in 1e9 bytes: allocated on the GPU, or resident on the CPU. Several
+    processes add up, and count the pages that they share more than once. A notebook counts its whole kernel."""
     model: Network = field(repr=False)
-    """The network that was evaluated: the averaged one where the recipe averages."""
+    """The network that was evaluated: the averaged one if the recipe averages."""
     warm_up_seconds: float = 0.0
-    """Compiling and recording the step, on steps that are taken back; in `total_seconds`, not in `train_seconds`."""
+    """Compiling and capturing the step, before anything is learned; in `total_seconds`, not in `train_seconds`."""
 
     @property
     def accuracy(self) -> float:
@@ -95,7 +95,7 @@ class RunResult:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write `values` to `path`, whole or not at all."""
+    """Write `values` to `path`, completely or not at all."""
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
@@ -105,12 +105,12 @@ def save_weights(model: Network, path: Path | str) -> None:
 
 
 class RunFolder:
-    """The folder of one run, made before training starts and filled as it goes on."""
+    """The folder of one run, created before training starts and filled while it runs."""
 
     def __init__(
         self, path: Path | str, recipe: Recipe, dataset: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> None:
-        """Make the folder; raise `RunError` when it exists or cannot be written."""
+        """Create the folder; raise `RunError` if it exists or cannot be written."""
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True)
@@ -130,7 +130,7 @@ class RunFolder:
         """Append one epoch to the logs and flush them to disk."""
         try:
             self._append("epochs.jsonl", json.dumps(asdict(epoch)))
-            # The columns of DAWNBench: hours of training, accuracy in per cent.
+            # The columns of DAWNBench: hours of training, accuracy in percent.
             self._append(
                 "timing_log.tsv", f"{epoch.epoch}\t{epoch.train_seconds / 3600:.8f}\t{100 * epoch.test_accuracy:.2f}"
             )
@@ -146,20 +146,21 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def finish(self, result: RunResult) -> None:
-        """Write weights and result, each whole or not at all."""
+        """Write the weights and the result, each completely or not at all."""
         try:
             with written_whole(self.path / "weights.safetensors") as temporary:
                 save_weights(result.model, temporary)
-                temporary.chmod(0o644)  # safetensors keeps its files to their owner
+                temporary.chmod(0o644)  # safetensors lets only the owner read its files
             write_json(self.path / "result.json", result.to_dict())
         except (OSError, SafetensorError) as error:
             raise RunError(
-                f"the result cannot be written to {self.path}: {error}; its logs are there; make space and run again"
+                f"the result cannot be written to {self.path}: {error}; the logs are there; free some space and train "
+                "again"
             ) from error
 
 
 def save_run(result: RunResult, path: Path | str) -> None:
-    """Write a finished run to the new folder `path`; raise `RunError` when it exists or cannot be written."""
+    """Write a finished run to the new folder `path`; raise `RunError` if it exists or cannot be written."""
     folder = RunFolder(path, result.recipe, result.dataset, result.environment)
     for epoch in result.epochs:
         folder.log(epoch)
@@ -167,7 +168,7 @@ def save_run(result: RunResult, path: Path | str) -> None:
 
 
 def load_run(path: Path | str) -> RunResult:
-    """Read a run folder back, network on the CPU; a `RunError` when it is incomplete or weights do not fit."""
+    """Read a run folder, with the network on the CPU; raise `RunError` if it is incomplete or weights do not fit."""
     folder = Path(path)
     try:
         values = json.loads((folder / "result.json").read_text())
@@ -180,7 +181,7 @@ def load_run(path: Path | str) -> RunResult:
         return run_from_dict(values, weights)
     except (KeyError, TypeError) as error:
         raise RunError(
-            f"result.json in {folder} lacks or has too much of {error}; it was not written by this version"
+            f"result.json in {folder} was written by another version (field {error}); train the run again"
         ) from error
     except RuntimeError as error:
         raise RunError(
@@ -189,19 +190,19 @@ def load_run(path: Path | str) -> RunResult:
 
 
 def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor]) -> RunResult:
-    """Put a run together again from what `RunResult.to_dict` gave and the network's state dict; network on the CPU.
+    """Rebuild a run from the values of `RunResult.to_dict` and the network's state dict, with the network on the CPU.
 
-    Raises `KeyError` or `TypeError` for values of another shape, `RuntimeError` for weights that do not fit.
+    Raises `KeyError` or `TypeError` for values of another version, `RuntimeError` for weights that do not fit.
     """
     recipe = Recipe.from_dict(values["recipe"])
-    # Computed as it was in training where this machine can, so that not a bit of its logits differs.
+    # With the algorithms of the training run, where this machine has them, the logits agree to the last bit.
     model = build_model(
         recipe,
         len(values["dataset"]["classes"]),
         torch.zeros(3),
         torch.ones(3),
         convolution=values["environment"].get("convolution", "direct"),
-        fuse_norm=values["environment"].get("norm_and_activation") == "at once",
+        fuse_norm=values["environment"].get("fused_norm", False),
     )
     model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
     if any(value.dtype == torch.float64 for value in weights.values()):
@@ -219,6 +220,6 @@ def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor]) -> RunR
         seed=values["seed"],
         epochs=[EpochResult(**epoch) for epoch in values["epochs"]],
         model=model,
-        warm_up_seconds=values.get("warm_up_seconds", 0.0),  # results from before it was counted have none
+        warm_up_seconds=values.get("warm_up_seconds", 0.0),  # older results did not count it
         **clocks,
     )

@@ -1,7 +1,10 @@
-"""A real browser opens the notebooks in a real JupyterLab, as a reader does: runs all, moves a slider, interrupts.
+"""A real browser shows the notebooks in a real JupyterLab: stored pictures, sliders, a training run, an interrupt.
 
 Needs Debian's Chromium (or another one that the variable CHROMIUM names) and Playwright for Python; nothing is
-downloaded. Screenshots go to tests/browser/screenshots: what was run in the light theme, what is stored in the dark.
+downloaded. One page of one JupyterLab opens a notebook after the other. The lessons are only looked at (nbval runs
+them); a small notebook of our own runs cells and moves sliders.
+
+`SCREENSHOTS=1 pytest tests/browser` also saves pictures of every notebook in both themes, to tests/browser/screenshots.
 """
 
 from __future__ import annotations
@@ -25,31 +28,33 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from cifar_fast.teaching.notebooks import METADATA
+
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[test]'")
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 SCREENSHOTS = Path(__file__).parent / "screenshots"
-STORED = "stored"  # a folder of copies that nobody runs: JupyterLab saves those that somebody does, every two minutes
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-WAIT_SECONDS = 400  # most that may pass: a machine may be slow and busy with other tests, but never stand still
+WAIT_SECONDS = 600  # most that may pass: a machine may be slow and busy with other tests, but never stand still
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.timeout(1500),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium, or set CHROMIUM to one"),
     pytest.mark.skipif(find_spec("jupyterlab") is None, reason="needs JupyterLab: pip install -e '.[notebooks]'"),
 ]
 
 
 def until(page: Any, holds: Callable[[], Any], what: str) -> Any:
-    """Wait until `holds()` is true, and return it; a picture of what was there instead stays with the screenshots."""
+    """Wait until `holds()` is true, and return it; if it never is, a screenshot shows what was there instead."""
     deadline = time.monotonic() + WAIT_SECONDS
     while not (value := holds()):
         if time.monotonic() > deadline:
+            SCREENSHOTS.mkdir(exist_ok=True)
             page.screenshot(path=SCREENSHOTS / "in_vain.png")
             pytest.fail(f"waited {WAIT_SECONDS} s in vain until {what}; see {SCREENSHOTS / 'in_vain.png'}")
         page.wait_for_timeout(100)
@@ -69,11 +74,6 @@ class Lab:
     def kernels(self, page: Any) -> list[dict[str, Any]]:
         """What the server tells of its kernels."""
         return page.request.get(f"{self.url}api/kernels", headers=self.headers(), timeout=1000 * WAIT_SECONDS).json()
-
-    def end_kernels(self, page: Any) -> None:
-        for kernel in self.kernels(page):
-            this = f"{self.url}api/kernels/{kernel['id']}"
-            page.request.delete(this, headers=self.headers(), timeout=1000 * WAIT_SECONDS)
 
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"token {self.token}"}
@@ -129,10 +129,12 @@ def lab_over(folder: Path, private: Path, data: Path | None) -> Iterator[Lab]:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory, user_data_root: Path | None) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("notebooks")
-    (folder / STORED).mkdir()
     for notebook in NOTEBOOKS:
         shutil.copy(notebook, folder)
-        shutil.copy(notebook, folder / STORED)
+    cells = [{"cell_type": "code", "source": source, "metadata": {}, "outputs": []} for source in LIVE]
+    cells = [cell | {"id": f"cell-{i}", "execution_count": None} for i, cell in enumerate(cells)]
+    live = {"cells": cells, "metadata": METADATA, "nbformat": 4, "nbformat_minor": 5}
+    (folder / "live.ipynb").write_text(json.dumps(live))
     with lab_over(folder, tmp_path_factory.mktemp("lab"), user_data_root) as running:
         yield running
 
@@ -150,9 +152,9 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-@contextmanager
-def new_page(browser: Any, lab: Lab) -> Iterator[Any]:
-    """A page that reaches the server and nothing else, and that fails when it asks for anything else."""
+@pytest.fixture(scope="module")
+def page(browser: Any, lab: Lab) -> Iterator[Any]:
+    """A page of JupyterLab that reaches the server and nothing else, and that fails if it asks for anything else."""
     asked: list[str] = []
     context = browser.new_context(viewport={"width": 1400, "height": 1600})
 
@@ -166,62 +168,30 @@ def new_page(browser: Any, lab: Lab) -> Iterator[Any]:
     context.route(re.compile("^https?:"), only_here)
     page = context.new_page()
     page.set_default_timeout(1000 * WAIT_SECONDS)
+    page.goto(f"{lab.url}lab?token={lab.token}")
+    page.locator(".jp-Launcher").wait_for()
     yield page
-    lab.end_kernels(page)
     context.close()
     assert not asked, f"JupyterLab asked the network for {asked}"
-
-
-@pytest.fixture
-def page(browser: Any, lab: Lab) -> Iterator[Any]:
-    with new_page(browser, lab) as page:
-        yield page
-
-
-@pytest.fixture(scope="module")
-def one_page(browser: Any, lab: Lab) -> Iterator[Any]:
-    """A page of JupyterLab in which one test after another opens a notebook: each load anew would take seconds."""
-    with new_page(browser, lab) as page:
-        page.goto(f"{lab.url}lab/workspaces/one?token={lab.token}")
-        page.locator(".jp-Launcher").wait_for()
-        yield page
 
 
 # --- what a reader does ---
 
 
-def notebook(number: str) -> Path:
-    found = [path for path in NOTEBOOKS if path.name.startswith(number)]
-    assert len(found) == 1, f"notebook {number}: {found}"
-    return found[0]
-
-
-def open_notebook(page: Any, lab: Lab, path: Path) -> None:
-    # A workspace of its own: JupyterLab opens what was open when the last one was left.
-    page.goto(f"{lab.url}lab/workspaces/n{path.name[:2]}/tree/{path.name}?token={lab.token}")
-    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-
-
 @contextmanager
-def only_look_at(page: Any, path: Path) -> Iterator[None]:
-    """Open a notebook without a kernel, and leave it again."""
+def opened(page: Any, name: str, *, kernel: bool) -> Iterator[None]:
+    """Open a notebook, with a kernel or without, and close it again."""
     page.evaluate(
-        """async path => {
-            const kernelPreference = {shouldStart: false, canStart: false, autoStartDefault: false};
+        """async ([path, kernel]) => {
+            const kernelPreference = {shouldStart: kernel, canStart: kernel, autoStartDefault: kernel};
             await window.jupyterapp.commands.execute("docmanager:open", {path, kernelPreference});
         }""",
-        f"{STORED}/{path.name}",
+        [name, kernel],
     )
     page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
     yield
     page.evaluate("window.jupyterapp.shell.currentWidget.dispose()")  # which, unlike `close`, never asks
     page.locator(".jp-Notebook").wait_for(state="detached")
-
-
-def await_kernel(page: Any, lab: Lab) -> None:
-    # What is run before the kernel answers is lost; the indicator is idle from the first.
-    until(page, lambda: [kernel["execution_state"] for kernel in lab.kernels(page)] == ["idle"], "the kernel waits")
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
 
 
 def menu(page: Any, *entries: str) -> None:
@@ -231,27 +201,23 @@ def menu(page: Any, *entries: str) -> None:
         page.locator(".lm-Menu-itemLabel").get_by_text(entry, exact=True).last.click()
 
 
-def prompts(page: Any) -> list[str]:
-    """What stands before the code cells: `[3]:` has been run, `[*]:` waits or runs, `[ ]:` has not."""
-    return page.locator(".jp-CodeCell .jp-InputPrompt").all_text_contents()
+def cell(page: Any, index: int) -> Any:
+    return page.locator(".jp-CodeCell").nth(index)
 
 
-def run_all(page: Any, n: int) -> None:
-    """Choose `Run All Cells`, and wait until all `n` code cells have run."""
-    until(page, lambda: len(prompts(page)) == n, f"all {n} code cells are there")
-    menu(page, "Run", "Run All Cells")
-    done = [f"[{number}]:" for number in range(1, n + 1)]
-    until(page, lambda: prompts(page) == done, f"all {n} cells have run")
+def prompt(page: Any, index: int) -> str:
+    """What stands before a code cell: `[3]:` has been run, `[*]:` waits or runs, `[ ]:` has not."""
+    return cell(page, index).locator(".jp-InputPrompt").text_content()
 
 
-def errors(page: Any) -> list[str]:
-    """The tracebacks that stand below cells; JupyterLab shows them as it shows stderr."""
-    said = page.locator("[data-mime-type='application/vnd.jupyter.stderr']").all_text_contents()
-    return [each for each in said if "Traceback (most recent call last)" in each or "KeyboardInterrupt" in each]
+def said(page: Any, index: int) -> str:
+    return "".join(cell(page, index).locator(".jp-OutputArea").all_text_contents())
 
 
-def explorers(page: Any) -> Any:
-    return page.locator(".widget-vbox").filter(has=page.get_by_role("button", name="start values"))
+def run(page: Any, index: int) -> None:
+    """Click into a code cell and run it."""
+    cell(page, index).locator(".cm-content").first.click()
+    page.keyboard.press("Control+Enter")
 
 
 def pixels(explorer: Any) -> str:
@@ -267,17 +233,15 @@ def pixels(explorer: Any) -> str:
     )
 
 
-def choose_theme(page: Any, theme: str) -> None:
+def photograph(page: Any, name: str, theme: str) -> None:
+    """Save screenshots of the whole notebook in one of the themes, a screenful a file, if anybody wants them."""
+    if not os.environ.get("SCREENSHOTS"):
+        return
+    SCREENSHOTS.mkdir(exist_ok=True)
     wanted = "true" if theme == "light" else "false"
     if page.locator("body").get_attribute("data-jp-theme-light") != wanted:
         menu(page, "Settings", "Theme", THEMES[theme])
         page.locator(f"body[data-jp-theme-light={wanted}]").wait_for(state="attached")  # of no size of its own
-
-
-def photograph(page: Any, name: str, theme: str) -> None:
-    """Save screenshots of the whole notebook in one of the themes, a screenful a file."""
-    SCREENSHOTS.mkdir(exist_ok=True)
-    choose_theme(page, theme)
     for old in SCREENSHOTS.glob(f"{name}_{theme}_*.png"):
         old.unlink()
     panel = page.locator(".jp-Notebook .jp-WindowedPanel-outer")
@@ -292,72 +256,85 @@ def photograph(page: Any, name: str, theme: str) -> None:
             break
 
 
-# --- the tests ---
-
-
-def code_cells(path: Path) -> list[tuple[str, list[str]]]:
-    """Source and tags of each code cell, as stored."""
-    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-    return [("".join(cell["source"]), cell["metadata"].get("tags", [])) for cell in cells]
-
-
-def press_in_cell(page: Any, index: int, keys: str) -> Any:
-    """Click into a code cell and press keys there; return the cell."""
-    cell = page.locator(".jp-CodeCell").nth(index)
-    cell.locator(".cm-content").first.click()
-    page.keyboard.press(keys)
-    return cell
-
-
-def prompt(cell: Any) -> str:
-    return cell.locator(".jp-InputPrompt").text_content()
-
-
-@pytest.mark.parametrize("number", ["04", "08", "11"])
-def test_a_reader_runs_all_moves_a_slider_and_interrupts_a_training(page, lab, number):
-    path = notebook(number)
-    cells = code_cells(path)
-    open_notebook(page, lab, path)
-    await_kernel(page, lab)
-
-    run_all(page, len(cells))
-    on_purpose = sum("raises-exception" in tags for _, tags in cells)
-    assert len(errors(page)) == on_purpose, errors(page)
-
-    explorer = explorers(page).first
-    explorer.scroll_into_view_if_needed()
-    before = until(page, lambda: pixels(explorer), "the explorer shows a picture")
-    explorer.locator(".noUi-handle").first.focus()
-    page.keyboard.press("Home")  # of the slider: the smallest value, which none starts with
-    until(page, lambda: pixels(explorer) not in ("", before), "the picture follows the slider")
-    photograph(page, path.stem, "light")
-    explorer.get_by_role("button", name="start values").click()
-    until(page, lambda: pixels(explorer) == before, "the button brings the first picture back")
-
-    shows_progress = re.compile(r"cf\.ablation\(|\.train\(.*on_epoch=curve\.add")
-    trainings = [index for index, (source, _) in enumerate(cells) if shows_progress.search(source)]
-    training = press_in_cell(page, trainings[-1], "Control+Enter")
-    until(page, lambda: prompt(training) == "[*]:", "the training cell runs")
-    until(page, lambda: training.locator(".jp-OutputArea-child").count(), "its progress shows")
-    page.locator("[data-command='notebook:interrupt-kernel'], [data-jp-item-name=interrupt]").first.click()
-    until(page, lambda: prompt(training) != "[*]:", "the training is interrupted")
-    assert "KeyboardInterrupt" in "".join(training.locator(".jp-OutputArea").all_text_contents())
-
-    shows_scale = next(index for index, (source, _) in enumerate(cells) if "print(scale)" in source)
-    before = prompt(page.locator(".jp-CodeCell").nth(shows_scale))
-    again = press_in_cell(page, shows_scale, "Control+Enter")
-    until(page, lambda: prompt(again) not in (before, "[*]:"), "another cell runs in the same kernel")
-    assert "scale: smoke" in again.locator(".jp-OutputArea").first.text_content()
-    assert len(errors(page)) == on_purpose + 1
+# --- the lessons as they are stored ---
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_stored_picture_is_shown(one_page, lab, path):
+def test_every_stored_picture_is_shown(page, lab, path):
     outputs = [output for cell in json.loads(path.read_text())["cells"] for output in cell.get("outputs", [])]
     stored = sum("image/png" in output.get("data", {}) for output in outputs)
-    with only_look_at(one_page, path):
+    with opened(page, path.name, kernel=False):
         shown = "images => images.filter(image => image.complete && image.naturalWidth).length"
-        images = one_page.locator(".jp-RenderedImage img")
-        until(one_page, lambda: images.evaluate_all(shown) == stored, f"{stored} stored pictures are shown")
-        photograph(one_page, f"{path.stem}_stored", "dark")  # where a picture without a ground of its own shows it
-    assert lab.kernels(one_page) == []
+        images = page.locator(".jp-RenderedImage img")
+        until(page, lambda: images.evaluate_all(shown) == stored, f"{stored} stored pictures are shown")
+        for theme in THEMES:
+            photograph(page, path.stem, theme)
+    assert lab.kernels(page) == []
+
+
+# --- cells that run ---
+
+# Explorers with a control of every kind, each with how a reader moves it.
+CONTROLS = {
+    "cf.widgets.augmentation(data.test_images[:2], dataset=data.name)": "slider",  # of whole numbers
+    "cf.widgets.activations()": "slider",  # of real numbers
+    "cf.widgets.number_formats()": "slider",  # of powers
+    "cf.widgets.loss_scale({'a': torch.tensor([1e-9, 1.0])})": "slider",  # of choices
+    "cf.widgets.newton_schulz({'a': torch.eye(4), 'b': torch.ones(4, 6)})": "menu",
+    "cf.widgets.augmentation(data.test_images[:2], dataset='another')": "checkbox",
+}
+TRAIN = "curve = cf.widgets.LiveCurve()\ndisplay(curve)\nresult = cf.train({recipe}, data, on_epoch=curve.add)"
+LIVE = [
+    "import torch\nimport cifar_fast as cf\ndata = cf.synthetic(320, 100)\nprint(cf.scales.here())",
+    "short = cf.replace(cf.recipes.smoke(), widths=(8, 8, 8), precision='float32', convolution='direct')",
+    *CONTROLS,
+    TRAIN.format(recipe="short"),
+    "1 / 0",
+    TRAIN.format(recipe="cf.replace(short, epochs=2000.0)"),
+]
+TRAINS, FAILS, TRAINS_LONG = range(len(LIVE) - 3, len(LIVE))
+
+
+def move(explorer: Any, how: str) -> None:
+    """Move a control of an explorer to a value that it does not start with."""
+    if how == "checkbox":
+        explorer.locator("input[type=checkbox]").check()
+    elif how == "menu":
+        explorer.locator("select").select_option(index=1)
+    else:
+        explorer.locator(".noUi-handle").first.focus()
+        explorer.page.keyboard.press("End")
+
+
+def test_a_reader_runs_cells_moves_controls_and_interrupts_a_training_run(page, lab):
+    with opened(page, "live.ipynb", kernel=True):
+        # What is run before the kernel answers is lost; the indicator is idle from the first.
+        until(page, lambda: [k["execution_state"] for k in lab.kernels(page)] == ["idle"], "the kernel waits")
+        page.locator(".jp-Notebook-ExecutionIndicator[data-status=idle]").wait_for()
+        menu(page, "Run", "Run All Cells")
+
+        until(page, lambda: prompt(page, FAILS) == f"[{FAILS + 1}]:", "all cells up to the one that fails have run")
+        assert "scale: smoke" in said(page, 0) and "ZeroDivisionError" in said(page, FAILS)
+        assert "epoch 2: test accuracy" in said(page, TRAINS)
+        errors = [index for index in range(FAILS) if "Traceback" in said(page, index)]
+        assert not errors, said(page, errors[0])
+
+        for index, how in enumerate(CONTROLS.values(), start=2):
+            explorer = cell(page, index).locator(".widget-vbox")
+            explorer.scroll_into_view_if_needed()
+            before = until(page, lambda e=explorer: pixels(e), "the explorer shows a picture")
+            move(explorer, how)
+            until(page, lambda e=explorer, b=before: pixels(e) not in ("", b), f"the picture follows {LIVE[index]}")
+            explorer.get_by_role("button", name="start values").click()
+            until(page, lambda e=explorer, b=before: pixels(e) == b, "the button brings the first picture back")
+        photograph(page, "live", "light")
+
+        run(page, TRAINS_LONG)
+        until(page, lambda: "epoch 1: test accuracy" in said(page, TRAINS_LONG), "the curve grows while it trains")
+        page.locator("[data-command='notebook:interrupt-kernel'], [data-jp-item-name=interrupt]").first.click()
+        until(page, lambda: prompt(page, TRAINS_LONG) != "[*]:", "the training run is interrupted")
+        assert "KeyboardInterrupt" in said(page, TRAINS_LONG)
+
+        before = prompt(page, 0)
+        run(page, 0)
+        until(page, lambda: prompt(page, 0) not in (before, "[*]:"), "another cell runs in the same kernel")

@@ -1,4 +1,4 @@
-"""N processes compute what one does, what cannot be is said before any starts, and no training hangs its caller."""
+"""N processes compute what one does, mistakes show before any process starts, and nothing hangs its caller."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -17,14 +19,15 @@ import torch
 from torch import Tensor
 
 from cifar_fast import recipes
-from cifar_fast.data.dataset import Dataset
-from cifar_fast.distributed import launch as parallel
+from cifar_fast.data.dataset import Dataset, read_decoded, write_decoded
+from cifar_fast.distributed import launch as launching
 from cifar_fast.distributed.launch import Trainer, check_fit, choose_world_size, launch
-from cifar_fast.distributed.processes import WatchedProcesses
-from cifar_fast.distributed.ranks import Ranks, choose_backend, rank_device
+from cifar_fast.distributed.ranks import choose_backend, rank_device
 from cifar_fast.errors import RecipeError, RunError, TrainingError, UserError
-from cifar_fast.training.loop import require_same_training, train
+from cifar_fast.training.loop import train
 from cifar_fast.training.result import EpochResult, RunResult, load_run
+
+pytestmark = pytest.mark.timeout(600)  # for hangs: on a busy machine a start may take a minute
 
 # Apple's recipe with a narrow network and small batches: 10 steps an epoch on 640 images, two epochs.
 APPLE = replace(
@@ -45,7 +48,7 @@ COMMAND = [sys.executable, "-m", "cifar_fast"]
 
 
 def weights(result: RunResult) -> dict[str, Tensor]:
-    """Weights and running statistics; not the count of batches, which a rank takes of its own."""
+    """Return weights and running statistics, without the numbers of batches, which each rank counts for itself."""
     state = result.model.state_dict()
     return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
@@ -65,11 +68,37 @@ def alone(tiny_data: Dataset) -> RunResult:
     return train(APPLE, tiny_data, device="cpu", progress=False)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
-def test_any_number_of_processes_computes_the_same(alone, tiny_data, world_size):
-    result = launch(APPLE, tiny_data, world_size=world_size, device="cpu", progress=False)
+@pytest.fixture(scope="module")
+def shared(tiny_data: Dataset) -> Iterator[Callable[[], Trainer]]:
+    """A function that returns a trainer of two processes for many tests, a new one if an earlier test has lost them."""
+    started: list[Trainer] = []
+
+    def get() -> Trainer:
+        if not started or not started[-1].pids:
+            started.append(Trainer(tiny_data, world_size=2, device="cpu", timeout=60.0))
+        return started[-1]
+
+    yield get
+    for trainer in started:
+        trainer.close()
+
+
+@pytest.fixture
+def pair(shared) -> Trainer:
+    return shared()
+
+
+def test_two_processes_compute_the_same_as_one(pair, alone):
+    result = pair.train(APPLE, progress=False)
     assert_same(result, alone)
     assert next(iter(weights(result).values())).dtype == torch.float64
+    assert (result.environment["world_size"], result.environment["backend"]) == (2, "gloo")
+
+
+@pytest.mark.parametrize("world_size", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_any_number_of_processes_computes_the_same(alone, tiny_data, world_size):
+    result = launch(APPLE, tiny_data, world_size=world_size, device="cpu", timeout=60.0, progress=False)
+    assert_same(result, alone)
     assert result.environment["world_size"] == world_size
     assert result.environment["backend"] == ("gloo" if world_size > 1 else None)
 
@@ -80,15 +109,8 @@ def test_another_seed_computes_something_else(alone, tiny_data):
         assert_same(other, alone)
 
 
-def test_muon_ema_and_batch_norm_of_a_whole_shard_compute_the_same(tiny_data):
-    one = train(MUON, tiny_data, device="cpu", progress=False)
-    assert_same(launch(MUON, tiny_data, world_size=2, device="cpu", progress=False), one)
-
-
-@pytest.fixture(scope="module")
-def pair(tiny_data: Dataset):
-    with Trainer(tiny_data, world_size=2, device="cpu") as trainer:
-        yield trainer
+def test_muon_ema_and_batch_norm_of_a_whole_shard_compute_the_same(pair, tiny_data):
+    assert_same(pair.train(MUON, progress=False), train(MUON, tiny_data, device="cpu", progress=False))
 
 
 def test_a_trainer_trains_again_and_again(pair, tiny_data, tmp_path):
@@ -121,62 +143,61 @@ def test_progress_arrives_in_the_caller(pair, capfd):
     assert "smoke on synthetic, 2 processes" in err and "epoch 1: test accuracy" in err and "10/10" in err
 
 
-def test_a_divergence_is_the_same_error_as_in_one_process(tiny_data, tmp_path):
+def test_a_divergence_is_the_same_error_as_in_one_process(pair, tmp_path):
     diverging = replace(QUICK, optimizer="sgd", peak_lr=1e30)
     with pytest.raises(TrainingError, match="diverged; lower peak_lr"):
-        launch(diverging, tiny_data, world_size=2, device="cpu", progress=False, out=tmp_path / "run")
+        pair.train(diverging, progress=False, out=tmp_path / "run")
     assert (tmp_path / "run" / "recipe.json").exists()
+    assert pair.pids == []
 
 
-@pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="this system does not tell what is mapped")
+@pytest.mark.skipif(not hasattr(psutil.Process, "memory_maps"), reason="this system does not say what is mapped")
 def test_data_from_a_decoded_file_is_mapped_not_copied(tiny_data, tmp_path):
-    from cifar_fast.data.dataset import read_decoded, write_decoded
-
     write_decoded(tiny_data, tmp_path / "data.safetensors")
     data = read_decoded(tmp_path / "data.safetensors")
-    with Trainer(data, world_size=2, device="cpu") as trainer:
+    with Trainer(data, world_size=2, device="cpu", timeout=60.0) as trainer:
         maps = [file.path for pid in trainer.pids for file in psutil.Process(pid).memory_maps()]
     assert maps.count(str(tmp_path / "data.safetensors")) == 2
 
 
-def test_a_part_of_the_data_is_trained_on_as_it_is(tiny_data, tmp_path):
-    from cifar_fast.data.dataset import read_decoded, write_decoded
-
+def test_processes_get_a_part_of_the_data_not_the_file_of_all(tiny_data, tmp_path):
     write_decoded(tiny_data, tmp_path / "data.safetensors")
     data = read_decoded(tmp_path / "data.safetensors")
-    part = replace(data, train_images=data.train_images[:128], train_labels=data.train_labels[:128])
-    result = launch(QUICK, part, world_size=2, device="cpu", progress=False)
-    assert result.dataset["n_train"] == 128
+    assert data.decoded is not None
+    assert replace(data, train_images=data.train_images[:128]).decoded is None, "a trainer writes it to a new file"
 
 
-def test_an_interrupt_while_the_data_are_handed_over_ends_all(tiny_data, monkeypatch):
-    started: list[WatchedProcesses] = []
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (OSError("no space left"), UserError, "cannot be written to .*: no space left; set TMPDIR to a folder"),
+    ],
+)
+def test_an_interrupt_or_a_full_disk_while_the_data_are_written_ends_the_processes(
+    tiny_data, monkeypatch, tmp_path, error, expected, message
+):
+    ended: list[bool] = []
 
-    class Noted(WatchedProcesses):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            started.append(self)
+    class Processes:
+        folder = tmp_path
 
-    def interrupt(*args):
-        raise KeyboardInterrupt
+        def __init__(self, *args, **options): ...
 
-    monkeypatch.setattr(parallel, "WatchedProcesses", Noted)
-    monkeypatch.setattr(parallel, "write_decoded", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+        def close(self) -> None:
+            ended.append(True)
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(launching, "WatchedProcesses", Processes)
+    monkeypatch.setattr(launching, "write_decoded", fail)
+    with pytest.raises(expected, match=message):
         launch(QUICK, tiny_data, world_size=2, device="cpu", progress=False)
-    assert started[0].pids == [] and not started[0].folder.exists()
+    assert ended == [True]
 
 
-def test_ranks_with_other_data_are_told_so(tiny_data):
-    class SecondRank(Ranks):
-        def agree(self, value):
-            return value | {"seed": 5}
-
-    with pytest.raises(UserError, match="rank 1 was started with another seed than rank 0: 0, where rank 0 has 5"):
-        require_same_training(QUICK, tiny_data, 0, SecondRank(1, 2, "gloo"))
-
-
-# --- what is said before a process is started ---
+# --- mistakes that show before a process starts ---
 
 
 @pytest.fixture
@@ -184,7 +205,7 @@ def nothing_starts(monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(parallel, "WatchedProcesses", refuse)
+    monkeypatch.setattr(launching, "WatchedProcesses", refuse)
 
 
 @pytest.mark.parametrize(
@@ -201,13 +222,13 @@ def nothing_starts(monkeypatch):
         ({}, 0, "world_size=0 must be at least 1"),
     ],
 )
-def test_what_does_not_fit_is_said_at_once(tiny_data, nothing_starts, changes, world_size, message):
+def test_what_does_not_fit_is_refused_before_a_process_starts(tiny_data, nothing_starts, changes, world_size, message):
     with pytest.raises(UserError, match=message):
         launch(replace(QUICK, **changes), tiny_data, world_size=world_size, device="cpu")
 
 
 def test_nccl_needs_gpus(tiny_data, nothing_starts):
-    with pytest.raises(UserError, match="'nccl' connects GPUs, and the device is the CPU; choose gloo"):
+    with pytest.raises(UserError, match="'nccl' connects GPUs, but the device is the CPU; choose gloo"):
         launch(QUICK, tiny_data, world_size=2, device="cpu", backend="nccl")
     with pytest.raises(UserError, match="'mpi' is not known; choose nccl"):
         choose_backend(torch.device("cpu"), "mpi")
@@ -225,7 +246,7 @@ def four_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
 
-def test_all_gpus_are_taken_that_the_shards_can_be_divided_among(four_gpus):
+def test_all_gpus_are_used_that_can_share_the_shards(four_gpus):
     assert choose_world_size(None, None) == 4
     assert choose_world_size(None, "cuda", APPLE) == 4
     assert choose_world_size(None, None, replace(QUICK, n_shards=3, global_batch_size=66)) == 3
@@ -238,7 +259,7 @@ def test_all_gpus_are_taken_that_the_shards_can_be_divided_among(four_gpus):
 
 
 def test_too_few_gpus_name_the_way_out(four_gpus, tiny_data, nothing_starts):
-    with pytest.raises(UserError, match=r"world_size=8 processes need as many GPUs, .* 4: .*--device cpu.*gloo"):
+    with pytest.raises(UserError, match=r"world_size=8 processes need as many GPUs, but .* 4: .*--device cpu.*gloo"):
         launch(APPLE, tiny_data, world_size=8)
     with pytest.raises(UserError, match="'cuda:1' is one GPU"):
         launch(APPLE, tiny_data, world_size=2, device="cuda:1")
@@ -251,9 +272,10 @@ def test_too_few_gpus_name_the_way_out(four_gpus, tiny_data, nothing_starts):
 
 @pytest.fixture
 def arguments(pictures: Path, tmp_path: Path) -> list[str]:
-    """Of a `train` of two steps in two shards, filed under tmp_path / "run"."""
+    """Return the arguments of a `train` command of two steps in two shards, which writes tmp_path / "run"."""
     words = f"train --recipe smoke --data {pictures} --device cpu --out {tmp_path / 'run'} --n-shards 2 --widths 8 8 8"
-    return f"{words} --global-batch-size 60 --precision float32 --convolution direct --epochs 1".split()
+    words += " --global-batch-size 60 --precision float32 --convolution direct --epochs 1"
+    return f"{words} --timeout 120".split()  # on a busy machine a process may have to wait long for a core
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -284,8 +306,8 @@ def test_ctrl_c_ends_all_and_keeps_the_log(arguments, tmp_path):
         err = running.stderr.read()
         assert running.wait() == 130
     assert "finished epochs are logged in" in err and "Traceback" not in err, err
-    psutil.wait_procs(children, timeout=60)
-    assert not any(child.is_running() for child in children)
+    _, alive = psutil.wait_procs(children, timeout=120)
+    assert not alive
     assert (tmp_path / "run" / "timing_log.tsv").read_text().count("\n") >= 2
 
 
@@ -308,37 +330,25 @@ def test_torchrun_is_joined(arguments, tmp_path):
     assert done.stdout.count("train_seconds") == 1, "rank 0 alone prints"
 
 
-def test_a_rank_of_torchrun_ends_without_taking_the_interpreter_down(arguments):
-    """The process group's threads outlive it and may abort a process whose interpreter ends."""
-    program = "import atexit; atexit.register(print, 'taken down'); from cifar_fast.cli import main_and_exit"
+def test_a_rank_of_torchrun_exits_without_shutting_the_interpreter_down(arguments):
+    """The process group's threads outlive it and may abort a process whose interpreter shuts down."""
+    program = "import atexit; atexit.register(print, 'shut down'); from cifar_fast.cli import main_and_exit"
     command = [sys.executable, "-c", f"{program}; main_and_exit()", *arguments]
     rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     done = subprocess.run(command, capture_output=True, text=True, env=environment(**rank))
     assert done.returncode == 0, done.stderr
-    assert "test accuracy" in done.stdout and "taken down" not in done.stdout
+    assert "test accuracy" in done.stdout and "shut down" not in done.stdout
     again = subprocess.run(command, capture_output=True, text=True, env=environment(**rank))
     assert again.returncode == 2, "the run folder exists"
     assert "error:" in again.stderr
 
 
-def test_two_machines_are_joined(arguments, tmp_path):
-    """Two torchrun agents on the loopback interface, as on two machines."""
-    port = free_port()
-    agents = []
-    for node in range(2):
-        options = ("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node))
-        command = torchrun(*options, "--master-addr", "127.0.0.1", "--master-port", str(port))
-        agents.append(subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True))
-    errors = [agent.communicate()[1] for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], errors
-    assert load_run(tmp_path / "run").environment["world_size"] == 2
-
-
 @pytest.fixture
-def two_hosts():
-    """Two network namespaces joined by a virtual cable: (name, address) of each."""
+def two_hosts() -> Iterator[list[Host]]:
+    """Two network namespaces joined by a virtual cable; where none can be made, this machine twice."""
     names = [f"cifar-fast-{os.getpid()}-{number}" for number in range(2)]
     cables = [f"cf{os.getpid()}n{number}" for number in range(2)]
+    addresses = ["10.213.0.1", "10.213.0.2"]
 
     def ip(*words: str) -> None:
         subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
@@ -347,35 +357,42 @@ def two_hosts():
         for name in names:
             ip("netns", "add", name)
         ip("link", "add", cables[0], "type", "veth", "peer", "name", cables[1])
-        for number, (name, cable) in enumerate(zip(names, cables, strict=True), start=1):
+        for name, cable, address in zip(names, cables, addresses, strict=True):
             ip("link", "set", cable, "netns", name)
-            ip("-n", name, "addr", "add", f"10.213.0.{number}/24", "dev", cable)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", cable)
             ip("-n", name, "link", "set", cable, "up")
             ip("-n", name, "link", "set", "lo", "up")
-        yield [
-            (name, f"10.213.0.{number}", cable)
-            for number, (name, cable) in enumerate(zip(names, cables, strict=True), 1)
+        hosts = [
+            Host(["ip", "netns", "exec", name], address, {"GLOO_SOCKET_IFNAME": cable})
+            for name, cable, address in zip(names, cables, addresses, strict=True)
         ]
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no network namespaces can be made here: {getattr(error, 'stderr', None) or error}")
+    except (OSError, subprocess.CalledProcessError):
+        hosts = [Host([], "127.0.0.1", {})] * 2
+    try:
+        yield hosts
     finally:
         for name in names:
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+            with suppress(OSError):
+                subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+@dataclass
+class Host:
+    """A machine of its own, as far as its network goes."""
+
+    prefix: list[str]
+    """Words before a command that runs there."""
+    address: str
+    variables: dict[str, str]
 
 
 def test_two_hosts_train_together(two_hosts, arguments, tmp_path):
     agents = []
-    for node, (name, _, cable) in enumerate(two_hosts):
+    address, port = two_hosts[0].address, str(free_port())
+    for node, host in enumerate(two_hosts):
         options = ("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(node))
-        command = torchrun(*options, "--master-addr", two_hosts[0][1], "--master-port", "29511")
-        agents.append(
-            subprocess.Popen(
-                ["ip", "netns", "exec", name, *command, *arguments],
-                stderr=subprocess.PIPE,
-                text=True,
-                env=environment(GLOO_SOCKET_IFNAME=cable),
-            )
-        )
+        command = [*host.prefix, *torchrun(*options, "--master-addr", address, "--master-port", port), *arguments]
+        agents.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment(**host.variables)))
     errors = [agent.communicate()[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
     assert load_run(tmp_path / "run").environment["world_size"] == 2
@@ -384,7 +401,7 @@ def test_two_hosts_train_together(two_hosts, arguments, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT not: start with torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "are set, but MASTER_ADDR and MASTER_PORT not: start with torchrun"),
         ({"RANK": "zero", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "must be whole numbers"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two' must be the number"),
     ],
@@ -399,17 +416,8 @@ def test_a_half_set_environment_is_explained(monkeypatch, tiny_data, variables, 
 def test_another_world_size_than_torchrun_has_started(monkeypatch, tiny_data):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="world_size=4, and the launcher has started 2"):
+    with pytest.raises(UserError, match="world_size=4, but the launcher has started 2"):
         launch(QUICK, tiny_data, world_size=4, device="cpu")
-
-
-@pytest.mark.slow
-def test_smoke_runs_on_eight_processes(pictures, tmp_path):
-    options = "--recipe smoke --device cpu --world-size 8 --global-batch-size 80 --epochs 1".split()
-    command = [*COMMAND, "train", "--data", str(pictures), "--out", str(tmp_path / "run"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment())
-    assert done.returncode == 0, done.stderr
-    assert load_run(tmp_path / "run").environment["world_size"] == 8
 
 
 # --- with GPUs ---
@@ -437,7 +445,7 @@ def test_all_gpus_compute_what_one_does(tiny_data):
 @pytest.fixture
 def kernel():
     manager_of = pytest.importorskip("jupyter_client.manager")
-    manager, client = manager_of.start_new_kernel(kernel_name="python3")
+    manager, client = manager_of.start_new_kernel(kernel_name="python3", startup_timeout=300)
     yield manager, client
     client.stop_channels()
     manager.shutdown_kernel(now=True)
@@ -452,7 +460,7 @@ print("done", result.environment["world_size"])
 """
 
 
-def test_a_notebook_trains_is_interrupted_and_goes_on(kernel):
+def test_a_notebook_trains_is_interrupted_and_trains_again(kernel):
     manager, client = kernel
     printed: list[str] = []
 
@@ -464,17 +472,17 @@ def test_a_notebook_trains_is_interrupted_and_goes_on(kernel):
             manager.interrupt_kernel()
 
     interrupting = [True]
-    reply = client.execute_interactive(CELL.format(epochs=10_000), output_hook=collect, timeout=100)["content"]
+    reply = client.execute_interactive(CELL.format(epochs=10_000), output_hook=collect, timeout=400)["content"]
     assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
     kernel_process = psutil.Process(manager.provisioner.pid)
-    end = time.monotonic() + 60
-    while (left := workers_of(kernel_process)) and time.monotonic() < end:
+    end = time.monotonic() + 120
+    while (left := started_by(kernel_process)) and time.monotonic() < end:
         time.sleep(0.1)
     assert not left
     printed.clear()
-    reply = client.execute_interactive(CELL.format(epochs=1), output_hook=collect, timeout=100)["content"]
+    reply = client.execute_interactive(CELL.format(epochs=1), output_hook=collect, timeout=400)["content"]
     assert reply["status"] == "ok" and "done 2" in "".join(printed)
 
 
-def workers_of(process: psutil.Process) -> list[psutil.Process]:
+def started_by(process: psutil.Process) -> list[psutil.Process]:
     return [child for child in process.children() if "spawn_main" in " ".join(child.cmdline())]

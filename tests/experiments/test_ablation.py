@@ -1,4 +1,4 @@
-"""Arms are compared seed by seed, and ways to evaluate on the same networks."""
+"""Arms are compared seed by seed, and kinds of TTA on the same networks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from made_up import MACHINE
 
 from cifar_fast import recipes
 from cifar_fast.data.dataset import Dataset
@@ -20,10 +21,14 @@ from cifar_fast.recipe import changed_fields
 from cifar_fast.training.evaluate import evaluate
 from cifar_fast.training.loop import train
 
+RECIPE = replace(
+    recipes.smoke(), widths=(4, 4, 4), n_shards=1, global_batch_size=64, epochs=1.0, label_smoothing=0.2,
+    precision="float32", convolution="direct",
+)  # fmt: skip
 
-def test_ways_to_evaluate_are_compared_on_the_same_networks(tiny_data: Dataset):
-    recipe = replace(recipes.smoke(), widths=(4, 4, 4), n_shards=1, global_batch_size=64, epochs=1.0)
-    results = [train(recipe, tiny_data, device="cpu", seed=seed, progress=False) for seed in (0, 1)]
+
+def test_kinds_of_tta_are_compared_on_the_same_networks(tiny_data: Dataset):
+    results = [train(RECIPE, tiny_data, device="cpu", seed=seed, progress=False) for seed in (0, 1)]
     runs = tta_ablation(results, tiny_data, progress=False)
     assert list(runs.arms) == ["tta=none", "tta=flip", "tta=flip_shift"]
     for tta in ("none", "flip", "flip_shift"):
@@ -37,26 +42,21 @@ def test_ways_to_evaluate_are_compared_on_the_same_networks(tiny_data: Dataset):
     assert runs.arms["tta=none"][0]["loss"] != runs.arms["tta=flip_shift"][0]["loss"]
 
 
-def test_filed_runs_are_read_by_the_name_of_their_folder():
+def test_saved_runs_are_read_by_the_name_of_their_folder():
     runs = saved_runs("apple_8gpu")
     assert runs and {run["recipe"]["name"] for run in runs} == {"apple_8gpu"}
     assert all(0.9 < run["accuracy"] < 1 and run["epochs"] for run in runs)
-    with pytest.raises(RunError, match="no runs are filed as 'apple'; there are .*apple_8gpu, .*page_2019"):
+    with pytest.raises(RunError, match="no saved runs named 'apple'; choose one of .*apple_8gpu, .*page_2019"):
         saved_runs("apple")
 
 
 # --- an ablation ---
 
-RECIPE = replace(recipes.smoke(), widths=(4, 4, 4), n_shards=1, global_batch_size=64, epochs=1.0, label_smoothing=0.2)
-MACHINE = {
-    "device": "cpu", "gpu": None, "cpu": "Some Processor", "cpu_capability": "AVX512", "threads": 2, "torch": "2.14.1",
-    "python": "3.11.7", "precision": "float32", "convolution": "winograd", "world_size": 1, "backend": None,
-}  # fmt: skip
 DATASET = {"name": "made up", "fingerprint": "0", "n_train": 50_000, "n_test": 10_000, "classes": ["a", "b"]}
 
 
 def run(seed: int, accuracy: float, seconds: float | None = 10.0) -> dict[str, Any]:
-    """What is kept of a run, made up."""
+    """A made-up run."""
     line = {"seed": seed, "accuracy": accuracy, "loss": 1 - accuracy, "train_seconds": seconds}
     return line | {"recipe": RECIPE.to_dict(), "dataset": DATASET, "environment": MACHINE, "epochs": []}
 
@@ -94,12 +94,12 @@ def test_each_arm_is_the_recipe_with_its_fields_and_trains_as_train_does(tiny_da
     [
         ({}, (0,), UserError, "at least one arm and one seed"),
         ({"none": {"label_smoothing": 0.0}}, (), UserError, "at least one arm and one seed"),
-        ({"same": {"label_smoothing": 0.2}}, (0,), UserError, "arm 'same' changes nothing: .*0.2.* has already"),
+        ({"same": {"label_smoothing": 0.2}}, (0,), UserError, "'same' changes nothing: the recipe already has .*0.2"),
         ({"wrong": {"label_smothing": 0.0}}, (0,), RecipeError, "label_smothing"),
         ({"wrong": {"label_smoothing": 1.5}}, (0,), RecipeError, "label_smoothing=1.5"),
     ],
 )
-def test_an_ablation_that_cannot_be_is_refused_before_anything_is_trained(tiny_data, arms, seeds, error, words):
+def test_an_impossible_ablation_is_refused_before_anything_is_trained(tiny_data, arms, seeds, error, words):
     trained: list[str] = []
     with pytest.raises(error, match=words):
         ablation(RECIPE, tiny_data, arms, seeds=seeds, progress=False, on_run=lambda arm, run: trained.append(arm))
@@ -130,7 +130,7 @@ def test_arms_are_compared_seed_by_seed():
         ([0.91, 0.93], "two seeds: too few to tell"),
     ],
 )
-def test_a_verdict_is_what_the_interval_leaves_out(accuracies, words):
+def test_a_verdict_follows_from_whether_the_interval_excludes_zero(accuracies, words):
     assert made_up(arm=accuracies).verdict("arm") == words
 
 
@@ -148,41 +148,41 @@ def test_the_table_names_arms_spreads_data_and_hardware():
     assert "5.00 s" in untimed and "not timed" in untimed
 
 
-def file_runs(folder: Path, arms: dict[str, list[dict]]) -> None:
+def save_runs(folder: Path, arms: dict[str, list[dict]]) -> None:
     lines = [json.dumps({"arm": arm, "commit": "0", **each}) for arm, runs in arms.items() for each in runs]
     folder.mkdir()
     (folder / "results.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def test_what_is_filed_is_found_by_its_arms(tmp_path):
+def test_a_saved_ablation_is_found_by_its_arms(tmp_path):
     folder = tmp_path / "ablation"
     assert saved_ablation("tta=none", folder=folder) is None
-    file_runs(folder, {AS_IT_IS: [run(0, 0.9), run(1, 0.91)], "tta=none": [run(0, 0.8)]})
+    save_runs(folder, {AS_IT_IS: [run(0, 0.9), run(1, 0.91)], "tta=none": [run(0, 0.8)]})
     found = saved_ablation("tta=none", folder=folder)
     assert found is not None and list(found.arms) == [AS_IT_IS, "tta=none"]
     assert [each["accuracy"] for each in found.arms[AS_IT_IS]] == [0.9, 0.91]
     assert saved_ablation("tta=none", "preload=False", folder=folder) is None
 
 
-def test_whole_trainings_are_shown_before_short_ones_and_what_is_missing_is_said(tmp_path):
+def test_full_runs_are_preferred_to_short_ones_and_what_is_missing_is_said(tmp_path):
     missing = "not measured yet for tta=none; benchmarks/ablation.py"
-    assert full_scale_tables("tta=none", results=tmp_path).startswith(f"full scale: {missing}")
-    file_runs(tmp_path / "ablation_2_epochs", {AS_IT_IS: [run(0, 0.9)], "tta=none": [run(0, 0.8)]})
+    assert full_scale_tables("tta=none", results=tmp_path).startswith(f"full runs: {missing}")
+    save_runs(tmp_path / "ablation_2_epochs", {AS_IT_IS: [run(0, 0.9)], "tta=none": [run(0, 0.8)]})
     short = full_scale_tables("tta=none", results=tmp_path)
-    assert "80.00" in short and f"\nwhole trainings: {missing}" in short
-    file_runs(tmp_path / "ablation", {AS_IT_IS: [run(0, 0.95)], "tta=none": [run(0, 0.94)]})
+    assert "80.00" in short and f"\nfull runs: {missing}" in short
+    save_runs(tmp_path / "ablation", {AS_IT_IS: [run(0, 0.95)], "tta=none": [run(0, 0.94)]})
     whole = full_scale_tables("tta=none", results=tmp_path)
     assert "94.00" in whole and "80.00" not in whole and missing not in whole and "machines" not in whole
 
 
-def test_differences_of_two_machines_are_put_together_and_never_taken_between_them(tmp_path):
-    file_runs(tmp_path / "ablation", {AS_IT_IS: [run(0, 0.95), run(1, 0.94)], "tta=none": [run(0, 0.94)]})
+def test_differences_of_two_machines_are_pooled_and_never_taken_between_them(tmp_path):
+    save_runs(tmp_path / "ablation", {AS_IT_IS: [run(0, 0.95), run(1, 0.94)], "tta=none": [run(0, 0.94)]})
     other = {
         AS_IT_IS: [run(1, 0.80), run(2, 0.81)],
         "tta=none": [run(1, 0.78), run(2, 0.80)],
         "flip=random": [run(1, 0.7)],
     }
-    file_runs(tmp_path / "ablation_without_tiles", other)
+    save_runs(tmp_path / "ablation_without_tiles", other)
     shown = full_scale_tables("tta=none", results=tmp_path)
     assert shown.index("94.00") < shown.index("79.00")
     # -1, -2 and -1 points; against the other machine's seed 1 the second would be -16.
@@ -196,14 +196,14 @@ def test_differences_of_two_machines_are_put_together_and_never_taken_between_th
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module; what it files says of no commit."""
+    """The script as a module, with a made-up commit."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     module = importlib.import_module("ablation")
     monkeypatch.setattr(module, "commit", lambda: "of a test")
     return module
 
 
-def test_every_arm_changes_the_recipe_of_the_script_by_what_its_name_says(script):
+def test_every_arm_of_the_script_changes_what_its_name_says(script):
     laptop = recipes.laptop()
     for arm, changes in script.ARMS.items():
         changed = changed_fields(laptop, recipes.Recipe.from_dict(laptop.to_dict() | changes))
@@ -212,7 +212,7 @@ def test_every_arm_changes_the_recipe_of_the_script_by_what_its_name_says(script
             assert str(changed[arm.split("=")[0]][1]) in (arm.split("=")[1], arm.split("=")[1] + ".0")
 
 
-def test_what_is_filed_is_not_trained_again_and_another_recipe_is_refused(script, tmp_path):
+def test_saved_runs_are_not_trained_again_and_another_recipe_is_refused(script, tmp_path):
     results = tmp_path / "results.jsonl"
     assert script.done(results, RECIPE) == set()
     lines = [{"arm": AS_IT_IS, **run(0, 0.9)}, {"arm": AS_IT_IS, **run(1, 0.9)}, {"arm": "tta=none", **run(0, 0.8)}]
@@ -225,16 +225,16 @@ def test_what_is_filed_is_not_trained_again_and_another_recipe_is_refused(script
 def test_the_table_on_disk_begins_with_the_recipe_as_it_is(script, tmp_path):
     results = tmp_path / "results.jsonl"
     results.write_text(json.dumps({"arm": "tta=none", **run(0, 0.8)}) + "\n")
-    script.redraw(results)
+    script.write_table(results)
     assert not (tmp_path / "table.txt").exists()  # nothing to compare with yet
     with open(results, "a") as file:
         file.write(json.dumps({"arm": AS_IT_IS, **run(0, 0.9)}) + "\n")
-    script.redraw(results)
+    script.write_table(results)
     shown = Ablation({AS_IT_IS: [run(0, 0.9)], "tta=none": [run(0, 0.8)]}).table()
     assert (tmp_path / "table.txt").read_text() == shown + "\n"
 
 
-def test_the_script_evaluates_a_network_in_each_other_way_and_can_leave_clocks_out(script, tiny_data):
+def test_the_script_evaluates_a_network_with_each_other_tta_and_can_drop_the_clocks(script, tiny_data):
     result = train(RECIPE, tiny_data, device="cpu", progress=False)
     lines = script.tta_lines(result, tiny_data)
     assert {line["arm"] for line in lines} | {f"tta={RECIPE.tta}"} == {"tta=none", "tta=flip", "tta=flip_shift"}
@@ -252,7 +252,7 @@ def test_the_script_evaluates_a_network_in_each_other_way_and_can_leave_clocks_o
     assert untimed["epochs"] == [epoch | {"train_seconds": None} for epoch in whole["epochs"]]
 
 
-def test_runs_that_are_trained_already_are_taken_from_their_folders_if_they_fit(script, tiny_data, tmp_path, capsys):
+def test_runs_trained_before_are_read_from_their_folders_if_they_fit(script, tiny_data, tmp_path, capsys):
     result = train(RECIPE, tiny_data, device="cpu", seed=3, progress=False, out=tmp_path / "run")
     (found,) = script.trained([tmp_path / "run"], RECIPE, tiny_data)
     assert found.to_dict() == result.to_dict()
@@ -263,8 +263,8 @@ def test_runs_that_are_trained_already_are_taken_from_their_folders_if_they_fit(
     with pytest.raises(SystemExit, match="is not a finished run"):
         script.trained([tmp_path], RECIPE, tiny_data)
     results = tmp_path / "results.jsonl"
-    script.file_run(results, AS_IT_IS, found, tiny_data, False)
-    filed_runs = [json.loads(text) for text in results.read_text().splitlines()]
-    assert [run["arm"] for run in filed_runs][0] == AS_IT_IS and len(filed_runs) == 3
-    assert filed_runs[0]["train_seconds"] == result.train_seconds
+    script.save_run(results, AS_IT_IS, found, tiny_data, False)
+    saved = [json.loads(text) for text in results.read_text().splitlines()]
+    assert [run["arm"] for run in saved][0] == AS_IT_IS and len(saved) == 3
+    assert saved[0]["train_seconds"] == result.train_seconds
     assert f"{AS_IT_IS}, seed 3: {100 * result.accuracy:.2f} %" in capsys.readouterr().out

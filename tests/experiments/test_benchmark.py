@@ -1,4 +1,4 @@
-"""Killed anywhere and started again, a benchmark ends as an undisturbed one does, and it never mixes two kinds."""
+"""Killed anywhere and resumed, a benchmark ends like an undisturbed one, and it never mixes two kinds of runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import pickle
-import random
 import shutil
 import signal
 import subprocess
@@ -21,11 +20,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import cifar_fast
 from cifar_fast.data.dataset import Dataset
+from cifar_fast.data.load import load_cifar10
 from cifar_fast.distributed import launch as parallel
 from cifar_fast.errors import RunError, TrainingError, UserError
 from cifar_fast.experiments.benchmark import load_benchmark
@@ -36,7 +34,7 @@ from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import smoke
 from cifar_fast.training.result import EpochResult, RunResult, save_run
 
-benchmarking = import_module("cifar_fast.benchmark")  # the module: `cifar_fast.benchmark` is the function
+benchmarking = import_module("cifar_fast.experiments.benchmark")  # the module: `cifar_fast.benchmark` is the function
 benchmark = benchmarking.benchmark
 
 RECIPE = replace(
@@ -63,7 +61,7 @@ def accuracy_of(seed: int) -> float:
 
 
 class FakeTrainer:
-    """Trains in no time: what a run comes to depends on its seed alone. Remembers what it was asked for."""
+    """Trains in no time: the result of a run depends on its seed alone. Remembers what it was asked for."""
 
     calls: list[Any] = []
     on_train: Callable[[int], None] = staticmethod(lambda seed: None)
@@ -110,7 +108,7 @@ class FakeTrainer:
 
 @pytest.fixture(autouse=True)
 def trainer(monkeypatch: pytest.MonkeyPatch) -> type[FakeTrainer]:
-    """The class that benchmarks of this test train with, with nothing remembered."""
+    """The trainer of this test's benchmarks, with an empty memory."""
 
     class Fresh(FakeTrainer):
         calls: list[Any] = []
@@ -124,7 +122,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def check_whole(folder: Path, runs: int, target: float = 0.94) -> None:
-    """Exactly `runs` whole runs are there, everything drawn from them is true, and nothing is left lying about."""
+    """Exactly `runs` whole runs are there, all other files follow from them, and nothing else is left."""
     assert {path.name for path in folder.iterdir()} - {".lock"} == FILES - {".lock"}
     lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     assert [(line["run"], line["seed"], line["accuracy"]) for line in lines] == [
@@ -154,7 +152,7 @@ def test_a_benchmark_leaves_the_originals_files_and_ours(data, tmp_path, trainer
     assert load_benchmark(tmp_path / "deep" / "runs", target=0.5).summary()["at_target"] == 5
 
 
-def test_every_line_says_all_that_a_table_needs(data, tmp_path):
+def test_every_line_has_all_that_a_table_needs(data, tmp_path):
     benchmark(RECIPE, data, runs=1, out=tmp_path, target=0.9, first_seed=7, progress=False)
     line = json.loads((tmp_path / "results.jsonl").read_text())
     assert (line["run"], line["seed"], line["target"]) == (0, 7, 0.9)
@@ -164,7 +162,7 @@ def test_every_line_says_all_that_a_table_needs(data, tmp_path):
     assert line["environment"]["torch"] == torch.__version__ and line["epochs"][0]["train_loss"] == 1.0
 
 
-def test_progress_is_a_line_a_run(data, tmp_path, capsys):
+def test_progress_is_a_line_for_each_run(data, tmp_path, capsys):
     benchmark(RECIPE, data, runs=2, out=tmp_path)
     assert capsys.readouterr().out.splitlines() == [
         "run   0 (1 of 2)  seed   0      1.00 s  test accuracy 93.00 %",
@@ -182,7 +180,7 @@ def test_progress_is_a_line_a_run(data, tmp_path, capsys):
         ({"world_size": 3}, "n_shards=1 cannot be divided among world_size=3"),
     ],
 )
-def test_mistakes_are_said_before_anything_starts(data, tmp_path, trainer, arguments, message):
+def test_mistakes_are_reported_before_anything_starts(data, tmp_path, trainer, arguments, message):
     with pytest.raises(UserError, match=message):
         benchmark(RECIPE, data, out=tmp_path / "runs", **arguments)
     assert trainer.calls == [] and not (tmp_path / "runs").exists()
@@ -191,7 +189,7 @@ def test_mistakes_are_said_before_anything_starts(data, tmp_path, trainer, argum
 # --- until_confident ---
 
 
-def test_until_confident_stops_when_the_interval_leaves_out_the_target(data, tmp_path):
+def test_until_confident_stops_when_the_interval_excludes_the_target(data, tmp_path):
     arguments = {"runs": 50, "out": tmp_path, "target": 0.946, "until_confident": True, "progress": False}
     found = benchmark(RECIPE, data, **arguments)
     accuracies = [line["accuracy"] for line in found.runs]
@@ -205,35 +203,30 @@ def test_until_confident_takes_at_most_runs(data, tmp_path, monkeypatch):
     assert len(benchmark(RECIPE, data, runs=6, out=tmp_path, until_confident=True, progress=False).runs) == 6
 
 
-# --- going on ---
+# --- resuming ---
 
 
-@settings(max_examples=15)
-@given(st.lists(st.integers(1, 5), min_size=2, max_size=4))
-def test_in_how_many_goes_makes_no_difference(tmp_path_factory, data, goes):
-    goes = sorted(goes)
-    whole, parts = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("parts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmarking, "Trainer", FakeTrainer)
-        expected = benchmark(RECIPE, data, runs=goes[-1], out=whole, progress=False)
-        for runs in goes:
-            found = benchmark(RECIPE, data, runs=runs, out=parts, progress=False)
-    assert found == expected and contents(parts) == contents(whole)
+@pytest.mark.parametrize("calls", [(1, 3), (2, 2, 4)], ids=str)
+def test_a_benchmark_in_several_calls_leaves_the_same_files_as_in_one(data, tmp_path, calls):
+    expected = benchmark(RECIPE, data, runs=calls[-1], out=tmp_path / "whole", progress=False)
+    for runs in calls:
+        found = benchmark(RECIPE, data, runs=runs, out=tmp_path / "parts", progress=False)
+    assert found == expected and contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-def test_going_on_says_what_was_found_and_warms_up_only_for_a_run(data, tmp_path, trainer, capsys):
+def test_resuming_says_what_was_found_and_warms_up_only_for_a_run(data, tmp_path, trainer, capsys):
     benchmark(RECIPE, data, runs=2, out=tmp_path, progress=False)
     trainer.calls.clear()
     benchmark(RECIPE, data, runs=3, out=tmp_path, progress=False)
     assert trainer.calls == ["start", "warm up", 2, "close"]
-    assert f"{tmp_path} holds 2 of 3 runs: going on with run 2" in capsys.readouterr().err
+    assert f"{tmp_path} holds 2 of 3 runs: resuming with run 2" in capsys.readouterr().err
     trainer.calls.clear()
     benchmark(RECIPE, data, runs=3, out=tmp_path, progress=False)
     assert trainer.calls == ["start", "close"]
     assert "holds 3 of 3 runs: nothing is left to do" in capsys.readouterr().err
 
 
-def test_what_is_drawn_is_drawn_anew_when_nothing_is_left_to_do(data, tmp_path):
+def test_log_and_summary_are_rewritten_even_when_no_run_is_missing(data, tmp_path):
     benchmark(RECIPE, data, runs=2, out=tmp_path, progress=False)
     expected = contents(tmp_path)
     (tmp_path / "run_log.txt").unlink()
@@ -244,7 +237,7 @@ def test_what_is_drawn_is_drawn_anew_when_nothing_is_left_to_do(data, tmp_path):
     assert json.loads((tmp_path / "summary.json").read_text())["target"] == 0.93
 
 
-@pytest.mark.parametrize("kept", [1, 5, 200, -2])
+@pytest.mark.parametrize("kept", [1, 200, -2])
 def test_a_half_written_last_line_is_dropped_with_a_note(data, tmp_path, capsys, kept):
     benchmark(RECIPE, data, runs=3, out=tmp_path, progress=False)
     expected, results = contents(tmp_path), tmp_path / "results.jsonl"
@@ -254,7 +247,7 @@ def test_a_half_written_last_line_is_dropped_with_a_note(data, tmp_path, capsys,
     benchmark(RECIPE, data, runs=3, out=tmp_path, progress=False)
     assert contents(tmp_path) == expected
     err = capsys.readouterr().err
-    assert "dropped the half-written last line" in err and "going on with run 2" in err
+    assert "dropped the half-written last line" in err and "resuming with run 2" in err
 
 
 def test_a_line_that_lacks_only_its_newline_counts(data, tmp_path, capsys):
@@ -269,11 +262,9 @@ def test_a_line_that_lacks_only_its_newline_counts(data, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"# my notes, not yet finished", "is not of a benchmark"),
+        (b"# my notes, not yet finished", "no benchmark wrote the end of"),
         (b'{"accuracy": 0.94}\n', "line 1 of .* it lacks run"),
-        (b"94\n", "line 1 of .*cannot be read"),
         (b"\x00\xff\n", "line 1 of .*cannot be read"),
-        (b'{"accuracy": 0.9', "is not of a benchmark"),
     ],
 )
 def test_a_file_that_is_not_ours_is_left_alone(data, tmp_path, content, message):
@@ -283,14 +274,14 @@ def test_a_file_that_is_not_ours_is_left_alone(data, tmp_path, content, message)
     assert (tmp_path / "results.jsonl").read_bytes() == content
 
 
-def test_a_missing_or_doubled_line_is_refused(data, tmp_path):
+def test_a_missing_or_repeated_line_is_refused(data, tmp_path):
     benchmark(RECIPE, data, runs=3, out=tmp_path, progress=False)
     results = tmp_path / "results.jsonl"
     first, second, third = results.read_bytes().splitlines(keepends=True)
     for lines in (first + third, first + second + second):
         results.write_bytes(lines)
         for read in (lambda: benchmark(RECIPE, data, runs=3, out=tmp_path), lambda: load_benchmark(tmp_path)):
-            with pytest.raises(RunError, match="lines are missing or twice"):
+            with pytest.raises(RunError, match="a line is missing or repeated"):
                 read()
 
 
@@ -348,7 +339,7 @@ def test_another_number_of_processes_is_refused(data, tmp_path):
         benchmark(two_shards, data, runs=2, out=tmp_path, world_size=2)
 
 
-def test_a_run_that_came_back_from_other_hardware_is_not_filed(data, tmp_path, trainer):
+def test_a_run_that_came_back_from_other_hardware_is_not_saved(data, tmp_path, trainer):
     benchmark(RECIPE, data, runs=1, out=tmp_path, progress=False)
     before = contents(tmp_path)
     trainer.environment = MACHINE | {"cpu": "What rank 0 had"}
@@ -372,7 +363,7 @@ def test_lines_of_two_kinds_in_one_file_are_refused(data, tmp_path):
 def test_two_benchmarks_on_one_folder_are_refused(data, tmp_path, trainer):
     def start_another(seed: int) -> None:
         if seed == 1:
-            with pytest.raises(RunError, match="another benchmark is at work in"):
+            with pytest.raises(RunError, match="another benchmark is running in"):
                 benchmark(RECIPE, data, runs=3, out=tmp_path)
 
     trainer.on_train = staticmethod(start_another)
@@ -381,7 +372,7 @@ def test_two_benchmarks_on_one_folder_are_refused(data, tmp_path, trainer):
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, TrainingError("diverged"), MemoryError])
-def test_what_stops_a_run_keeps_the_finished_ones(data, tmp_path, trainer, failure):
+def test_finished_runs_are_kept_when_one_is_interrupted_or_fails(data, tmp_path, trainer, failure):
     def fail(seed: int) -> None:
         if seed == 2:
             raise failure
@@ -414,8 +405,8 @@ def test_a_folder_that_cannot_be_made(data, tmp_path):
             benchmark(RECIPE, data, out=out)
 
 
-def test_the_other_ranks_of_torchrun_write_nothing_and_decide_the_same(data, tmp_path, trainer):
-    """Rank 0 runs first and what it agreed to is played to rank 1, which must ask for agreement as often."""
+def test_the_other_ranks_of_torchrun_write_nothing_and_decide_the_same(data, tmp_path, trainer, capsys):
+    """Rank 0 runs first; rank 1 then gets what rank 0 agreed to, and must ask for it as often."""
     said: list[Any] = []
 
     class Rank0(trainer):
@@ -436,11 +427,16 @@ def test_the_other_ranks_of_torchrun_write_nothing_and_decide_the_same(data, tmp
         def train(self, recipe, *, seed, out, progress):
             return super().train(recipe, seed=seed, out=None, progress=progress)
 
+    arguments = {"runs": 50, "target": 0.946, "until_confident": True}
+    benchmark(RECIPE, data, **arguments | {"runs": 1}, out=tmp_path / "runs")
+    capsys.readouterr()
     results = []
     for rank, out in ((Rank0, tmp_path / "runs"), (Rank1, tmp_path / "none")):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(benchmarking, "Trainer", rank)
-            results.append(benchmark(RECIPE, data, runs=50, out=out, target=0.946, until_confident=True))
+            results.append(benchmark(RECIPE, data, **arguments, out=out))
+        printed = capsys.readouterr()
+        assert ("resuming with run 1" in printed.err, "run   1" in printed.out) == (rank.is_main, rank.is_main)
     assert results[0] == results[1] and Rank0.calls == Rank1.calls and not said
     assert not (tmp_path / "none").exists()
     with pytest.MonkeyPatch.context() as patch:  # a mistake on rank 0 is raised on every rank
@@ -525,24 +521,19 @@ def test_killed_at_any_touch_of_the_disk_it_goes_on_to_the_same_end(data, tmp_pa
 
 
 @FORKS
-def test_killed_at_random_moments_ten_times_it_ends_with_whole_runs(data, tmp_path, monkeypatch):
+def test_killed_again_and_again_in_one_folder_it_still_ends_the_same(data, tmp_path, monkeypatch):
+    """Each call dies a touch of the disk later than the one before, until one has too little left to do."""
     monkeypatch.setattr(benchmarking, "Trainer", FakeTrainer)
-    moments = random.Random(0)
-    kills = 0
-    while kills < 10:
-        pid = os.fork()
-        if pid == 0:
-            FakeTrainer.on_train = staticmethod(lambda seed: time.sleep(0.005))
-            benchmark(RECIPE, data, runs=10_000, out=tmp_path / "runs", progress=False)
-        time.sleep(moments.uniform(0.01, 0.1))
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        assert os.WTERMSIG(status) == signal.SIGKILL
-        kills += 1
-    results = tmp_path / "runs" / "results.jsonl"
-    runs = max(5, results.read_bytes().count(b"\n") if results.exists() else 0)
-    benchmark(RECIPE, data, runs=runs, out=tmp_path / "runs", progress=False)
-    check_whole(tmp_path / "runs", runs)
+    for number in itertools.count(5, 2):
+
+        def run_until_killed(number: int = number) -> None:
+            kill_at_touch(number)
+            benchmark(RECIPE, data, runs=3, out=tmp_path, progress=False)
+
+        if not in_a_child(run_until_killed):
+            break
+    assert number > 20  # it was killed so often
+    check_whole(tmp_path, 3)
 
 
 # --- with the real trainer ---
@@ -565,96 +556,60 @@ def test_runs_are_what_train_gives_for_their_seeds(data, tmp_path, real_trainer)
         assert torch.equal(first.model.state_dict()[name], value), name
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_processes_are_kept_over_the_runs_and_gone_on_with_in_new_ones(data, tmp_path, real_trainer, monkeypatch):
-    started = []
-
-    class WatchedProcesses(parallel.WatchedProcesses):
-        def __init__(self, *args, **options):
-            started.append(self)
-            super().__init__(*args, **options)
-
-    monkeypatch.setattr(parallel, "WatchedProcesses", WatchedProcesses)
-    two_shards = {"recipe": replace(RECIPE, n_shards=2), "data": data, "world_size": 2, "device": "cpu"}
-    benchmark(**two_shards, runs=2, out=tmp_path, progress=False, timeout=60)
-    assert len(started) == 1
-    found = benchmark(**two_shards, runs=3, out=tmp_path, progress=False, timeout=60)
-    assert len(started) == 2 and [line["seed"] for line in found.runs] == [0, 1, 2]
-    for line in found.runs:
-        assert (line["environment"]["world_size"], line["environment"]["backend"]) == (2, "gloo")
-    assert "2 processes (gloo)" in (tmp_path / "run_log.txt").read_text()
-    assert cifar_fast.load_run(tmp_path).accuracy == found.runs[0]["accuracy"]
-    with pytest.raises(RunError, match="world_size is 2 there and 1 now"):
-        benchmark(**two_shards | {"world_size": 1}, runs=4, out=tmp_path)
-
-
-# A tenth of an epoch: what is killed here is the filing of runs, and its moments are not in the middle of a training.
-COMMAND = ["benchmark", "--recipe", "smoke", "--device", "cpu", "--data", "synthetic"]
-COMMAND += ["--epochs", "0.1", "--timeout", "120"]  # on a busy machine a process may not have its turn for long
+# 120 pictures, two shards, three batches an epoch: nearly all the time goes into starting processes.
+COMMAND = ["-m", "cifar_fast", "benchmark", "--recipe", "smoke", "--device", "cpu"]
+COMMAND += (
+    "--widths 8 8 8 --n-shards 2 --global-batch-size 40 --epochs 1 --precision float32 --convolution direct".split()
+)
+COMMAND += ["--timeout", "120"]  # on a busy machine a process may have to wait long for its turn
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_torchrun_has_every_rank_run_it_and_one_write(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "cifar_fast",
-    ]
-    for runs in ("1", "2"):
-        arguments = [*command, *COMMAND, "--runs", runs, "--out", str(tmp_path / "runs")]
-        done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("run   0 (1 of 1)") == (runs == "1") and done.stdout.count("data set: ") == 1
-    assert done.stdout.count("run   1 (2 of 2)") == 1 and done.stderr.count("going on with run 1") == 1
-    found = load_benchmark(tmp_path / "runs")
-    assert [line["environment"]["world_size"] for line in found.runs] == [2, 2]
-    assert {path.name for path in (tmp_path / "runs").iterdir()} - {".lock"} == FILES - {".lock"} | {PICTURE}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_command_killed_ten_times_at_random_moments_ends_with_five_whole_runs(tmp_path):
-    """SIGKILL, also while the workers start, while the first run is written, and right after a run has ended."""
-    out, moments, orphans = tmp_path / "runs", random.Random(0), []
-    command = [sys.executable, "-m", "cifar_fast", *COMMAND, "--world-size", "2", "--runs", "5", "--out", str(out)]
+def test_two_processes_killed_twice_and_resumed_under_torchrun_leave_whole_runs(pictures, tmp_path):
+    """SIGKILL while two ranks train the first run, and right after a run; the ranks must then end by themselves."""
+    out, log = tmp_path / "runs", tmp_path / "log"
+    arguments = [*COMMAND, "--data", str(pictures), "--out", str(out)]
 
     def lines() -> int:
         return (out / "results.jsonl").read_bytes().count(b"\n") if (out / "results.jsonl").exists() else 0
 
-    waits: list[Callable[[int], bool]] = [lambda before: True] * 3
-    waits += [lambda before: lines() > 0 or any(out.glob(".first-run-*"))] * 4
-    waits += [lambda before: lines() > before] * 3
-    moments.shuffle(waits)
-    for wait in waits:
-        before = lines()
-        with open(tmp_path / "log", "a") as log:
-            process = psutil.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-        while process.poll() is None and not wait(before):
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 3))
-        if process.is_running():
-            orphans += process.children(recursive=True)
+    def first_run_is_trained() -> bool:
+        return any(out.glob(".first-run-*/run")) or lines() > 0
+
+    ranks: list[psutil.Process] = []
+    for moment in (first_run_is_trained, lines):
+        with log.open("a") as output:
+            command = [sys.executable, *arguments, "--world-size", "2", "--runs", "100000"]
+            process = psutil.Popen(command, cwd=ROOT, stdout=output, stderr=output)
+        while not moment():
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.005)
+        ranks += process.children(recursive=True)
         process.kill()
-        assert process.wait() in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
-    gone, alive = psutil.wait_procs(orphans, timeout=30)
+        assert process.wait() == -signal.SIGKILL
+    done = lines()
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
+    last = subprocess.run([*torchrun, "--runs", str(done + 2)], cwd=ROOT, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    assert last.stderr.count(f"resuming with run {done}") == 1 and last.stdout.count("data set: ") == 1
+    assert last.stdout.count(f"({done + 1} of {done + 2})") == last.stdout.count(f"({done + 2} of {done + 2})") == 1
+    _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+
     found = load_benchmark(out)
-    assert [(line["run"], line["seed"]) for line in found.runs] == [(i, i) for i in range(5)]
+    assert [(line["run"], line["seed"]) for line in found.runs] == [(run, run) for run in range(done + 2)]
+    assert {(line["environment"]["world_size"], line["environment"]["backend"]) for line in found.runs} == {(2, "gloo")}
+    assert {path.name for path in out.iterdir()} - {".lock"} == FILES - {".lock"} | {PICTURE}
     assert json.loads((out / "summary.json").read_text()) == found.summary()
     assert (out / "run_log.txt").read_text() == run_log(found.runs, found.target)
-    assert {path.name for path in out.iterdir()} - {".lock"} == FILES - {".lock"} | {PICTURE}
+    assert "2 processes (gloo)" in (out / "run_log.txt").read_text()
     assert cifar_fast.load_run(out).to_dict().items() <= found.runs[0].items()
-    # As if nobody had killed anything: each run is what its seed gives, up to the rounding of another order of sums.
-    whole = subprocess.run([*command[:-1], str(tmp_path / "whole")], cwd=ROOT, capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
-    expected = [line["loss"] for line in load_benchmark(tmp_path / "whole").runs]
-    assert [line["loss"] for line in found.runs] == pytest.approx(expected, rel=1e-3)
+    # Each run is what its seed gives in one process that nobody kills, up to the rounding of another order of sums.
+    colours = load_cifar10(pictures)
+    for line in (found.runs[0], *found.runs[-2:]):
+        alone = cifar_fast.train(found.recipe, colours, seed=line["seed"], device="cpu", progress=False)
+        assert line["loss"] == pytest.approx(alone.loss, rel=1e-3)
+    with pytest.raises(RunError, match="world_size is 2 there and 1 now"):
+        benchmark(found.recipe, colours, world_size=1, device="cpu", runs=4, out=out)

@@ -76,7 +76,3 @@ def test_ways_take_turns_after_a_round_that_does_not_count(hand: list[float]) ->
     seconds = timing.in_turns(ways, rounds=2)
     assert called == ["slow", "fast"] * 3
     assert seconds == {"slow": [6, 8], "fast": [3, 2]}
-    assert timing.speeds(seconds) == {"slow": [1, 1], "fast": [2, 4]}
-    _, first, second = timing.turns_table(seconds, 700).splitlines()
-    assert first.split() == ["slow", "100.0", "1.00", "1.00", "to", "1.00"]
-    assert second.split() == ["fast", "280.0", "3.00", "2.00", "to", "4.00"]

@@ -1,8 +1,11 @@
-"""Convolution on matrix tiles and its gradients equal PyTorch's, to the last bit where nothing has to be rounded."""
+"""Convolution with AMX and its gradients equal PyTorch's, to the last bit where nothing has to be rounded.
 
-from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
+Every test computes with emulated instructions, on any machine, and once more with those of the processor if it has AMX.
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cifar_fast.kernels import amx, fused
-from cifar_fast.kernels import compile as native
+from cifar_fast.kernels import amx
+from cifar_fast.kernels.compile import Library
 
-needs_amx = pytest.mark.skipif(not amx.available()[0], reason=amx.available()[1])
-needs_compiler = pytest.mark.skipif(not fused.available()[0], reason=fused.available()[1])
+ON_THE_PROCESSOR = amx.LIBRARY
+HAS_AMX, WHY_NOT = amx.available()
+needs_amx = pytest.mark.skipif(not HAS_AMX, reason=WHY_NOT)
 SHAPES = {
     "n": st.integers(1, 70),
     "cin": st.integers(1, 100),
@@ -29,8 +33,18 @@ LARGE = [(3, 70, 150, 5, 5), (40, 40, 33, 31, 31), (300, 17, 40, 3, 3), (2, 3, 5
 Convolve = Callable[[Tensor, Tensor], Tensor]
 
 
+@pytest.fixture(scope="module", autouse=True, params=["emulated", *["processor"] * HAS_AMX])
+def instructions(request: pytest.FixtureRequest, emulated_amx: Library) -> Iterator[str]:
+    """Whose AMX instructions compute in this test."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "emulated":
+            patch.setattr(amx, "LIBRARY", emulated_amx)
+            patch.setattr(amx, "available", emulated_amx.available)
+        yield request.param
+
+
 def images_like(values: Tensor) -> Tensor:
-    """As they are in training: bfloat16 and channels-last."""
+    """Convert to bfloat16 and channels-last, as in training."""
     return values.bfloat16().contiguous(memory_format=torch.channels_last)
 
 
@@ -43,7 +57,7 @@ def example(n: int, cin: int, cout: int, height: int, width: int) -> tuple[Tenso
 
 
 def whole_numbers(n: int, cin: int, cout: int, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As example, but so small whole numbers that bfloat16 holds each sum of their products exactly."""
+    """Whole numbers so small that bfloat16 holds each sum of their products exactly."""
     generator = torch.Generator().manual_seed(n * cin + cout)
     shapes = (n, cin, height, width), (cout, cin, 3, 3), (n, cout, height, width)
     x, weight, dy = (
@@ -54,7 +68,7 @@ def whole_numbers(n: int, cin: int, cout: int, height: int, width: int) -> tuple
 
 
 def pooled(tensors: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The same with a gradient of the pooled output."""
+    """The same images and filters with a gradient of the pooled output."""
     x, weight, dy = tensors
     return x, weight, dy[:, :, : dy.shape[2] // 2, : dy.shape[3] // 2].contiguous(memory_format=torch.channels_last)
 
@@ -88,11 +102,12 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> list[bool]:
     return [torch.equal(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
 
 
-def on_threads(threads: int, *arguments: object) -> list[Tensor]:
+@contextmanager
+def n_threads(n: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(n)
     try:
-        return forward_and_gradients(*arguments)  # type: ignore[arg-type]
+        yield
     finally:
         torch.set_num_threads(before)
 
@@ -100,7 +115,6 @@ def on_threads(threads: int, *arguments: object) -> list[Tensor]:
 # --- The same convolution ---
 
 
-@needs_amx
 @settings(max_examples=20)
 @given(**SHAPES)
 def test_equals_conv2d_in_double_precision(n: int, cin: int, cout: int, height: int, width: int) -> None:
@@ -114,7 +128,6 @@ def test_equals_conv2d_in_double_precision(n: int, cin: int, cout: int, height: 
     assert [relative_error(a, b) < c for a, b, c in zip(found, expected, limits, strict=True)] == [True] * 3
 
 
-@needs_amx
 @settings(max_examples=20)
 @given(**SHAPES)
 @with_example(*LARGE[0])
@@ -128,7 +141,6 @@ def test_sums_of_whole_numbers_are_exact(n: int, cin: int, cout: int, height: in
     assert equal(forward_and_gradients(amx.amx_conv2d, *tensors), expected) == [True] * 3
 
 
-@needs_amx
 def test_the_layout_of_the_gradient_does_not_matter() -> None:
     for convolve, tensors in (
         (amx.amx_conv2d, example(5, 20, 40, 7, 6)),
@@ -138,28 +150,35 @@ def test_the_layout_of_the_gradient_does_not_matter() -> None:
         assert equal(found, forward_and_gradients(convolve, *tensors)) == [True] * 3
 
 
-# --- Max-pool at once ---
+# --- Fused max-pool ---
 
 
-@needs_amx
 @settings(max_examples=20)
 @given(**(SHAPES | {"height": st.integers(2, 17), "width": st.integers(2, 17)}))
-def test_pooling_at_once_is_pooling_afterwards(n: int, cin: int, cout: int, height: int, width: int) -> None:
+def test_fused_pooling_is_pooling_afterwards(n: int, cin: int, cout: int, height: int, width: int) -> None:
     x, weight, _ = example(n, cin, cout, height, width)
     with torch.no_grad():  # the largest, rounded, is the largest of the rounded
-        y, apart = amx.amx_conv2d_max_pool(x, weight), F.max_pool2d(amx.amx_conv2d(x, weight), 2)
-    assert torch.equal(y, apart)
+        y, afterwards = amx.amx_conv2d_max_pool(x, weight), F.max_pool2d(amx.amx_conv2d(x, weight), 2)
+    assert torch.equal(y, afterwards)
     assert y.is_contiguous(memory_format=torch.channels_last)
 
 
-@needs_amx
 @pytest.mark.parametrize(
-    ("height", "width"), [(31, 31), (15, 15), (7, 7), (3, 3), (2, 2), (8, 8), (3, 8), (16, 16), (5, 4)]
+    ("n", "channels", "height", "width"),
+    [
+        (3, (16, 16), 31, 31),
+        (33, (24, 33), 15, 15),
+        (3, (70, 150), 7, 7),
+        (33, (16, 16), 3, 3),
+        (3, (24, 33), 2, 2),
+        (33, (70, 150), 8, 8),
+        (33, (24, 33), 3, 8),
+        (3, (16, 16), 16, 16),
+        (33, (70, 150), 5, 4),
+    ],
 )
-@pytest.mark.parametrize("channels", [(16, 16), (24, 33), (70, 150)])
-@pytest.mark.parametrize("n", [3, 33])
-def test_pooled_sums_of_whole_numbers_are_exact_and_of_equal_ones_the_first_is_the_maximum(
-    height: int, width: int, channels: tuple[int, int], n: int
+def test_pooled_sums_of_whole_numbers_are_exact_and_the_first_of_equal_maxima_is_taken(
+    n: int, channels: tuple[int, int], height: int, width: int
 ) -> None:
     tensors = pooled(whole_numbers(n, *channels, height, width))
     y = conv2d(*(value.detach().float() for value in tensors[:2]))
@@ -171,8 +190,7 @@ def test_pooled_sums_of_whole_numbers_are_exact_and_of_equal_ones_the_first_is_t
     assert equal(forward_and_gradients(amx.amx_conv2d_max_pool, *tensors), expected) == [True] * 3
 
 
-@needs_amx
-def test_where_all_are_equal_the_first_is_the_maximum_as_in_torch() -> None:
+def test_of_four_equal_values_the_first_is_the_maximum_as_in_torch() -> None:
     x, weight, dy = pooled(whole_numbers(2, 16, 16, 9, 9))
     x.data.zero_()
     expected = in_double_precision(conv2d_max_pool, x, weight, dy)
@@ -180,10 +198,9 @@ def test_where_all_are_equal_the_first_is_the_maximum_as_in_torch() -> None:
     assert equal(forward_and_gradients(amx.amx_conv2d_max_pool, x, weight, dy), expected) == [True] * 3
 
 
-# --- What is not a number, and what is infinite ---
+# --- NaN and infinity ---
 
 
-@needs_amx
 @pytest.mark.parametrize("place", [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_nan_reaches_the_pixels_that_see_it_and_no_others(place: tuple[int, int]) -> None:
     x, weight, _ = example(35, 20, 40, 8, 8)
@@ -195,9 +212,8 @@ def test_nan_reaches_the_pixels_that_see_it_and_no_others(place: tuple[int, int]
     assert torch.equal(window.isnan(), F.max_pool2d(expected, 2).isnan()) and window[33, :, 2, 2].isnan().all()
 
 
-@needs_amx
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_filters_and_gradients_that_are_no_finite_numbers_go_through(value: float) -> None:
+def test_nan_and_infinity_in_filters_and_gradients_reach_the_result(value: float) -> None:
     x, weight, dy = whole_numbers(3, 5, 40, 4, 4)
     weight.data[7, 2, 1, 1] = value
     x.data[:] = 1
@@ -213,27 +229,26 @@ def test_filters_and_gradients_that_are_no_finite_numbers_go_through(value: floa
         torch.testing.assert_close(a.double(), b, equal_nan=True, rtol=0, atol=0)
 
 
-# --- Always the same ---
+# --- The same numbers every time ---
 
 
-@needs_amx
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("pool", [False, True])
-def test_number_of_threads_changes_rounding_of_filters_gradients_only_and_repeats_are_identical(
+def test_the_number_of_threads_changes_only_the_rounding_of_the_filters_gradients_and_repeats_are_identical(
     threads: int, pool: bool
 ) -> None:
-    tensors = example(150, 40, 70, 9, 9)
+    tensors = example(130, 40, 33, 7, 7)  # five blocks of images, for up to three threads
     convolve, tensors = (amx.amx_conv2d_max_pool, pooled(tensors)) if pool else (amx.amx_conv2d, tensors)
     reference = forward_and_gradients(convolve, *tensors)
-    first, second = (on_threads(threads, convolve, *tensors) for _ in range(2))
+    with n_threads(threads):
+        first, second = (forward_and_gradients(convolve, *tensors) for _ in range(2))
     assert equal(first, second) == [True] * 3
     assert equal(first[:2], reference[:2]) == [True] * 2
     assert relative_error(first[2], reference[2].double()) < 1e-5
 
 
-@needs_amx
 @pytest.mark.parametrize("pool", [False, True])
-def test_an_image_gives_the_same_in_every_batch(pool: bool) -> None:
+def test_an_image_gives_the_same_numbers_in_every_batch(pool: bool) -> None:
     x, weight, dy = example(70, 40, 33, 7, 7)
     convolve, (x, weight, dy) = (
         (amx.amx_conv2d_max_pool, pooled((x, weight, dy))) if pool else (amx.amx_conv2d, (x, weight, dy))
@@ -244,8 +259,22 @@ def test_an_image_gives_the_same_in_every_batch(pool: bool) -> None:
         assert equal(forward_and_gradients(convolve, some, weight, dy[part])[:2], [y[part], dx[part]]) == [True] * 2
 
 
+def test_the_threads_earlier_tile_configuration_is_restored(emulated_amx: Library) -> None:
+    functions = emulated_amx.functions
+    theirs = bytes([1, *[0] * 15, *[48, 0] * 8, *[0] * 16, *[12] * 8, *[0] * 8])  # 12 rows of 48 bytes each
+    tensors, found = example(3, 5, 6, 4, 4), ctypes.create_string_buffer(64)
+    for before in (theirs, bytes(64)):  # none: the tiles are free again
+        for compute in (lambda: forward_and_gradients(amx.amx_conv2d, *tensors), lambda: amx.multiply_in_registers(4)):
+            with n_threads(1):  # this one
+                functions.configure(before)
+                compute()
+                functions.read_configuration(found)
+            assert found.raw == before
+    functions.configure(bytes(64))
+
+
 @needs_amx
-def test_onednns_own_use_of_the_tiles_is_not_disturbed() -> None:
+def test_onednn_computes_the_same_before_and_after() -> None:
     """It may remember what it configured, by thread: what we configure in between must not stay.
 
     The oneDNN of torch 2.14 configures anew for each call, and would not notice.
@@ -273,17 +302,27 @@ def test_onednns_own_use_of_the_tiles_is_not_disturbed() -> None:
         before = a @ b
         for between in (ours, lambda: amx.multiply_in_registers(8)):
             between()
-            assert torch.equal(a @ b, before)  # twice the same call: nothing would be configured again
+            assert torch.equal(a @ b, before)  # the same call again, for which it need not configure anew
     for _ in range(3):
         assert equal(theirs(), expected) == [True] * len(expected)
         assert equal(ours(), own) == [True] * len(own)
 
 
+@needs_amx
+def test_emulated_instructions_give_the_processors_bits(emulated_amx: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = example(40, 70, 33, 7, 6)
+    for convolve, some in ((amx.amx_conv2d, tensors), (amx.amx_conv2d_max_pool, pooled(tensors))):
+        found = []
+        for library in (emulated_amx, ON_THE_PROCESSOR):
+            monkeypatch.setattr(amx, "LIBRARY", library)
+            found.append(forward_and_gradients(convolve, *some))
+        assert equal(*found) == [True] * 3
+
+
 # --- What is computed, and what is left to torch ---
 
 
-@needs_amx
-def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_requested_gradients_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, dy = example(4, 16, 16, 8, 8)
     _, dx, dw = forward_and_gradients(amx.amx_conv2d, x, weight, dy)
     for_weight, for_x = amx.amx_conv2d(x.detach(), weight), amx.amx_conv2d(x, weight.detach())
@@ -295,7 +334,6 @@ def test_only_the_gradients_that_are_asked_for_are_computed(monkeypatch: pytest.
     assert not amx.amx_conv2d(x.detach(), weight.detach()).requires_grad
 
 
-@needs_amx
 @pytest.mark.parametrize("pool", [False, True])
 def test_under_autocast_float32_is_rounded_and_gets_float32_gradients(pool: bool) -> None:
     x, weight, dy = example(4, 20, 40, 8, 8)
@@ -310,7 +348,6 @@ def test_under_autocast_float32_is_rounded_and_gets_float32_gradients(pool: bool
     assert equal(found, forward_and_gradients(convolve, x, weight, dy)) == [True] * 3
 
 
-@needs_amx
 def test_filters_are_rounded_to_the_nearest_and_their_gradient_has_their_format() -> None:
     x, weight, dy = example(4, 20, 40, 8, 8)
     weight = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
@@ -331,9 +368,9 @@ def test_filters_are_rounded_to_the_nearest_and_their_gradient_has_their_format(
         lambda x, w: (x[:, :, ::2, ::2], w),
         lambda x, w: (x[:0], w),
     ],
-    ids=["float32", "float64", "channels first", "5x5 filters", "with gaps", "no images"],
+    ids=["float32", "float64", "channels first", "5x5 filters", "strided", "no images"],
 )
-def test_what_does_not_suit_goes_to_conv2d(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
+def test_unsuitable_arguments_go_to_conv2d(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
     x, weight, _ = example(2, 16, 16, 8, 8)
     x, weight = change(x.detach(), weight.detach().bfloat16())
     assert not amx._suits(x, weight)
@@ -347,59 +384,7 @@ def test_autocast_to_another_format_goes_to_conv2d() -> None:
         assert not amx._suits(x, weight) and not amx._suits(x.float(), weight)
 
 
-@needs_amx
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_rate_that_nothing_can_pass_counts_every_product(threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+def test_the_peak_rate_counts_every_product(threads: int) -> None:
+    with n_threads(threads):
         assert amx.multiply_in_registers(8) == 2 * 16 * 16 * 32 * 8 * threads
-    finally:
-        torch.set_num_threads(before)
-
-
-# --- Machines without ---
-
-
-@pytest.fixture
-def asked_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """Whether it is available is found out again in this test, and again after it."""
-    monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path))
-    forget = amx.available.cache_clear, amx._library.cache_clear
-    [clear() for clear in forget]
-    yield
-    monkeypatch.undo()
-    [clear() for clear in forget]
-
-
-def require_conv2d() -> None:
-    x, weight, _ = example(2, 16, 16, 8, 8)
-    weight = weight.detach().bfloat16()
-    assert torch.equal(amx.amx_conv2d(x, weight), conv2d(x, weight))
-    assert torch.equal(amx.amx_conv2d_max_pool(x, weight), conv2d_max_pool(x, weight))
-
-
-@pytest.mark.usefixtures("asked_anew")
-def test_without_a_compiler_the_reason_is_given_and_conv2d_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CC", "no-such-compiler")
-    usable, reason = amx.available()
-    assert not usable and "no-such-compiler" in reason
-    require_conv2d()
-
-
-@pytest.mark.usefixtures("asked_anew")
-def test_without_the_systems_permission_the_reason_is_given_and_conv2d_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "load", lambda name: SimpleNamespace(permit=lambda: -1))
-    usable, reason = amx.available()
-    assert not usable and "AMX" in reason
-    require_conv2d()
-
-
-@needs_compiler
-@pytest.mark.usefixtures("asked_anew")
-def test_compiled_for_a_processor_without_tiles_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "FLAGS", ("-fopenmp", "-fPIC"))
-    monkeypatch.setattr(native, "FILES", ("amx.c",))
-    usable, reason = amx.available()
-    assert not usable and "AMX" in reason
-    require_conv2d()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cifar_fast.hardware.numerics import choose_numerics
 from cifar_fast.kernels import fused
-from cifar_fast.recipes import named, smoke
+from cifar_fast.recipes import named
 from cifar_fast.training.layers import Block, GhostBatchNorm
 from cifar_fast.training.model import build_model
 
@@ -226,30 +224,3 @@ def test_a_hook_sees_norm_and_activation_apart() -> None:
     assert len(seen) == 1 and torch.equal(activation(seen[0]), watched.detach())
     block(x)
     assert len(seen) == 1
-
-
-def test_a_recipe_can_switch_it_off() -> None:
-    cpu = torch.device("cpu")
-    numerics = choose_numerics(replace(smoke(), precision="float32", convolution="direct"), cpu)
-    assert numerics.fuse_norm == fused.available()[0]
-    without = choose_numerics(replace(smoke(), precision="float32", convolution="direct", fuse_norm=False), cpu)
-    assert not without.fuse_norm and without.describe()["norm_and_activation"] == "apart"
-    assert not choose_numerics(replace(smoke(), precision="float64"), cpu).fuse_norm
-
-
-def test_without_a_compiler_the_reason_is_given_and_both_are_computed_apart(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path))
-    monkeypatch.setenv("CC", "no-such-compiler")
-    forget = fused.available.cache_clear, fused._library.cache_clear
-    [clear() for clear in forget]
-    try:
-        usable, reason = fused.available()
-        norm, x = ghost_norm(24, 4), images(4, 24, 5, 5)
-        y = copy.deepcopy(norm).then(nn.ReLU(), x)
-    finally:
-        monkeypatch.undo()
-        [clear() for clear in forget]
-    assert not usable and "no-such-compiler" in reason
-    assert torch.equal(y, nn.ReLU()(norm(x)))

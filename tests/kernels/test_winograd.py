@@ -170,25 +170,6 @@ def test_what_does_not_suit_goes_to_conv2d(change) -> None:
     assert torch.equal(winograd.winograd_conv2d_max_pool(x, weight), F.max_pool2d(y, 2))
 
 
-def test_without_a_compiler_the_reason_is_given_and_conv2d_is_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path))
-    monkeypatch.setenv("CC", "no-such-compiler")
-    forget = winograd.available.cache_clear, winograd._library.cache_clear
-    [clear() for clear in forget]
-    try:
-        usable, reason = winograd.available()
-        x, weight, _ = example(2, 16, 16, 8, 8)
-        y = winograd.winograd_conv2d(x, weight)
-    finally:
-        monkeypatch.undo()
-        [clear() for clear in forget]
-    assert not usable
-    assert "no-such-compiler" in reason
-    assert torch.equal(y, F.conv2d(x, weight, padding=1))
-
-
 @needs_compiler
 def test_one_openmp_runtime_is_loaded() -> None:
     """Two would compete for the same cores."""

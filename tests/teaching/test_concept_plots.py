@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from cifar_fast.errors import UserError
-from cifar_fast.experiments.plan import Link, StepCosts, StepPoint, predict
+from cifar_fast.experiments.all_reduce import Link
+from cifar_fast.experiments.plan import predict
 from cifar_fast.experiments.published import LADDER_2019, RECORDS
 from cifar_fast.experiments.statistics import mean_interval, wilson_interval
+from cifar_fast.experiments.step_costs import StepCosts, StepPoint
 from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import apple_8gpu, ladder, page_2019
-from cifar_fast.teaching import concept_plots as figures
+from cifar_fast.teaching import concept_plots
 from cifar_fast.training.averaging import EMA
 from cifar_fast.training.evaluate import calibration
 from cifar_fast.training.layers import GhostBatchNorm
@@ -40,7 +42,7 @@ def labels(axes: Any) -> list[str]:
 
 
 def test_the_bars_are_the_smoothed_target_and_the_softmax_at_the_temperature():
-    left, _ = figures.label_smoothing(LOGITS, 1, CLASSES, label_smoothing=0.3, temperature=2.0).axes
+    left, _ = concept_plots.label_smoothing(LOGITS, 1, CLASSES, label_smoothing=0.3, temperature=2.0).axes
     target, predicted = ([bar.get_height() for bar in bars] for bars in left.containers)
     assert target == pytest.approx([0.1, 0.8, 0.1])
     assert predicted == pytest.approx((LOGITS / 2).softmax(0).tolist())
@@ -48,7 +50,7 @@ def test_the_bars_are_the_smoothed_target_and_the_softmax_at_the_temperature():
 
 
 def test_the_loss_is_cross_entropy_with_label_smoothing_and_its_floor_the_entropy_of_the_target():
-    _, right = figures.label_smoothing(LOGITS, 0, CLASSES, label_smoothing=0.3, temperature=2.0).axes
+    _, right = concept_plots.label_smoothing(LOGITS, 0, CLASSES, label_smoothing=0.3, temperature=2.0).axes
     hard = F.cross_entropy(LOGITS[None] / 2, torch.tensor([0])).item()
     smoothed = F.cross_entropy(LOGITS[None] / 2, torch.tensor([0]), label_smoothing=0.3).item()
     target = torch.tensor([0.8, 0.1, 0.1])
@@ -67,7 +69,7 @@ def test_the_loss_is_cross_entropy_with_label_smoothing_and_its_floor_the_entrop
 def test_calibration_is_drawn_at_the_temperature_and_marked_by_the_number_of_images():
     logits = torch.randn(200, 3, generator=torch.Generator().manual_seed(0))
     labels_ = logits.argmax(1).where(torch.arange(200) % 4 > 0, torch.zeros(200, dtype=torch.long))
-    figure = figures.calibration({"a": logits, "b": 5 * logits}, labels_, dataset="noise", temperature=2.0)
+    figure = concept_plots.calibration({"a": logits, "b": 5 * logits}, labels_, dataset="noise", temperature=2.0)
     left, right = figure.axes
     for dots, steps, some in zip(left.collections, right.patches, (logits, 5 * logits), strict=True):
         found = calibration((some / 2).softmax(1), labels_)
@@ -86,7 +88,7 @@ def test_calibration_is_drawn_at_the_temperature_and_marked_by_the_number_of_ima
 
 
 def test_pool_and_activation_commute_where_the_curve_never_falls():
-    left, right = figures.activation_curves(0.5).axes
+    left, right = concept_plots.activation_curves(0.5).axes
     differing = {text.split(":")[0]: int(text.split(": ")[1].split(" ")[0]) for text in labels(right)}
     assert differing["relu"] == differing["celu, alpha = 0.5"] == 0
     assert differing["gelu"] > 10 and differing["silu"] > 10
@@ -98,19 +100,19 @@ def test_pool_and_activation_commute_where_the_curve_never_falls():
 
 @pytest.mark.parametrize("alpha", [0.1, 0.9])
 def test_alpha_is_how_far_celu_reaches_below_zero(alpha):
-    left = figures.activation_curves(alpha).axes[0]
+    left = concept_plots.activation_curves(alpha).axes[0]
     curve = curves(left)[f"celu, alpha = {alpha:g}"]
     assert curve.get_ydata().min() == pytest.approx(alpha * math.expm1(-3 / alpha), abs=1e-5)
 
 
 def test_curves_differ_without_colour():
     for property in ("linestyle", "marker", "color"):
-        assert len({style[property] for style in figures.SERIES}) == 5
+        assert len({style[property] for style in concept_plots.SERIES}) == 5
 
 
 def test_the_positions_of_max_pool_are_those_of_a_block_with_a_fresh_norm():
     convolved = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0)) + 5
-    figure = figures.pool_positions(convolved, dataset="noise")
+    figure = concept_plots.pool_positions(convolved, dataset="noise")
     norm = nn.BatchNorm2d(2)
     expected = {
         "after_activation": norm(convolved),
@@ -133,7 +135,7 @@ def test_the_positions_of_max_pool_are_those_of_a_block_with_a_fresh_norm():
 
 
 def test_the_formats_errors_are_those_of_rounding_and_float16_ends_first():
-    (axes,) = figures.number_formats(1e-8).axes
+    (axes,) = concept_plots.number_formats(1e-8).axes
     half, brain, single = (line.get_xydata() for line in axes.get_lines()[:3])
     ends = [curve[:, 0].max() for curve in (half, brain, single)]
     assert ends == [2**15, 2**39, 2**39]  # float16 has no finite number beyond 65,504
@@ -148,7 +150,7 @@ def test_the_formats_errors_are_those_of_rounding_and_float16_ends_first():
 @pytest.mark.parametrize(("scale", "said"), [(1.0, "a: 50.0 % become 0"), (2.0**20, "a: 25.0 % infinite")])
 def test_the_shares_of_gradients_are_where_they_are_after_scaling(scale, said):
     values = torch.tensor([2.0**-30, -(2.0**-26), 2.0**-20, 1.0])
-    (axes,) = figures.gradient_sizes({"a": values, "b": torch.ones(3)}, scale).axes
+    (axes,) = concept_plots.gradient_sizes({"a": values, "b": torch.ones(3)}, scale).axes
     first, second = curves(axes).values()
     found = dict(zip(first.get_xdata().tolist(), first.get_ydata().tolist(), strict=True))
     for power in (-30, -26, -20, 0):
@@ -161,7 +163,7 @@ def test_the_shares_of_gradients_are_where_they_are_after_scaling(scale, said):
 
 
 def test_each_round_is_a_dot_where_its_speed_against_the_first_way_is():
-    (axes,) = figures.turns({"slow": [6.0, 8.0, 9.0], "fast": [3.0, 2.0, 3.0]}, where="Some Processor").axes
+    (axes,) = concept_plots.turns({"slow": [6.0, 8.0, 9.0], "fast": [3.0, 2.0, 3.0]}, where="Some Processor").axes
     dots = [one.get_offsets()[:, 0].tolist() for one in axes.collections]
     assert dots == [[1, 1, 1], [2, 4, 3]]
     assert [text.get_text() for text in axes.texts] == ["1.00", "3.00"]
@@ -174,7 +176,7 @@ def test_each_round_is_a_dot_where_its_speed_against_the_first_way_is():
 
 def test_the_dots_are_the_statistics_that_ghost_batch_norm_takes():
     activations = 3 * torch.randn(16, 2, 4, 4, generator=torch.Generator().manual_seed(0)) + 1
-    left, right = figures.group_statistics(activations, 4, dataset="noise", channel=1).axes
+    left, right = concept_plots.group_statistics(activations, 4, dataset="noise", channel=1).axes
     norm = GhostBatchNorm(2, 4, eps=1e-5, momentum=1.0, freeze_scale=True)
     norm(activations)  # with momentum 1 the running statistics are the groups' mean, the variance unbiased
     for axes, expected in ((left, norm.running_mean), (right, norm.running_var * (63 / 64))):
@@ -185,7 +187,9 @@ def test_the_dots_are_the_statistics_that_ghost_batch_norm_takes():
 
 
 def test_smaller_groups_scatter_more():
-    left = figures.group_statistics(torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)), dataset="n")
+    left = concept_plots.group_statistics(
+        torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(0)), dataset="n"
+    )
     groups = {
         one.get_offsets()[0, 0]: one.get_offsets()[:, 1] for one in left.axes[0].collections if len(one.get_offsets())
     }
@@ -195,7 +199,7 @@ def test_smaller_groups_scatter_more():
 
 def test_a_group_that_does_not_divide_the_batch_is_refused():
     with pytest.raises(UserError, match="group_size=5 does not divide the batch of 16"):
-        figures.group_statistics(torch.zeros(16, 1, 2, 2), 5, dataset="zeros")
+        concept_plots.group_statistics(torch.zeros(16, 1, 2, 2), 5, dataset="zeros")
 
 
 # --- scales and biases of batch norm ---
@@ -203,7 +207,7 @@ def test_a_group_that_does_not_divide_the_batch_is_refused():
 
 def test_without_a_scale_the_curve_is_larger_and_after_the_next_norm_the_same():
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
-    left, right, _ = figures.scaled_activation(values, 0.5, 0.2, celu_alpha=0.1, dataset="noise").axes
+    left, right, _ = concept_plots.scaled_activation(values, 0.5, 0.2, celu_alpha=0.1, dataset="noise").axes
     scaled, unscaled = (line.get_ydata() for line in left.get_lines())
     x = torch.linspace(-3, 3, 121, dtype=torch.float64)
     assert scaled == pytest.approx(F.celu(0.5 * x + 0.2, 0.1).numpy())
@@ -219,7 +223,7 @@ def test_without_a_scale_the_curve_is_larger_and_after_the_next_norm_the_same():
 
 def test_a_scale_of_zero_is_refused():
     with pytest.raises(UserError, match="scale=0.0 and celu_alpha=0.1 must be above 0"):
-        figures.scaled_activation(torch.zeros(2), 0.0, celu_alpha=0.1, dataset="zeros")
+        concept_plots.scaled_activation(torch.zeros(2), 0.0, celu_alpha=0.1, dataset="zeros")
 
 
 @pytest.mark.parametrize(("which", "word"), [("bias", "bias"), ("weight", "scale")])
@@ -229,7 +233,7 @@ def test_every_channel_of_every_norm_is_a_dot(which, word):
         networks[name] = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
         for norm in (networks[name][0], networks[name][2]):
             getattr(norm, which).data.copy_(value * torch.arange(norm.num_features))
-    figure = figures.norm_parameters(networks, which)
+    figure = concept_plots.norm_parameters(networks, which)
     (axes,) = figure.axes
     dots = [one.get_offsets() for one in axes.collections if len(one.get_offsets()) > 1]
     drawn = sorted(float(y) for some in dots for y in some[:, 1])
@@ -243,7 +247,7 @@ def test_every_channel_of_every_norm_is_a_dot(which, word):
 
 
 def test_a_schedule_has_markers_at_its_knots_and_goes_on_to_the_last_epoch():
-    (axes,) = figures.learning_rates({"page": page_2019()}, at=5.0).axes
+    (axes,) = concept_plots.learning_rates({"page": page_2019()}, at=5.0).axes
     line = curves(axes)["page"]
     assert line.get_xydata().tolist() == [[0, 0], [2, 1], [8, pytest.approx(0.1)], [10, pytest.approx(0.1)]]
     assert line.get_markevery() == [0, 1, 2]
@@ -256,7 +260,7 @@ def test_a_schedule_has_markers_at_its_knots_and_goes_on_to_the_last_epoch():
 
 def test_the_dots_are_the_matrix_singular_values_before_and_after_orthogonalising():
     matrix = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
-    left, right = figures.newton_schulz(matrix, steps=2).axes
+    left, right = concept_plots.newton_schulz(matrix, steps=2).axes
     before = torch.linalg.svdvals(matrix / matrix.norm())
     after = torch.linalg.svdvals(orthogonalise(matrix[None], 2)[0])
     lines = curves(right)
@@ -268,7 +272,7 @@ def test_the_dots_are_the_matrix_singular_values_before_and_after_orthogonalisin
 
 
 def test_the_quintic_lifts_small_values_faster_than_the_cubic_and_the_cubic_settles():
-    (left, _) = figures.newton_schulz(torch.eye(3), steps=8).axes
+    (left, _) = concept_plots.newton_schulz(torch.eye(3), steps=8).axes
     (quintic,) = [line for name, line in curves(left).items() if name.startswith("quintic")]
     (cubic,) = [line for name, line in curves(left).items() if name.startswith("cubic")]
     assert quintic.get_ydata()[0] > 0.5 > cubic.get_ydata()[0]  # of a value of 0.001
@@ -289,11 +293,11 @@ def test_the_average_is_the_one_that_ema_keeps():
         if step % 3 == 0:
             ema.update(model)  # type: ignore[arg-type]
         expected.append(ema.model.weight.item())
-    assert figures.running_average(values, 0.8, 3) == pytest.approx(expected, abs=1e-6)
+    assert concept_plots.running_average(values, 0.8, 3) == pytest.approx(expected, abs=1e-6)
 
 
 def test_the_weights_of_past_steps_are_those_of_the_average():
-    left, right = figures.ema_horizon(0.75, 4, steps=400, values=[0.0] * 396 + [1.0] * 5).axes
+    left, right = concept_plots.ema_horizon(0.75, 4, steps=400, values=[0.0] * 396 + [1.0] * 5).axes
     heights = [segment[1][1] for segment in left.collections[0].get_segments()]
     assert heights[:3] == pytest.approx([0.25, 0.1875, 0.140625])
     assert sum(heights) == pytest.approx(1, abs=1e-6)
@@ -306,11 +310,11 @@ def test_the_weights_of_past_steps_are_those_of_the_average():
 @pytest.mark.parametrize(("decay", "every"), [(1.0, 1), (-0.1, 1), (0.5, 0)])
 def test_an_average_that_cannot_be_is_refused(decay, every):
     with pytest.raises(UserError, match=f"decay={decay}.*every={every}"):
-        figures.ema_horizon(decay, every)
+        concept_plots.ema_horizon(decay, every)
 
 
 def test_an_average_leaves_the_way_alone_and_lookahead_does_not():
-    first, second = figures.bowl_paths(0.9, 0.5, 5), figures.bowl_paths(0.5, 0.5, 5)
+    first, second = concept_plots.bowl_paths(0.9, 0.5, 5), concept_plots.bowl_paths(0.5, 0.5, 5)
     assert torch.equal(first["alone"], second["alone"]) and not torch.equal(first["ema"], second["ema"])
     assert torch.equal(first["alone"][:5], first["lookahead"][:5])  # until the first move
     assert not torch.equal(first["alone"][5], first["lookahead"][5])
@@ -319,21 +323,21 @@ def test_an_average_leaves_the_way_alone_and_lookahead_does_not():
 
 
 def test_an_average_that_forgets_at_once_is_the_way_and_so_is_a_lookahead_that_goes_all_of_it():
-    paths = figures.bowl_paths(0.0, 1.0, 1)
+    paths = concept_plots.bowl_paths(0.0, 1.0, 1)
     torch.testing.assert_close(paths["ema"], paths["alone"])
     torch.testing.assert_close(paths["lookahead"], paths["alone"])
 
 
 def test_the_bowl_draws_the_ways_and_says_their_losses():
-    figure = figures.averages_on_a_bowl(0.8, 0.25, 4)
-    paths = figures.bowl_paths(0.8, 0.25, 4)
+    figure = concept_plots.averages_on_a_bowl(0.8, 0.25, 4)
+    paths = concept_plots.bowl_paths(0.8, 0.25, 4)
     losses = [(0.5 * (path**2 * torch.tensor([1.0, 8.0])).sum(1))[-13:].mean().item() for path in paths.values()]
     for axes, name, loss in zip(figure.axes, ("ema", "lookahead"), losses[1:], strict=True):
         words = labels(axes)
         assert words[0] == f"SGD: loss {losses[0]:.2f}" and words[1].endswith(f"every 4: loss {loss:.2f}")
         assert curves(axes)[words[1]].get_xydata().tolist() == paths[name].tolist()
     with pytest.raises(UserError, match="lookahead_alpha=1.5"):
-        figures.averages_on_a_bowl(0.9, 1.5)
+        concept_plots.averages_on_a_bowl(0.9, 1.5)
 
 
 # --- ablation ---
@@ -350,7 +354,7 @@ def runs(accuracies: list[float], seconds: list[float]) -> list[dict[str, Any]]:
 
 def test_every_run_is_a_dot_and_the_difference_is_paired_by_seed():
     without, smoothed = runs([0.90, 0.91, 0.92], [10, 11, 12]), runs([0.92, 0.925, 0.94], [10.5, 11, 12])
-    figure = figures.ablation({"off": without, "on": smoothed[::-1]})
+    figure = concept_plots.ablation({"off": without, "on": smoothed[::-1]})
     for axes, field, scale, unit in zip(figure.axes, ("accuracy", "train_seconds"), (100, 1), ("%", "s"), strict=True):
         dots = [one.get_offsets()[:, 0].tolist() for one in axes.collections if len(one.get_offsets()) == 3]
         assert [sorted(some) for some in dots] == [[scale * run[field] for run in arm] for arm in (without, smoothed)]
@@ -368,12 +372,12 @@ def test_other_seeds_or_more_arms_give_no_difference():
     other = [run | {"seed": run["seed"] + 1} for run in runs([0.9, 0.91], [10, 11])]
     some = runs([0.9, 0.91], [10, 11])
     for arms in ({"a": some, "b": other}, {"a": some, "b": some, "c": runs([0.9], [10])}):
-        assert [axes.get_title() for axes in figures.ablation(arms).axes] == ["", ""]
+        assert [axes.get_title() for axes in concept_plots.ablation(arms).axes] == ["", ""]
 
 
 def test_the_name_of_an_arm_breaks_behind_its_equals_sign():
     names = ["label_smoothing=0", "pool_position=after_activation", "a name of several words in a row"]
-    figure = figures.ablation({name: runs([0.9, 0.91], [10, 11]) for name in names})
+    figure = concept_plots.ablation({name: runs([0.9, 0.91], [10, 11]) for name in names})
     assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [
         "label_smoothing=0",
         "pool_position=\nafter_activation",
@@ -400,13 +404,13 @@ def test_results_are_drawn_like_their_lines():
         model=nn.Identity(),  # type: ignore[arg-type]
     )
     for arm in ([line], [result]):
-        accuracy, seconds = figures.ablation({"off": arm}).axes
+        accuracy, seconds = concept_plots.ablation({"off": arm}).axes
         assert [axes.texts[0].get_text() for axes in (accuracy, seconds)] == ["90.00 %, n = 1", "10.00 s, n = 1"]
 
 
 def test_the_clocks_add_up_to_the_whole():
     line = runs([0.9], [10])[0] | {"evaluate_seconds": 3, "total_seconds": 15.5}
-    figure = figures.clocks({"one": line, "two": line | {"total_seconds": 20}})
+    figure = concept_plots.clocks({"one": line, "two": line | {"total_seconds": 20}})
     (axes,) = figure.axes
     widths = [[bar.get_width() for bar in bars] for bars in axes.containers]
     assert widths == [[10, 10], [3, 3], [2.5, 7]]
@@ -423,7 +427,7 @@ def test_a_run_reaches_its_target_at_the_end_of_the_first_epoch_that_does():
     line = runs([0.9], [10])[0]
     up_and_down = line | {"epochs": epochs((2, 0.5), (4, 0.94), (6, 0.93))}
     below = line | {"epochs": epochs((3, 0.4), (6, 0.9399))}
-    figure = figures.time_to_accuracy({"a": up_and_down, "b": below}, 0.94)
+    figure = concept_plots.time_to_accuracy({"a": up_and_down, "b": below}, 0.94)
     (axes,) = figure.axes
     assert list(axes.get_lines()[0].get_ydata()) == [50, 94, 93]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a: after 4.0 s of 6.0 s", "b: not reached"]
@@ -436,7 +440,7 @@ def test_a_run_reaches_its_target_at_the_end_of_the_first_epoch_that_does():
 
 
 def test_the_published_ladder_splits_seconds_into_epochs_and_seconds_an_epoch():
-    figure = figures.published_ladder(ladder())
+    figure = concept_plots.published_ladder(ladder())
     left, right = figure.axes
     assert [bar.get_width() for bar in left.containers[0]] == list(LADDER_2019.values())
     shares = {line.get_label(): line.get_xdata() for line in right.get_lines()}
@@ -448,7 +452,7 @@ def test_the_published_ladder_splits_seconds_into_epochs_and_seconds_an_epoch():
 
 
 def test_records_stand_at_their_seconds_by_the_kind_of_hardware():
-    figure = figures.records(RECORDS)
+    figure = concept_plots.records(RECORDS)
     (axes,) = figure.axes
     places = {(x, y) for marks in axes.collections for x, y in marks.get_offsets().tolist()}
     assert places == {(record.seconds, row) for row, record in enumerate(RECORDS)}
@@ -457,21 +461,21 @@ def test_records_stand_at_their_seconds_by_the_kind_of_hardware():
 
 
 def test_the_interval_of_a_share_is_wilsons():
-    figure = figures.share_intervals(0.82, 50)
+    figure = concept_plots.share_intervals(0.82, 50)
     mark = next(line for line in figure.axes[0].get_lines() if line.get_linewidth() == 2.5)
     assert list(mark.get_ydata()) == pytest.approx([100 * end for end in wilson_interval(41, 50)])
     assert "82.00 % of 50 runs" in figure.alt
     with pytest.raises(UserError, match=r"share=1\.5"):
-        figures.share_intervals(1.5, 50)
+        concept_plots.share_intervals(1.5, 50)
     with pytest.raises(UserError, match="n=0"):
-        figures.share_intervals(0.5, 0)
+        concept_plots.share_intervals(0.5, 0)
 
 
 # --- the ring ---
 
 
 def test_the_ring_counts_up_to_all_workers_and_frames_what_is_complete():
-    figure = figures.all_reduce_ring(4)
+    figure = concept_plots.all_reduce_ring(4)
     tables = [[int(text.get_text()) for text in axes.texts] for axes in figure.axes]
     framed = [sum(text.get_bbox_patch() is not None for text in axes.texts) for axes in figure.axes]
     assert tables[0] == [1] * 16 and tables[-1] == [4] * 16
@@ -479,7 +483,7 @@ def test_the_ring_counts_up_to_all_workers_and_frames_what_is_complete():
     assert framed == [0, 0, 0, 4, 8, 12, 16]
     assert "6 rounds" in figure.alt
     with pytest.raises(UserError, match="n_workers=6"):
-        figures.all_reduce_ring(6)
+        concept_plots.all_reduce_ring(6)
 
 
 # --- timeline ---
@@ -501,7 +505,7 @@ def predicted(world_size: int) -> Any:
 
 
 def test_the_timeline_repeats_each_lane_s_step_and_says_that_it_is_a_prediction():
-    figure = figures.timeline(predicted(8), predicted(1))
+    figure = concept_plots.timeline(predicted(8), predicted(1))
     (axes,) = figure.axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == [
         "one alone",
@@ -520,10 +524,10 @@ def test_the_timeline_repeats_each_lane_s_step_and_says_that_it_is_a_prediction(
 
 def test_workers_that_are_not_drawn_are_mentioned():
     many = predict(COSTS, replace(apple_8gpu(), n_shards=64), 50_000, 10_000, 64, LINK)
-    figure = figures.timeline(many)
+    figure = concept_plots.timeline(many)
     assert len(figure.axes[0].get_yticklabels()) == 8
     assert "56 more are alike" in figure.get_suptitle()
 
 
 def test_a_recipe_s_off_values_draw_too():
-    assert figures.learning_rates({"custom": Recipe()}).png().startswith(b"\x89PNG")
+    assert concept_plots.learning_rates({"custom": Recipe()}).png().startswith(b"\x89PNG")

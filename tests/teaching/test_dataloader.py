@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe
-from cifar_fast.teaching import dataloader as loader
+from cifar_fast.teaching.dataloader import data_loader, deliver
 from cifar_fast.training import augment
 from cifar_fast.training.batches import TrainBatches, pixel_statistics
 
@@ -27,7 +28,7 @@ def numbered(data: Dataset, n: int) -> Dataset:
 def test_without_augmentation_the_loader_and_the_preloaded_set_give_the_same_images(tiny_data: Dataset) -> None:
     data, recipe = numbered(tiny_data, 32), replace(RECIPE, crop_padding=0, flip="none")
     ways = (
-        loader.data_loader(data, recipe),
+        data_loader(data, recipe),
         TrainBatches(data.train_images, data.train_labels, recipe, device=CPU).epoch(0),
     )
     seen = []
@@ -41,9 +42,9 @@ def test_without_augmentation_the_loader_and_the_preloaded_set_give_the_same_ima
 @pytest.mark.parametrize("workers", [0, 1])
 def test_each_image_is_one_of_the_windows_of_its_padded_self_or_their_mirrors(tiny_data: Dataset, workers: int) -> None:
     data = numbered(tiny_data, 16)
-    ((images, order),) = loader.data_loader(data, RECIPE, workers=workers)
+    ((images, order),) = data_loader(data, RECIPE, workers=workers)
     mean, std = (value[:, None, None] for value in pixel_statistics(data.train_images))
-    padded = (augment.reflect_pad(data.train_images, 2) - mean) / std
+    padded = (F.pad(data.train_images, (2, 2, 2, 2), mode="reflect") - mean) / std
     tops, lefts = torch.cartesian_prod(torch.arange(5), torch.arange(5)).T
     found = []
     for image, which in zip(images, order, strict=True):
@@ -59,10 +60,10 @@ def test_each_image_is_one_of_the_windows_of_its_padded_self_or_their_mirrors(ti
 def test_a_last_batch_that_is_not_full_is_dropped_as_in_training(tiny_data: Dataset) -> None:
     data = numbered(tiny_data, 40)
     batches = TrainBatches(data.train_images, data.train_labels, RECIPE, device=CPU)
-    assert loader.deliver(loader.data_loader(data, RECIPE), CPU) == loader.deliver(batches.epoch(0), CPU) == 32
+    assert deliver(data_loader(data, RECIPE), CPU) == deliver(batches.epoch(0), CPU) == 32
 
 
 @pytest.mark.parametrize("change", [{"flip": "alternating"}, {"cutout": 4}, {"color_jitter": 0.1}])
 def test_augmentation_that_torchvision_lacks_is_refused(tiny_data: Dataset, change: dict) -> None:
     with pytest.raises(UserError, match="cannot all be had of torchvision's transforms"):
-        loader.data_loader(tiny_data, replace(RECIPE, **change))
+        data_loader(tiny_data, replace(RECIPE, **change))

@@ -12,7 +12,7 @@ import torch
 from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import smoke
-from cifar_fast.teaching import image_grids as galleries
+from cifar_fast.teaching import image_grids
 from cifar_fast.training.batches import TrainBatches, draw_choices, pixel_statistics
 from cifar_fast.training.evaluate import predict_logits
 from cifar_fast.training.layers import patch_covariance, whitening_filters
@@ -40,7 +40,7 @@ def channels_last(images: torch.Tensor) -> list[np.ndarray]:
 
 
 def test_each_image_is_drawn_above_its_class(tiny_data):
-    figure = galleries.labelled_images(
+    figure = image_grids.labelled_images(
         tiny_data.test_images[:5], tiny_data.test_labels[:5], tiny_data.classes, dataset=tiny_data.name, columns=3
     )
     (axes,) = figure.axes
@@ -55,7 +55,7 @@ def test_mistakes_are_marked_and_named(tiny_data):
     labels = torch.tensor([3, 4])
     probabilities[:, 3] = 0.55
     names = [f"class{i}" for i in range(10)]
-    figure = galleries.labelled_images(
+    figure = image_grids.labelled_images(
         tiny_data.test_images[:2], labels, names, dataset="made up", probabilities=probabilities
     )
     right, wrong = figure.axes[0].texts
@@ -75,16 +75,16 @@ def test_the_augmented_images_are_those_of_training(tiny_data):
     for epoch in (0, 1):
         ((seen, order),) = batches.epoch(epoch)
         pixels = (seen * std + mean).round().clamp(0, 255).to(torch.uint8)
-        choices = draw_choices(AUGMENTED, 8, 32, seed=3, run=0, epoch=epoch, shard=0)
-        assert torch.equal(galleries.augment_images(images[order], choices, AUGMENTED), pixels)
+        choices = draw_choices(AUGMENTED, 8, 32, seed=3, epoch=epoch, shard=0)
+        assert torch.equal(image_grids.augment_images(images[order], choices, AUGMENTED), pixels)
 
 
 def test_rows_show_the_same_images_under_each_choice(tiny_data):
     images = tiny_data.train_images[:8]
-    rows = {f"epoch {e}": draw_choices(AUGMENTED, 8, 32, seed=0, run=0, epoch=e, shard=0) for e in (1, 2)}
-    figure = galleries.augmented_images(images, rows, AUGMENTED, dataset="synthetic")
+    rows = {f"epoch {e}": draw_choices(AUGMENTED, 8, 32, seed=0, epoch=e, shard=0) for e in (1, 2)}
+    figure = image_grids.augmented_images(images, rows, AUGMENTED, dataset="synthetic")
     (axes,) = figure.axes
-    expected = [*images, *(one for row in rows.values() for one in galleries.augment_images(images, row, AUGMENTED))]
+    expected = [*images, *(one for row in rows.values() for one in image_grids.augment_images(images, row, AUGMENTED))]
     assert all(map(np.array_equal, drawn(axes), channels_last(torch.stack(expected))))
     assert [text.get_text() for text in axes.texts] == ["as stored", "epoch 1", "epoch 2"]
     for words in ("data set: synthetic", "border of 4 pixels", "random flip", "cutout of 6 x 6", "jitter of 0.2"):
@@ -93,7 +93,7 @@ def test_rows_show_the_same_images_under_each_choice(tiny_data):
 
 def test_the_steps_of_an_augmentation_follow_from_each_other(tiny_data):
     image = tiny_data.train_images[0]
-    figure = galleries.augmentation_steps(
+    figure = image_grids.augmentation_steps(
         image, padding=4, top=1, left=7, mirrored=True, cutout=8, cutout_top=-2, cutout_left=10, dataset="synthetic"
     )
     padded, crop, flipped, blanked = (drawn(axes)[0] for axes in figure.axes)
@@ -111,7 +111,7 @@ def test_the_steps_of_an_augmentation_follow_from_each_other(tiny_data):
 
 def test_a_window_outside_the_border_is_refused(tiny_data):
     with pytest.raises(UserError, match=r"top=9 and left=4 must be 0 \.\.\. 8"):
-        galleries.augmentation_steps(tiny_data.train_images[0], top=9, dataset="synthetic")
+        image_grids.augmentation_steps(tiny_data.train_images[0], top=9, dataset="synthetic")
 
 
 # --- whitening ---
@@ -124,7 +124,7 @@ def normalised(data: Any, n: int) -> torch.Tensor:
 
 def test_eigenpatches_come_with_the_variance_along_each(tiny_data):
     images = normalised(tiny_data, 50)
-    (axes,) = galleries.eigenpatches(images, 2, dataset="synthetic").axes
+    (axes,) = image_grids.eigenpatches(images, 2, dataset="synthetic").axes
     variances = [float(text.get_text()) for text in axes.texts]
     assert len(drawn(axes)) == 12 and variances == sorted(variances, reverse=True)
     trace = patch_covariance(images, 2).trace().item()
@@ -136,7 +136,7 @@ def test_eigenpatches_come_with_the_variance_along_each(tiny_data):
 
 def test_whitening_levels_the_spectrum_and_empties_the_covariance(tiny_data):
     images = normalised(tiny_data, 50)
-    figure = galleries.whitening_spectrum(images, 2, 1e-3, dataset="synthetic")
+    figure = image_grids.whitening_spectrum(images, 2, 1e-3, dataset="synthetic")
     spectrum, before, after = figure.axes[:3]
     lines = {line.get_label(): np.asarray(line.get_ydata()) for line in spectrum.get_lines()}
     assert lines["before"] == pytest.approx(torch.linalg.eigvalsh(patch_covariance(images, 2)).flip(0), rel=1e-3)
@@ -153,7 +153,7 @@ def test_whitening_levels_the_spectrum_and_empties_the_covariance(tiny_data):
 @pytest.mark.parametrize(("tta", "n_views"), [("none", 1), ("flip", 2), ("flip_shift", 6)])
 def test_the_votes_average_to_the_prediction(tiny_data, network, tta, n_views):
     image, label = tiny_data.test_images[0], int(tiny_data.test_labels[0])
-    figure = galleries.tta_votes(network, image, label, tiny_data.classes, tta=tta, dataset="synthetic")
+    figure = image_grids.tta_votes(network, image, label, tiny_data.classes, tta=tta, dataset="synthetic")
     top, bottom = figure.axes
     assert len(drawn(top)) == len(top.texts) == len(bottom.collections) == n_views
     expected = 100 * predict_logits(network, image[None], tta=tta).softmax(1)[0]
@@ -166,7 +166,7 @@ def test_the_votes_average_to_the_prediction(tiny_data, network, tta, n_views):
 
 def test_the_confusion_matrix_shows_shares_of_each_class_and_colours_mistakes_alone():
     confusion = torch.tensor([[8, 2, 0], [0, 5, 5], [0, 0, 4]])
-    figure = galleries.confusion_matrix(confusion, ("cat", "dog", "ship"), dataset="made up")
+    figure = image_grids.confusion_matrix(confusion, ("cat", "dog", "ship"), dataset="made up")
     axes = figure.axes[0]
     written = {text.get_position(): text.get_text() for text in axes.texts}
     assert written == {(0, 0): "80.0", (1, 0): "20.0", (1, 1): "50.0", (2, 1): "50.0", (2, 2): "100.0"}
@@ -175,5 +175,8 @@ def test_the_confusion_matrix_shows_shares_of_each_class_and_colours_mistakes_al
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
 
 
-def test_an_empty_class_is_drawn():
-    galleries.confusion_matrix(torch.tensor([[1, 0], [0, 0]]), ("a", "b"), dataset="made up")
+def test_a_class_without_images_has_an_empty_row():
+    figure = image_grids.confusion_matrix(torch.tensor([[3, 1], [0, 0]]), ("a", "b"), dataset="made up")
+    assert drawn(figure.axes[0])[0].tolist() == [[0, 25], [0, 0]]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["75.0", "25.0"]
+    assert "accuracy 75.00 %" in figure.get_suptitle()

@@ -14,7 +14,9 @@ from PIL import Image
 
 from cifar_fast import recipes as recipe
 from cifar_fast.errors import UserError
-from cifar_fast.experiments import plan
+from cifar_fast.experiments.all_reduce import Link
+from cifar_fast.experiments.plan import predict
+from cifar_fast.experiments.step_costs import StepCosts, StepPoint
 from cifar_fast.teaching.result_plots import Picture
 from cifar_fast.training.batches import pixel_statistics
 from cifar_fast.training.model import build_model
@@ -23,9 +25,9 @@ from cifar_fast.training.result import EpochResult
 
 def test_without_ipywidgets_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
-    monkeypatch.delitem(sys.modules, "cifar_fast.widgets", raising=False)
+    monkeypatch.delitem(sys.modules, "cifar_fast.teaching.widgets", raising=False)
     with pytest.raises(UserError, match=r"needs ipywidgets, .* pip install 'cifar_fast\[notebooks\]'"):
-        import_module("cifar_fast.widgets")
+        import_module("cifar_fast.teaching.widgets")
 
 
 ipywidgets = pytest.importorskip("ipywidgets", reason="needs ipywidgets: pip install -e '.[notebooks]'")
@@ -123,9 +125,9 @@ def test_explorers_do_not_share_anything():
 
 # --- the explorers of the notebooks ---
 
-LINK = plan.Link("wire", latency_seconds=1e-4, bytes_per_second=1e9, source="made up for a test")
-COSTS = plan.StepCosts(
-    points=(plan.StepPoint(256, 0.0045, 0.0045, 0.0), plan.StepPoint(2048, 0.0225, 0.0225, 0.0)),
+LINK = Link("wire", latency_seconds=1e-4, bytes_per_second=1e9, source="made up for a test")
+COSTS = StepCosts(
+    points=(StepPoint(256, 0.0045, 0.0045, 0.0), StepPoint(2048, 0.0225, 0.0225, 0.0)),
     n_parameters=1_000_000,
     precision="float16",
     setup_seconds=0.5,
@@ -276,7 +278,7 @@ def test_workers_and_latency_move_the_prediction():
     before, after = move(explorer, latency=10_000.0)
     assert "link: 100.0 us" in before.get_suptitle() and "link: 10,000.0 us" in after.get_suptitle()
     slower = replace(LINK, latency_seconds=1e-2)
-    step = plan.predict(COSTS, recipe.apple_8gpu(), 50_000, 10_000, 8, slower)
+    step = predict(COSTS, recipe.apple_8gpu(), 50_000, 10_000, 8, slower)
     assert f"train_seconds {step.train_seconds:.1f} s" in after.get_suptitle()
     _, alone = move(explorer, world_size=1)
     assert len(alone.axes[0].get_yticklabels()) == 2

@@ -16,6 +16,7 @@ from torch import Tensor
 from cifar_fast import recipes
 from cifar_fast.errors import RecipeError
 from cifar_fast.recipe import Recipe
+from cifar_fast.training import batches as batches_module
 from cifar_fast.training.batches import TrainBatches, draw_choices, draw_generator, pixel_statistics
 
 CPU = torch.device("cpu")
@@ -119,11 +120,11 @@ def test_any_number_of_processes_see_what_one_sees(world_size: int) -> None:
         assert_equal_batches(together, all_batches(process(0, 1), epoch))
 
 
-def test_seed_run_epoch_and_shard_each_change_what_is_drawn() -> None:
-    keys = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+def test_seed_epoch_and_shard_each_change_what_is_drawn() -> None:
+    keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     drawn = {tuple(torch.randint(0, 2**31, (4,), generator=draw_generator(*key)).tolist()) for key in keys}
     assert len(drawn) == len(keys)
-    assert draw_generator(5, 4, 3, 2).initial_seed() == draw_generator(5, 4, 3, 2).initial_seed()
+    assert draw_generator(5, 4, 3).initial_seed() == draw_generator(5, 4, 3).initial_seed()
 
 
 def test_neither_torchs_own_generator_nor_the_order_of_epochs_matters() -> None:
@@ -161,7 +162,7 @@ def test_a_batch_larger_than_a_shard_is_refused() -> None:
 
 def augmented_by_hand(images: Tensor, recipe: Recipe, mean: Tensor, std: Tensor, seed: int, epoch: int) -> Tensor:
     """What one shard's epoch should be, image by image with torch's own functions and plain slices."""
-    choices = draw_choices(recipe, len(images), images.shape[-1], seed=seed, run=0, epoch=epoch, shard=0)
+    choices = draw_choices(recipe, len(images), images.shape[-1], seed=seed, epoch=epoch, shard=0)
     expected = []
     for i, top, left, mirrored, cut_top, cut_left, contrast, brightness in zip(*vars(choices).values(), strict=True):
         image = (images[i].float() - mean[:, None, None]) / std[:, None, None]
@@ -195,21 +196,30 @@ def test_batches_are_what_a_plain_loop_over_images_makes(
     torch.testing.assert_close(found, augmented_by_hand(images, recipe, mean, std, seed, epoch=1), rtol=1e-5, atol=1e-5)
 
 
+def test_a_set_padded_in_portions_is_the_set_padded_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, labels = random_images(40), torch.arange(40)
+    recipe = replace(ALL_AUGMENTED, n_shards=2)
+    whole = TrainBatches(images, labels, recipe, device=CPU)
+    monkeypatch.setattr(batches_module, "PORTION", 7)
+    parts = TrainBatches(images, labels, recipe, device=CPU)
+    assert whole.all_images.shape == (40, 3, 12, 12) and torch.equal(parts.all_images, whole.all_images)
+
+
 def test_every_crop_offset_occurs_and_about_as_often() -> None:
     recipe = replace(PLAIN, crop_padding=4)
-    choices = draw_choices(recipe, 8100, 32, seed=0, run=0, epoch=0, shard=0)
+    choices = draw_choices(recipe, 8100, 32, seed=0, epoch=0, shard=0)
     counts = Counter(zip(choices.top.tolist(), choices.left.tolist(), strict=True))
     assert set(counts) == {(top, left) for top in range(9) for left in range(9)}
     assert 50 < min(counts.values()) and max(counts.values()) < 150  # 100 each on average, 10 their deviation
 
 
 def test_without_padding_nothing_is_cropped() -> None:
-    choices = draw_choices(PLAIN, 100, 32, seed=0, run=0, epoch=0, shard=0)
+    choices = draw_choices(PLAIN, 100, 32, seed=0, epoch=0, shard=0)
     assert not choices.top.any() and not choices.left.any() and not choices.mirrored.any()
 
 
 def test_half_of_the_images_are_mirrored_by_chance() -> None:
-    choices = draw_choices(replace(PLAIN, flip="random"), 4000, 32, seed=0, run=0, epoch=0, shard=0)
+    choices = draw_choices(replace(PLAIN, flip="random"), 4000, 32, seed=0, epoch=0, shard=0)
     assert 0.45 < choices.mirrored.float().mean() < 0.55
 
 
@@ -218,7 +228,7 @@ def test_alternating_flip_shows_each_image_from_the_other_side_every_epoch(n: in
     recipe = replace(PLAIN, flip="alternating")
 
     def mirrored(epoch: int) -> Tensor:
-        choices = draw_choices(recipe, n, 32, seed=seed, run=0, epoch=epoch, shard=0)
+        choices = draw_choices(recipe, n, 32, seed=seed, epoch=epoch, shard=0)
         by_image = torch.empty(n, dtype=torch.bool)
         by_image[choices.index] = choices.mirrored
         return by_image
@@ -230,14 +240,14 @@ def test_alternating_flip_shows_each_image_from_the_other_side_every_epoch(n: in
 
 def test_alternating_flip_starts_from_either_side_by_chance() -> None:
     recipe = replace(PLAIN, flip="alternating")
-    first = [draw_choices(recipe, 1000, 32, seed=0, run=run, epoch=0, shard=0).mirrored for run in range(2)]
+    first = [draw_choices(recipe, 1000, 32, seed=seed, epoch=0, shard=0).mirrored for seed in range(2)]
     assert all(450 < int(mirrored.sum()) < 550 for mirrored in first)
 
 
 @pytest.mark.parametrize("cutout", [1, 4, 5, 8])
 def test_cutout_covers_the_border_as_often_as_the_middle(cutout: int) -> None:
     side, n = 12, 20_000
-    choices = draw_choices(replace(PLAIN, cutout=cutout), n, side, seed=0, run=0, epoch=0, shard=0)
+    choices = draw_choices(replace(PLAIN, cutout=cutout), n, side, seed=0, epoch=0, shard=0)
     for starts in (choices.cutout_top, choices.cutout_left):
         pixels = torch.arange(side)
         covered = ((pixels >= starts[:, None]) & (pixels < starts[:, None] + cutout)).float().mean(0)  # (side,)
@@ -245,7 +255,7 @@ def test_cutout_covers_the_border_as_often_as_the_middle(cutout: int) -> None:
 
 
 def test_colour_jitter_stays_within_its_bounds_and_fills_them() -> None:
-    choices = draw_choices(replace(PLAIN, color_jitter=0.2), 4000, 32, seed=0, run=0, epoch=0, shard=0)
+    choices = draw_choices(replace(PLAIN, color_jitter=0.2), 4000, 32, seed=0, epoch=0, shard=0)
     for drawn, middle in ((choices.contrast, 1.0), (choices.brightness, 0.0)):
         assert middle - 0.2 <= drawn.min() < middle - 0.19 and middle + 0.19 < drawn.max() <= middle + 0.2
     assert abs(torch.corrcoef(torch.stack([choices.contrast, choices.brightness]))[0, 1]) < 0.1

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cifar_fast import recipes
+from cifar_fast.hardware.cuda_graph import CapturedFunction
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.averaging import Lookahead
 from cifar_fast.training.model import Network, build_model, whiten_first_layer
@@ -360,6 +361,51 @@ def test_muon_steps_from_filters_of_norm_sqrt_k() -> None:
         p.grad = torch.randn_like(p)
     optimizer.step()
     assert [p.norm().item() for p in params] == pytest.approx([len(p) ** 0.5 for p in params])
+
+
+@pytest.mark.parametrize("rate_in_memory", [False, True])
+@pytest.mark.parametrize("value", [0.0, 1e-30], ids=["zeros", "a norm that underflows"])
+def test_muon_moves_a_bank_without_a_norm_by_the_update_alone(value: float, rate_in_memory: bool) -> None:
+    params = filter_banks()
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    with torch.no_grad():
+        params[1].fill_(value)
+    optimizers = [Muon(params, lr=0.1, momentum=0.6), Muon([others[0], others[2]], lr=0.1, momentum=0.6)]
+    if rate_in_memory:
+        keep_learning_rates_on(torch.device("cpu"), list(optimizers))
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    others[0].grad, others[2].grad = torch.zeros_like(others[0]), torch.zeros_like(others[2])
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(params[1], torch.full_like(params[1], value))
+    gradient = random_matrices(*params[1].shape, seed=7)
+    params[1].grad = gradient.clone()
+    for optimizer in optimizers:
+        optimizer.step()
+    update = orthogonalise(1.6 * gradient.flatten(1)[None])[0].view_as(gradient)  # Nesterov: g + 0.6 g
+    torch.testing.assert_close(params[1].detach(), -0.1 * update)
+    for p, q in ((params[0], others[0]), (params[2], others[2])):
+        assert torch.equal(p, q), "the other banks take the step that they take without it"
+
+
+@pytest.mark.gpu
+def test_a_captured_muon_step_moves_a_bank_of_zeros_by_the_update_alone() -> None:
+    bank = nn.Parameter(torch.zeros(4, 3, 3, 3, device="cuda"))
+    optimizer = Muon([bank], lr=0.1, momentum=0.0)
+    keep_learning_rates_on(torch.device("cuda"), [optimizer])
+    gradient = random_matrices(4, 3, 3, 3).cuda()
+    bank.grad = torch.zeros_like(bank)
+
+    def step(new: Tensor) -> Tensor:
+        bank.grad.copy_(new)
+        optimizer.step()
+        return bank.detach()
+
+    captured = CapturedFunction(step, torch.zeros_like(gradient))
+    assert not captured(torch.zeros_like(gradient)).any()
+    expected = -0.1 * orthogonalise(gradient.flatten(1)[None])[0].view_as(bank)
+    torch.testing.assert_close(captured(gradient), expected, rtol=1e-3, atol=1e-3)
 
 
 # --- Lookahead ---

@@ -54,7 +54,7 @@ def test_so_does_one_that_was_trained_with_compiled_loops(
     usable, why_not = loops.available()
     if not usable:
         pytest.skip(why_not)
-    convolution = loops.__name__.removeprefix("cifar_fast.")
+    convolution = loops.__name__.removeprefix("cifar_fast.kernels.")
     recipe = replace(RECIPE, widths=(16, 16, 16), precision=precision, convolution=convolution)
     trained = train(recipe, tiny_data, device="cpu", progress=False)
     assert trained.environment["convolution"] == convolution
@@ -167,7 +167,7 @@ def test_a_result_of_another_version(folder, edit):
     values = json.loads((folder / "result.json").read_text())
     edit(values)
     (folder / "result.json").write_text(json.dumps(values))
-    with pytest.raises(RunError, match="not written by this version"):
+    with pytest.raises(RunError, match="written by another version"):
         load_run(folder)
 
 

@@ -1,0 +1,69 @@
+"""How the whole suite runs: one thread each, several processes, and the notebooks beside the tests.
+
+A plain `pytest` runs the tests and executes every notebook (under nbval, which compares the outputs with the stored
+ones), in as many processes as there are cores. Named files, `-k` and `-m MARK` run in this process alone; `-n` decides
+otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# Before torch is imported; test processes, kernels and all that they start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+MOST_PROCESSES = 4  # each takes a gigabyte or two, and a test may start eight more
+NOTEBOOK_SECONDS = 1800  # of one cell, which hangs if it takes as long
+
+LONGEST = ("test_lab.py", "test_benchmark.py", "test_launch.py", "test_processes.py", "test_notebooks.py")
+"""Files of minutes, which start first; then the notebooks, then all others, so that all processes end together."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads its options
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Share the whole suite among processes, file by file: the cells of a notebook belong together."""
+    option = config.option
+    if hasattr(config, "workerinput") or not hasattr(option, "numprocesses"):
+        return  # one of the processes, or no xdist
+    if option.numprocesses is None and _is_whole(config):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        option.numprocesses = min(cores, MOST_PROCESSES)
+    if option.numprocesses and option.dist == "no":
+        option.dist, option.loadscopereorder = "loadfile", False
+
+
+def _is_whole(config: pytest.Config) -> bool:
+    """Whether no part of the suite is picked (leaving a mark out picks none), and nobody wants to debug."""
+    option = config.option
+    named = config.args_source == pytest.Config.ArgsSource.ARGS or option.keyword
+    marked = option.markexpr and not option.markexpr.startswith("not ")
+    return not (named or marked or option.usepdb or option.collectonly)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, and give notebooks the time that they need on a busy machine."""
+    items.sort(key=_turn)
+    for item in filter(_is_cell, items):
+        item.output_timeout = NOTEBOOK_SECONDS  # type: ignore[attr-defined]  # nbval's own is 5 s, whatever its options
+        item.add_marker(pytest.mark.timeout(NOTEBOOK_SECONDS + 60))
+
+
+def _is_cell(item: pytest.Item) -> bool:
+    return item.path.suffix == ".ipynb"
+
+
+def _turn(item: pytest.Item) -> int:
+    if item.path.name in LONGEST:
+        return LONGEST.index(item.path.name)
+    return len(LONGEST) + (not _is_cell(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> object:
+    """Start a notebook's kernel, which the first cell's set-up does, at the scale that its outputs were stored with."""
+    with pytest.MonkeyPatch.context() as patch:
+        if _is_cell(item):
+            patch.setenv("CIFAR_FAST_SCALE", "smoke")
+        return (yield)
