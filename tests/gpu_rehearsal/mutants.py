@@ -88,12 +88,6 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
     "nothing rolled back": (Edit(capture, "_capture", "with rolled_back(setup.model, setup.optimizers):", "if True:"),),
     "results not copied": (Edit(loop, "train_epoch", "losses.append(loss.clone())", "losses.append(loss)"),),
     "pageable copies in every step": (
-        Edit(batches, "TrainBatches.choices", "values = values.pin_memory()", "pass"),
-        Edit(
-            batches,
-            "TrainBatches.choices",
-            "together.append(values.to(self.home, non_blocking=True))",
-            "together.append(values)",
-        ),
+        Edit(batches, "TrainBatches.epoch", "yield make(*now)", "yield make(*(value.cpu() for value in now))"),
     ),
 }

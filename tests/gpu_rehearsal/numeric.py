@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from gpu_rehearsal.calls import launch
 from gpu_rehearsal.conversions import conversion
@@ -69,6 +69,7 @@ def _is_composite(operation: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd")
 
 
+@functools.cache
 def _is_view(operation: Any) -> bool:
     results, arguments = operation._schema.returns, operation._schema.arguments
     aliases = results and all(each.alias_info is not None and not each.alias_info.is_write for each in results)
@@ -167,7 +168,7 @@ class SimulatedGPU(TorchDispatchMode):
         if results is None:
             operation(*args, **kwargs)
             return
-        found, _ = tree_flatten(_call(operation, args, kwargs))
+        found = list(_leaves(_call(operation, args, kwargs)))
         for number, there in results:
             there.copy_(found[number])
 
@@ -175,7 +176,7 @@ class SimulatedGPU(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        flat, _ = tree_flatten((args, kwargs))
+        flat = list(_leaves((args, kwargs)))
         tensors = [value for value in flat if isinstance(value, Tensor)]
         if operation.namespace == "c10d":  # the fake NCCL computes
             self.operations[str(operation)] += 1
@@ -247,32 +248,61 @@ class SimulatedGPU(TorchDispatchMode):
         return target
 
     def _compute(self, operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        flat, structure = tree_flatten((args, kwargs))
-        near = [_near(value) for value in flat]
-        near_args, near_kwargs = tree_unflatten(near, structure)
+        near_args, near_kwargs = _mapped(_near, args), _mapped(_near, kwargs)
         near_kwargs.pop("pin_memory", None)
         written = {tensor.data_ptr(): tensor for tensor in _written(operation, args, kwargs)}
-        if self._is_recording():
-            for tensor in written.values():
+        is_recording = self._is_recording()
+        for tensor in written.values() if is_recording else ():
+            place = (tensor.data_ptr(), tensor.size(), tensor.stride())
+            if place not in self._changed:
                 there = on_cpu(tensor)
-                place = (tensor.data_ptr(), tensor.size(), tensor.stride())
-                if place not in self._changed:
-                    self._changed[place] = there, there.clone()
+                self._changed[place] = there, there.clone()
         launch(str(operation))  # which the fake runtime checks as it does any kernel
-        found, structure = tree_flatten(_call(operation, near_args, near_kwargs))
-        device = next((value.device for value in flat if isinstance(value, Tensor) and value.is_cuda), "cuda")
-        results, made = [], []
-        for number, value in enumerate(found):
-            if isinstance(value, Tensor) and not (value.numel() and value.data_ptr() in written):
-                new = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
-                on_cpu(new).copy_(value)
-                results.append((number, on_cpu(new)))
-                made.append(new)
-            else:
-                made.append(written[value.data_ptr()] if isinstance(value, Tensor) else value)
-        if self._is_recording():
+        found = _call(operation, near_args, near_kwargs)
+        device = next((value.device for value in _leaves((args, kwargs)) if _is_cuda(value)), "cuda")
+        results: list[tuple[int, Tensor]] = []
+        numbers = itertools.count()
+
+        def on_gpu(value: Any) -> Any:
+            number = next(numbers)
+            if not isinstance(value, Tensor):
+                return value
+            if value.numel() and value.data_ptr() in written:
+                return written[value.data_ptr()]
+            new = torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device=device)
+            there = on_cpu(new)
+            there.copy_(value)
+            results.append((number, there))
+            return new
+
+        made = _mapped(on_gpu, found)
+        if is_recording:
             self._recording.append((operation, near_args, near_kwargs, results))
-        return tree_unflatten(made, structure)
+        return made
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """Return a copy of a nest of tuples, lists and dictionaries with `function` applied to what is in it."""
+    if isinstance(value, tuple | list):
+        return type(value)(_mapped(function, each) for each in value)
+    if isinstance(value, dict):
+        return {key: _mapped(function, each) for key, each in value.items()}
+    return function(value)
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield what is in a nest of tuples, lists and dictionaries, in the order of `_mapped`."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    if not isinstance(value, tuple | list):
+        yield value
+        return
+    for each in value:
+        yield from _leaves(each)
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
 
 
 def _wait() -> None:
@@ -280,7 +310,7 @@ def _wait() -> None:
 
 
 def _near(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.is_cuda:
+    if _is_cuda(value):
         return on_cpu(value)
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
@@ -292,12 +322,16 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
 def _written(operation: Any, args: tuple, kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the tensors among the arguments that the operation changes."""
     found: list[Tensor] = []
-    for position, argument in enumerate(operation._schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = args[position] if position < len(args) else kwargs.get(argument.name)
-        found += [each for each in tree_flatten(value)[0] if isinstance(each, Tensor)]
+    for position, name in _written_arguments(operation):
+        value = args[position] if position < len(args) else kwargs.get(name)
+        found += [each for each in _leaves(value) if isinstance(each, Tensor)]
     return found
+
+
+@functools.cache
+def _written_arguments(operation: Any) -> list[tuple[int, str]]:
+    arguments = enumerate(operation._schema.arguments)
+    return [(position, each.name) for position, each in arguments if each.alias_info and each.alias_info.is_write]
 
 
 def _call(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -310,6 +344,6 @@ def _call(operation: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         return aten.native_batch_norm_backward(gradient, x, weight, *statistics, True, eps, [True, True, True])
     half = next((x.dtype for x in args if isinstance(x, Tensor) and x.dtype in HALF), None)
     if operation in IN_HALF_PRECISION and half:
-        widened = tree_map(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF else x, args)
-        return tree_map(lambda x: x.to(half) if isinstance(x, Tensor) else x, operation(*widened, **kwargs))
+        widened = _mapped(lambda x: x.float() if isinstance(x, Tensor) and x.dtype in HALF else x, args)
+        return _mapped(lambda x: x.to(half) if isinstance(x, Tensor) else x, operation(*widened, **kwargs))
     return operation(*args, **kwargs)

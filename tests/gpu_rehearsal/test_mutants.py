@@ -54,6 +54,7 @@ def conversions(rehearsal: Rehearsal) -> Mapping[str, int]:
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_fault_is_caught(rehearsal: Rehearsal, name: str, conversions: Mapping[str, int]) -> None:
     found = rehearsal.run("run_mutant", name=name)
+    assert "error" not in found, found["error"]
     check = CAUGHT_BY[name]
     if check is checks.converts_no_more:
         check = partial(checks.converts_no_more, budget=conversions)
