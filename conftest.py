@@ -17,7 +17,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 MOST_PROCESSES = 4  # each takes a gigabyte or two, and a test may start eight more
 NOTEBOOK_SECONDS = 1800  # of one cell, which hangs if it takes as long
 
-LONGEST = ("test_lab.py", "test_benchmark.py", "test_launch.py", "test_processes.py", "test_notebooks.py")
+LONGEST = (
+    "test_lab.py",
+    "test_benchmark.py",
+    "test_launch.py",
+    "test_processes.py",
+    "03_half_precision.ipynb",  # where a processor has no instructions for bfloat16
+    "11_eight_ways_at_once.ipynb",
+)
 """Files of minutes, which start first; then the notebooks, then all others, so that all processes end together."""
 
 

@@ -205,7 +205,7 @@ class Side:
     optimizers: list[torch.optim.Optimizer]
     stream: Iterator[tuple[Tensor, Tensor]]
     step: Callable[[Tensor, Tensor], tuple[Tensor, Any]]
-    """Returns the loss, and something more that nobody needs here."""
+    """Returns the loss, and a second value that is ignored."""
     data: str
 
 
@@ -871,7 +871,7 @@ def text_of(report: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"A step of {report['recipe']['name']}: {report['images']:,} images, {machine['precision']}, "
-            f"{machine['convolution']} convolution, norm and activation {'' if report['fused_norm'] else 'not '}fused",
+            f"{machine['convolution']} convolution, norm and activation {'' if machine['fused_norm'] else 'not '}fused",
             f"{hardware(machine)}; torch {machine['torch']}; {report['data']}; {report['rounds']} rounds, "
             f"{report['steps']} step{'s' * (report['steps'] > 1)} a turn; commit {report['commit'][:12]}",
             "",
@@ -946,7 +946,6 @@ def measure(recipe: Recipe, options: argparse.Namespace) -> dict[str, Any]:
         "commit": commit(),
         "started": started.isoformat(timespec="seconds"),
         "environment": environment(CPU) | execution.describe(),
-        "fused_norm": setting.numerics.fuse_norm,
         "recipe": recipe.to_dict(),
         "images": recipe.global_batch_size,
         "data": warm_up[OURS]["data"],

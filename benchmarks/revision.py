@@ -1,4 +1,4 @@
-"""Which version of the package a script measures."""
+"""The version of the package that a script measures."""
 
 import subprocess
 from pathlib import Path
@@ -7,9 +7,9 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def commit() -> str:
-    """Return the commit that is checked out, marked when the package or the scripts differ from it.
+    """Return the commit that is checked out, with `-changed` when the package or the scripts differ from it.
 
-    `unknown` where there is no checkout, or no git.
+    Returns `unknown` without a checkout or without git.
     """
     git = ["git", "-C", str(REPOSITORY)]
     try:

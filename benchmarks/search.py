@@ -1,11 +1,11 @@
-"""Trains candidates for a recipe on one part of the training set and scores them on the rest; the test set is not read.
+"""Trains candidates for a recipe on part of the training set and scores them on the rest, without reading the test set.
 
     python benchmarks/search.py "activation=relu" "activation=relu epochs=8" --out benchmarks/results/search
 
-Each candidate names the fields that it changes, `field=value`, with spaces between them; a list is written `[64,256]`.
-The last 5,000 training images are held out and take the place of the test set. Files the runs as `ablation.py` does:
-a line a run in results.jsonl, the table of all that is filed in table.txt, and what is there is not trained again.
-Only a candidate that is chosen here is worth a look at the test set, with `train_seeds.py`.
+Each candidate names the fields that it changes, `field=value`, separated by spaces; a list is written `[64,256]`. The
+last 5,000 training images are held out and replace the test set. The script saves its runs as `ablation.py` does: one
+line a run in results.jsonl, a table of all saved runs in table.txt, and no run is trained twice. Only a candidate that
+wins here is worth a look at the test set, with `train_seeds.py`.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from cifar_fast.training.loop import train
 
 
 def hold_out(data: Dataset, count: int) -> Dataset:
-    """Return `data` with its last `count` training images in place of the test set, named and fingerprinted apart."""
+    """Return `data` with its last `count` training images as the test set, under a name and fingerprint of its own."""
     keep = len(data.train_labels) - count
     if not 0 < count < len(data.train_labels):
         raise UserError(
@@ -43,7 +43,7 @@ def hold_out(data: Dataset, count: int) -> Dataset:
 
 
 def candidate(recipe: Recipe, changes: str) -> Recipe:
-    """Return `recipe` with what `changes` says; raise `UserError` for a field, value or notation that cannot be."""
+    """Return `recipe` with `changes` applied; raise `UserError` for a wrong field, value or notation."""
     values: dict[str, Any] = {}
     for change in changes.split():
         field, equals, value = change.partition("=")
@@ -62,7 +62,7 @@ def candidate(recipe: Recipe, changes: str) -> Recipe:
 
 
 def require_same_data(results: Path, data: Dataset) -> None:
-    """Stop when `results` holds runs on another part of the data."""
+    """Raise `UserError` when `results` holds runs that were scored on other images."""
     if results.exists():
         there = json.loads(results.read_text().splitlines()[0])["dataset"]
         if there != data.describe():
@@ -70,14 +70,14 @@ def require_same_data(results: Path, data: Dataset) -> None:
 
 
 def main() -> None:
-    """Train the recipe as it is and each candidate, seed by seed, so that what is filed can always be compared."""
+    """Train the recipe as it is and each candidate, seed by seed, so that the saved runs can always be compared."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("candidates", nargs="+", metavar="'FIELD=VALUE ...'")
     parser.add_argument("--recipe", default="laptop")
-    parser.add_argument("--epochs", type=float, help="shorten the recipe to so many")
+    parser.add_argument("--epochs", type=float, help="shorten the recipe to this many")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hold-out", type=int, default=5_000, metavar="N", help="training images to score on")
-    parser.add_argument("--busy", action="store_true", help="other work shares the machine: file no clocks")
+    parser.add_argument("--busy", action="store_true", help="other work shares the machine: save no clocks")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     try:

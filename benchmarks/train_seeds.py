@@ -1,10 +1,10 @@
-"""Trains a recipe once for each seed, each run a fresh command, and files what they reached.
+"""Trains a recipe once for each seed, each run a fresh command, and saves the results.
 
     python benchmarks/train_seeds.py --recipe laptop --seeds 0 1 2 --out benchmarks/results/laptop
 
-Writes results.jsonl (a line a run: result, clocks, peak memory, environment, commit; appended as each run ends),
-summary.json and accuracy_and_time.png (drawn from all lines there, beside the published 50 runs), timing_log.tsv and
-learning_curve.png of the first run.
+Writes results.jsonl (one line a run: result, clocks, peak memory, environment, commit; appended as each run ends),
+summary.json and accuracy_and_time.png (from all lines in that file, beside the published 50 runs), and timing_log.tsv
+and learning_curve.png of the first run.
 """
 
 import argparse
@@ -27,7 +27,7 @@ FIGURES = ("accuracy", "train_seconds", "evaluate_seconds", "total_seconds", "fi
 
 
 def summarise(runs: list[dict]) -> dict:
-    """Return n, mean with its 95 % interval (Student's t), min, median and max of each figure over `runs`."""
+    """Return n, and the mean with its 95 % interval (Student's t), min, median and max of each figure over `runs`."""
     summary: dict = {"n": len(runs), "recipe": runs[0]["recipe"]["name"], "data set": runs[0]["dataset"]["name"]}
     for figure in FIGURES:
         values = [run[figure] for run in runs]
@@ -41,11 +41,11 @@ def summarise(runs: list[dict]) -> dict:
 
 
 def require_same_kind(run: dict, results: Path) -> None:
-    """Stop when `results` holds runs of another recipe, data set or processor, which no mean may mix with `run`."""
+    """Stop when `results` holds runs of another recipe, data set or processor: no mean may mix them with `run`."""
     if not results.exists():
         return
     there = json.loads(results.read_text().splitlines()[0])
-    # As recipes, in which a field that is younger than the file has its default.
+    # Compared as recipes, so that a field that is newer than the file counts as its default.
     before, now = (Recipe.from_dict(each["recipe"]) for each in (there, run))
     if before != now:
         sys.exit(f"error: {results} holds runs of another recipe; choose another --out")
@@ -56,7 +56,7 @@ def require_same_kind(run: dict, results: Path) -> None:
 
 
 def draw_beside_published(runs: list[dict]) -> Figure:
-    """Return the picture of the runs' accuracy and time, with the published 50 runs marked."""
+    """Return the figure of the runs' accuracy and time, with the published 50 runs marked."""
     lines = [run | {"version": run["commit"][:7]} for run in runs]
     return accuracy_and_time(Benchmark(Recipe.from_dict(runs[0]["recipe"]), lines, target=0.94))
 
@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--world-size", type=int, help="processes that share the training")
+    parser.add_argument("--world-size", type=int, help="processes that share each run")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     results = arguments.out / "results.jsonl"

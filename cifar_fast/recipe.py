@@ -119,8 +119,14 @@ class Recipe:
     """Two-slope decay: the learning rate when the slope changes, as a fraction of the peak."""
     flat_epochs: NonNegativeFloat = 0.0
     """Epochs at the end that keep the final learning rate."""
+    schedule_time: Literal["start", "end"] = "start"
+    """When a step reads its learning rate from the schedule: at its start, so the first rate is the schedule's first
+    value, or at its end."""
     momentum: FloatBelowOne = 0.9
     """Nesterov momentum of SGD."""
+    lr_in_velocity: bool = False
+    """Whether SGD's velocity adds up gradients times the learning rate of their own step, as in Page's code (2019) and
+    Apple's (2019). Otherwise it adds up plain gradients, as in PyTorch."""
     weight_decay: NonNegativeFloat = 5e-4
     """Adds `weight_decay * weight` to the gradient, before momentum and learning rate (SGD only)."""
     bias_lr_scale: NonNegativeFloat = 1.0

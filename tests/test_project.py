@@ -196,7 +196,8 @@ def test_only_the_whole_suite_is_shared_among_processes(pytestconfig, monkeypatc
 
 def test_the_longest_files_are_there(pytestconfig):
     conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "conftest.py"))
-    assert set(conftest.LONGEST) <= {path.name for path in (ROOT / "tests").rglob("test_*.py")}
+    there = [*(ROOT / "tests").rglob("test_*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    assert set(conftest.LONGEST) <= {path.name for path in there}
 
 
 # --- the tree in README.md ---

@@ -46,7 +46,9 @@ def test_a_trick_changes_one_field_and_retuning_stands_apart() -> None:
     for previous, rung in zip(rungs, rungs[1:], strict=False):
         changes = rung.changes(previous)
         assert changes, rung.recipe.name
-        if rung.kind == "trick":
+        if rung.recipe.name == "bias_lr_2019":  # the rate with the decay that belongs to it: one step of Page's
+            assert changes == {"bias_lr_scale": (1.0, 16.0), "bias_weight_decay_scale": (1.0, 1 / 16)}
+        elif rung.kind == "trick":
             assert len(changes) == 1, changes
             assert not changes.keys() & TUNING, changes
         else:
@@ -61,6 +63,7 @@ def test_a_trick_changes_one_field_and_retuning_stands_apart() -> None:
         "ghost_batch_size",
         "freeze_bn_scale",
         "bias_lr_scale",
+        "bias_weight_decay_scale",
         "whitening_size",
         "ema_decay",
         "tta",
@@ -85,6 +88,18 @@ def test_the_tuning_along_the_ladder_is_as_published() -> None:
     ]
 
 
+def test_the_warm_up_of_24_epochs_ends_with_the_fifth() -> None:
+    of_24 = [rung.recipe for rung in ladder() if rung.recipe.epochs == 24]
+    assert len(of_24) == 4 and all(recipe.epochs * recipe.warmup_fraction == 5 for recipe in of_24)
+    assert {rung.recipe.warmup_fraction for rung in ladder() if rung.recipe.epochs != 24} == {0.2}
+
+
+def test_the_learning_rate_is_where_each_original_has_it() -> None:
+    inside = {name for name in recipes.names() if recipes.named(name).lr_in_velocity}
+    assert inside == {rung.recipe.name for rung in ladder()} | {"apple_8gpu"}
+    assert inside == {name for name in recipes.names() if recipes.named(name).schedule_time == "end"}
+
+
 def _last_of_each_trick() -> list[recipes.Rung]:
     rungs = ladder()
     return [
@@ -93,8 +108,15 @@ def _last_of_each_trick() -> list[recipes.Rung]:
 
 
 def test_baseline_2018_has_no_trick_yet() -> None:
-    # Everything at its off value, but for what the entry of 2018 had: augmentation on the CPU, and cutout.
-    assert changed_fields(Recipe(), recipes.baseline_2018()) == {"preload": (True, False), "cutout": (0, 8)}
+    # Everything at its off value, but for what the entry of 2018 had, augmentation on the CPU and cutout, and for how
+    # Page's optimiser works on every rung.
+    assert changed_fields(Recipe(), recipes.baseline_2018()) == {
+        "preload": (True, False),
+        "cutout": (0, 8),
+        "lr_in_velocity": (False, True),
+        "schedule_time": ("start", "end"),
+        "warmup_fraction": (0.2, 5 / 24),
+    }
     off = Recipe()
     assert (off.network, off.widths, off.activation, off.pool_position) == (
         "resnet9",
@@ -109,6 +131,8 @@ def test_baseline_2018_has_no_trick_yet() -> None:
 
 def test_page_2019_is_as_published() -> None:
     assert changed_fields(Recipe(), recipes.page_2019()) == {
+        "lr_in_velocity": (False, True),
+        "schedule_time": ("start", "end"),
         "pool_position": ("after_activation", "before_norm"),
         "label_smoothing": (0.0, 0.2),
         "activation": ("relu", "celu"),
@@ -147,6 +171,8 @@ def test_the_8_gpu_recipe_is_as_published() -> None:
         "freeze_bn_scale": True,
         # Loss and optimiser
         "label_smoothing": 0.2,
+        "lr_in_velocity": True,
+        "schedule_time": "end",
         "peak_lr": 1.5,
         "final_lr_fraction": 0.1,
         "flat_epochs": 2.0,

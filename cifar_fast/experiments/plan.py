@@ -42,7 +42,7 @@ class Prediction:
     evaluate_seconds: float
     """Not part of `train_seconds`."""
     lower_bound: bool
-    """No published all-reduce covers so many workers; with the link's own figures the truth can only be slower."""
+    """No published all-reduce covers this many workers: the link's own figures are a lower bound."""
     link: Link
     hardware: str
 
@@ -82,7 +82,7 @@ def predict(
 
     Args:
         measured: costs of the recipe's network on one device.
-        recipe: what is trained; it must allow `world_size`.
+        recipe: the recipe to train; it must allow `world_size`.
         n_train: training images.
         n_test: test images.
         world_size: number of workers.

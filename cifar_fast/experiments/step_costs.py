@@ -195,7 +195,7 @@ def measure_step(
     the others; the first is measured however long it takes. Set-up, compilation and evaluation come on top.
 
     Args:
-        recipe: what is trained.
+        recipe: the recipe to train.
         device: `cpu`, `cuda`, ... or None for the best there is.
         n_train: training images.
         n_test: test images.

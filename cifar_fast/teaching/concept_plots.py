@@ -47,7 +47,7 @@ SERIES: tuple[dict[str, Any], ...] = (
 
 
 def tidy(axis: Axes) -> None:
-    """Leave of an axis what is needed to read it: a faint grid behind the data, and two spines."""
+    """Reduce an axis to what is needed to read it: a faint grid behind the data, and two spines."""
     axis.grid(alpha=0.3)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -69,8 +69,8 @@ def label_smoothing(
         temperature: the logits are divided by it.
 
     Returns:
-        The figure. Without smoothing a loss of 0 needs logits without end (a temperature of 0); with it no prediction
-        costs less than the target's own entropy, and overconfidence costs more.
+        The figure. Without smoothing extra confidence in the right class always lowers the loss, down to 0 at a
+        temperature of 0. With smoothing the loss cannot fall below the target's entropy, and overconfidence raises it.
     """
     logits, k = logits.double(), len(classes)
     target = torch.full((k,), label_smoothing / k, dtype=torch.float64)
@@ -111,7 +111,7 @@ def label_smoothing(
         )
     entropy = torch.special.entr(target).sum().item()
     right.axhline(entropy, color="black", linestyle=":", label=f"entropy of the target: {entropy:.3f}")
-    right.set(xlabel="temperature (small: sure of itself)", ylabel="cross entropy in nats", xscale="log")
+    right.set(xlabel="temperature (lower: more confident)", ylabel="cross entropy in nats", xscale="log")
     right.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
     right.xaxis.set_minor_locator(NullLocator())
     highest = max(math.log(k), loss(label_smoothing, temperature), loss(0.0, temperature))
@@ -130,7 +130,7 @@ def label_smoothing(
 def calibration(
     logits: Mapping[str, Tensor], labels: Tensor, *, dataset: str, temperature: float = 1.0, n_bins: int = 10
 ) -> Picture:
-    """Draw how sure networks are of their predictions, beside how often these are right.
+    """Draw how confident networks are, against how often they are right (a reliability diagram).
 
     Args:
         logits: by the name of the network, at most five: float (N, K).
@@ -140,18 +140,18 @@ def calibration(
         n_bins: of the confidence, equally wide.
 
     Returns:
-        The figure. Left: the accuracy of each bin over its confidence, the larger the marker the more images; on the
-        diagonal a network is as sure as it is right. Right: the shares of images by confidence.
+        The figure. Left: the accuracy of each bin over its confidence, the larger the marker the more images; a
+        calibrated network lies on the diagonal. Right: the distribution of the confidence.
     """
     figure = Picture(figsize=(9.4, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
-    left.plot([0, 1], [0, 1], color="black", linewidth=0.8, label="as sure as it is right")
+    left.plot([0, 1], [0, 1], color="black", linewidth=0.8, label="perfect calibration")
     edges, words = torch.linspace(0, 1, n_bins + 1), []
     for (name, some), style in zip(logits.items(), SERIES, strict=False):
         found = calibrate((some / temperature).softmax(1), labels, n_bins)
         there, share = found.count > 0, found.count / found.count.sum()
         means = [(values[there] * share[there]).sum().item() for values in (found.confidence, found.accuracy)]
-        words.append(f"{name}: sure {100 * means[0]:.1f} %, right {100 * means[1]:.1f} %")
+        words.append(f"{name}: confidence {100 * means[0]:.1f} %, accuracy {100 * means[1]:.1f} %")
         line = {"color": style["color"], "linestyle": style["linestyle"]}
         left.plot(found.confidence[there], found.accuracy[there], **line)
         left.scatter(
@@ -163,9 +163,9 @@ def calibration(
             alpha=0.8,
             zorder=3,
         )
-        left.plot([], [], **style, label=f"{name}: off by {100 * found.error:.1f} %")
+        left.plot([], [], **style, label=f"{name}: calibration error {100 * found.error:.1f} %")
         right.stairs(100 * share, edges, linewidth=2, label=words[-1], **line)
-    left.set(xlabel="confidence: probability of the predicted class", ylabel="share of these that is right")
+    left.set(xlabel="confidence: probability of the predicted class", ylabel="accuracy")
     left.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
     right.set(xlabel="confidence", ylabel="images in %", xlim=(0, 1.03))
     right.set_ylim(0, 1.35 * right.dataLim.y1)  # room for the legend
@@ -178,7 +178,7 @@ def calibration(
 
 
 def activation_curves(celu_alpha: float = 0.3, *, seed: int = 0) -> Picture:
-    """Draw the activations, and for which of them max-pool may stand before or after.
+    """Draw the activations, and which of them commute with max-pool.
 
     Args:
         celu_alpha: alpha of CELU.
@@ -221,13 +221,13 @@ def activation_curves(celu_alpha: float = 0.3, *, seed: int = 0) -> Picture:
         tidy(axis)
         axis.legend(fontsize="small", loc="upper left")
     right.legend(fontsize="small", loc="lower right")
-    figure.suptitle("a rising activation and max-pool commute; a falling one does not", fontsize="medium")
+    figure.suptitle("max-pool commutes with an activation that never falls", fontsize="medium")
     figure.alt = "Curves of four activations; pooling before or after: " + "; ".join(verdicts)
     return figure
 
 
 def pool_positions(convolved: Tensor, *, dataset: str) -> Picture:
-    """Draw what an activation gets to see, by the place of max-pool: after it, between norm and it, before the norm.
+    """Draw the inputs of an activation by the position of max-pool: after it, between norm and it, before the norm.
 
     Args:
         convolved: float (N, C, H, W), what a convolution gives.
@@ -257,12 +257,12 @@ def pool_positions(convolved: Tensor, *, dataset: str) -> Picture:
             100 * shares, edges, color=style["color"], linestyle=style["linestyle"], linewidth=2, label=words[-1]
         )
     axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="what enters the activation, in standard deviations of what the norm saw", ylabel="share in %")
+    axis.set(xlabel="input of the activation, in standard deviations of the norm's input", ylabel="share in %")
     axis.set(xlim=(-3, 4), ylim=(0, 1.45 * axis.dataLim.y1))  # room for the legend
     axis.legend(fontsize="small", loc="upper right", title="pool_position")
     tidy(axis)
     figure.suptitle(f"data set: {dataset}, {len(x)} images", fontsize="medium")
-    figure.alt = "Distribution of what enters the activation; " + "; ".join(words)
+    figure.alt = "Distribution of the inputs of the activation; " + "; ".join(words)
     return figure
 
 
@@ -276,8 +276,8 @@ def group_statistics(activations: Tensor, group_size: int | None = None, *, data
         channel: which of the C channels.
 
     Returns:
-        The figure. Dots are groups of consecutive images; the dashed lines are what chance makes of the mean: the
-        images' own standard deviation over the root of the group size, twice to each side.
+        The figure. Dots are groups of consecutive images; the dashed lines show what chance does to the mean: two
+        standard deviations of the images' means, over the root of the group size, to each side.
 
     Raises:
         UserError: the group size does not divide the batch.
@@ -300,7 +300,7 @@ def group_statistics(activations: Tensor, group_size: int | None = None, *, data
         if marked:
             left.scatter([], [], label=f"the {n // size} groups of {size}", **style)
             spread = groups.mean(1).std(correction=0).item()
-            found.append(f"{n // size} group means with groups of {size} scatter by {spread:.3g}")
+            found.append(f"{n // size} group means with groups of {size} have a standard deviation of {spread:.3g}")
     scale = torch.logspace(math.log2(min(sizes)), math.log2(n), 50, base=2)
     chance = 2 * values.mean(1).std() / scale.double().sqrt()
     for sign in (-1, 1):
@@ -315,7 +315,7 @@ def group_statistics(activations: Tensor, group_size: int | None = None, *, data
         tidy(axis)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(f"data set: {dataset}, a batch of {n} images, channel {channel}", fontsize="medium")
-    found = found or ["the smaller the group, the more its mean and variance scatter"]
+    found = found or ["smaller groups have noisier means and variances"]
     figure.alt = f"Means and variances of groups of {min(sizes)} to {n} images: {found[0]}"
     return figure
 
@@ -323,8 +323,7 @@ def group_statistics(activations: Tensor, group_size: int | None = None, *, data
 def scaled_activation(
     values: Tensor, scale: float = 0.25, bias: float = -0.1, *, celu_alpha: float = 0.075, dataset: str
 ) -> Picture:
-    """Draw what CELU makes of a normalised channel with a scale and without, and what the next batch norm makes of
-    both.
+    """Draw CELU of a normalised channel with batch norm's scale and without it, and both after the next batch norm.
 
     Args:
         values: float, any shape: what batch norm puts out before its scale and bias.
@@ -339,7 +338,7 @@ def scaled_activation(
         their standard deviation: the same.
 
     Raises:
-        UserError: a scale or an alpha that is not above 0.
+        UserError: a scale or an alpha is not above 0.
     """
     if scale <= 0 or celu_alpha <= 0:
         raise UserError(f"scale={scale} and celu_alpha={celu_alpha} must be above 0")
@@ -370,13 +369,13 @@ def scaled_activation(
     shares.spines[["top", "right"]].set_visible(False)
     shares.set_zorder(left.get_zorder() - 1)
     left.patch.set_visible(False)
-    left.bar(0, 0, color="#CCCCCC", label="how often a value occurs")
+    left.bar(0, 0, color="#CCCCCC", label="distribution of the values")
     left.set(xlabel="value after normalisation", ylabel="output of CELU", title="with a scale, and without")
     right.set(xlabel="value after normalisation", ylabel="in standard deviations", title="after the next norm")
     for axis in (left, right):
         tidy(axis)
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.suptitle(f"data set: {dataset}; {100 * passed:.0f} % of the values reach above zero", fontsize="medium")
+    figure.suptitle(f"data set: {dataset}; {100 * passed:.0f} % of the inputs of CELU are positive", fontsize="medium")
     figure.alt = f"CELU with {' and with '.join(ways)}: curves of one shape, and after the next norm one curve"
     return figure
 
@@ -408,18 +407,18 @@ def norm_parameters(networks: Mapping[str, nn.Module], which: str = "bias") -> P
         found.append(f"{title}: mean {every.mean():.3f}, root mean square {every.square().mean().sqrt():.3f}")
         axis.scatter([], [], color=style["color"], marker=style["marker"], s=24, label=found[-1])
     word, start = {"bias": ("bias", 0.0), "weight": ("scale", 1.0)}[which]
-    axis.axhline(start, color="black", linewidth=0.8, linestyle="--", label="at the start")
+    axis.axhline(start, color="black", linewidth=0.8, linestyle="--", label="initial value")
     axis.set(ylabel=f"{word} of a channel", xlim=(-0.6, len(names) - 0.4))
     axis.set_xticks(range(len(names)), names, fontsize="small")
     tidy(axis)
     figure.legend(loc="outside lower center", ncols=1 + (len(found) > 1), fontsize="small")
-    figure.suptitle(f"the {word} of every channel of every batch norm, from the input to the output", fontsize="medium")
+    figure.suptitle(f"batch-norm {word} of every channel, from input to output", fontsize="medium")
     figure.alt = f"Learned {word} of each batch norm's channels: {'; '.join(found)}"
     return figure
 
 
 def number_formats(value: float = 1e-5) -> Picture:
-    """Draw how far a number moves when a format rounds it, over its size, and what becomes of one value.
+    """Draw the rounding error of number formats over the size of a number, and what each format makes of one value.
 
     Args:
         value: any positive number; it is marked.
@@ -452,13 +451,13 @@ def number_formats(value: float = 1e-5) -> Picture:
     axis.set(xscale="log", yscale="log", ylim=(1e-8, 3), xlabel="size of a number", ylabel="largest relative error")
     axis.legend(fontsize="small", loc=(0.02, 0.38))
     tidy(axis)
-    figure.suptitle("rounding: few digits (bfloat16) or a short range (float16)", fontsize="medium")
+    figure.suptitle("the 16-bit formats: fewer digits (bfloat16) or a shorter range (float16)", fontsize="medium")
     figure.alt = "Relative rounding error over the size of a number; " + "; ".join(found)
     return figure
 
 
 def gradient_sizes(gradients: Mapping[str, Tensor], loss_scale: float = 1.0) -> Picture:
-    """Draw how large the gradients of layers are, and which of them float16 rounds to 0, or cannot hold.
+    """Draw how large the gradients of layers are, and which of them float16 rounds to 0 or to infinity.
 
     Args:
         gradients: by the layer's name, float (n,) without zeros, of a mean loss; the first five layers are drawn.
@@ -494,15 +493,13 @@ def gradient_sizes(gradients: Mapping[str, Tensor], loss_scale: float = 1.0) -> 
         axis.text(place, 0.97 * top, text, ha="center", va="top", fontsize=9, bbox=box)
     axis.legend(fontsize="small", loc="center right", framealpha=1)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(
-        f"gradients of the mean loss, times {loss_scale:g}, beside what float16 can hold", fontsize="medium"
-    )
+    figure.suptitle(f"gradients of the mean loss times {loss_scale:g}, and the range of float16", fontsize="medium")
     figure.alt = f"Sizes of gradients times {loss_scale:g} by layer; in float16 {'; '.join(words)}"
     return figure
 
 
 def turns(seconds: Mapping[str, Sequence[float]], *, where: str) -> Picture:
-    """Draw how fast ways of doing the same work are against the first of them, each round a dot, their median a bar.
+    """Draw how fast ways of doing the same work are, relative to the first: a dot a round, a bar for the median.
 
     Args:
         seconds: by the way's name, what `timing.in_turns` measured, at most ten ways.
@@ -528,7 +525,9 @@ def turns(seconds: Mapping[str, Sequence[float]], *, where: str) -> Picture:
             va="center",
             fontsize=9,
         )
-    axis.set(xscale="log", ylim=(len(found) - 0.5, -0.5), xlabel=f"times as fast as: {next(iter(found))} (logarithmic)")
+    axis.set(
+        xscale="log", ylim=(len(found) - 0.5, -0.5), xlabel=f"speed relative to: {next(iter(found))} (logarithmic)"
+    )
     values = [value for now in found.values() for value in now]
     low, high = min(0.8, *values), max(1.25, *values)
     axis.set_xlim(low / 1.15, high * 1.35)
@@ -538,7 +537,7 @@ def turns(seconds: Mapping[str, Sequence[float]], *, where: str) -> Picture:
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_yticks(range(len(found)), list(found))
     tidy(axis)
-    figure.suptitle(f"speed, in turns on one machine: {where}", fontsize="medium")
+    figure.suptitle(f"relative speed, measured in turns on: {where}", fontsize="medium")
     figure.alt = "Speeds in turns: " + "; ".join(f"{name} {median(now):.2f}" for name, now in found.items())
     return figure
 
@@ -567,10 +566,10 @@ def learning_rates(recipes: Mapping[str, Recipe], at: float | None = None) -> Pi
         if at is not None and at <= recipe.epochs:
             words.append(f"{name} {schedule(at):.3g}")
             axis.plot(at, schedule(at), "o", markersize=9, markerfacecolor="white", color=style["color"], zorder=4)
-    title = "learning rates: straight lines between knots"
+    title = "learning-rate schedules: linear between knots"
     if at is not None:
         axis.axvline(at, color="black", linewidth=0.8)
-        title = f"at epoch {at:.2f}: " + (", ".join(words) or "the training is over")
+        title = f"at epoch {at:.2f}: " + (", ".join(words) or "training is over")
     end = max(recipe.epochs for recipe in recipes.values())
     axis.set(xlabel="epochs", ylabel="learning rate as a share of its peak", xlim=(-0.01 * end, 1.01 * end))
     axis.set_ylim(0, 1.05 * axis.dataLim.y1)
@@ -582,7 +581,7 @@ def learning_rates(recipes: Mapping[str, Recipe], at: float | None = None) -> Pi
 
 
 def newton_schulz(matrix: Tensor, steps: int = 3) -> Picture:
-    """Draw what Newton-Schulz iterations make of singular values, and of those of one matrix.
+    """Draw how Newton-Schulz iterations change singular values, and those of one matrix.
 
     Args:
         matrix: float (m, n), an update that Muon would orthogonalise.
@@ -616,12 +615,12 @@ def newton_schulz(matrix: Tensor, steps: int = 3) -> Picture:
     right.plot(numbers, before, label="before", linewidth=0.8, markersize=4, **SERIES[1])
     # The polynomial is not monotonic: sorted values are not in the order of those before.
     right.plot(numbers, after, label=f"after {steps} iterations", linewidth=0.8, markersize=4, **SERIES[0])
-    right.set(xlabel="number, the largest first", ylabel="singular value")
+    right.set(xlabel="index, largest first", ylabel="singular value")
     for axis in (left, right):  # the legends stand below: the curves use all of the height
         axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False)
         tidy(axis)
     figure.suptitle(
-        f"a matrix of {matrix.shape[0]} x {matrix.shape[1]}, over its norm; grey: 0.5 ... 1.5", fontsize="medium"
+        f"a {matrix.shape[0]} x {matrix.shape[1]} matrix, divided by its norm; grey: 0.5 to 1.5", fontsize="medium"
     )
     figure.alt = (
         f"{steps} Newton-Schulz iterations bring the singular values of a {matrix.shape[0]} x {matrix.shape[1]} matrix "
@@ -643,7 +642,7 @@ def running_average(values: Sequence[float], decay: float, every: int = 1) -> li
 def ema_horizon(
     decay: float, every: int = 1, *, steps: int = 600, values: Sequence[float] | None = None, seed: int = 0
 ) -> Picture:
-    """Draw how much each past step weighs in an exponential moving average, and a noisy curve with its average.
+    """Draw the weight of each past step in an exponential moving average, and a noisy curve with its average.
 
     Args:
         decay: what an update keeps of the average, 0 ... 1, 1 excluded.
@@ -656,10 +655,10 @@ def ema_horizon(
         The figure. The mean age of what is averaged, `every * decay / (1 - decay)` steps, is the horizon.
 
     Raises:
-        UserError: a decay or an interval that cannot be.
+        UserError: a decay or an interval is out of range.
     """
     if not 0 <= decay < 1 or every < 1:
-        raise UserError(f"decay={decay} must be 0 ... 1 (1 excluded), and every={every} at least 1 step")
+        raise UserError(f"decay={decay} must be at least 0 and below 1, and every={every} at least 1 step")
     ages = torch.arange(0, steps + 1, every)
     weights = (1 - decay) * decay ** (ages / every).double()
     mean_age = every * decay / (1 - decay)
@@ -685,7 +684,7 @@ def ema_horizon(
         tidy(axis)
     covered = weights.sum().item()
     figure.suptitle(
-        f"the last {steps} steps carry {100 * covered:.1f} % of the average; a decay of {decay:g} every {every} steps",
+        f"the last {steps} steps make up {100 * covered:.1f} % of the average; decay {decay:g} every {every} steps",
         fontsize="medium",
     )
     figure.alt = (
@@ -702,11 +701,11 @@ CURVATURE = (1.0, 8.0)
 def bowl_paths(
     ema_decay: float, lookahead_alpha: float, every: int, *, steps: int = 40, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Train two weights on a noisy bowl, without and with Lookahead, and return where they go, (steps + 1, 2) each.
+    """Train two weights on a noisy bowl, without and with Lookahead, and return their paths, (steps + 1, 2) each.
 
     Args:
         ema_decay: what a step keeps of the average, 0 ... 1, 1 excluded, as in a recipe.
-        lookahead_alpha: share of the way that the slow weights go, 0 ... 1.
+        lookahead_alpha: fraction of the way that the slow weights move, 0 ... 1.
         every: steps between two updates of the average, and between two moves.
         steps: steps of SGD at a constant learning rate.
         seed: of the noise, which is the same with and without Lookahead.
@@ -715,11 +714,11 @@ def bowl_paths(
         `alone`: the weights; `ema`: their average; `lookahead`: the weights that Lookahead moves.
 
     Raises:
-        UserError: a decay, a share or an interval that cannot be.
+        UserError: a decay, a fraction or an interval is out of range.
     """
     if not 0 <= ema_decay < 1 or not 0 <= lookahead_alpha <= 1 or every < 1:
         raise UserError(
-            f"ema_decay={ema_decay} must be 0 ... 1 (1 excluded), lookahead_alpha={lookahead_alpha} 0 ... 1, and "
+            f"ema_decay={ema_decay} must be at least 0 and below 1, lookahead_alpha={lookahead_alpha} 0 ... 1, and "
             f"every={every} at least 1 step"
         )
     paths: dict[str, list[Tensor]] = {"alone": [], "ema": [], "lookahead": []}
@@ -745,8 +744,8 @@ def bowl_paths(
 def averages_on_a_bowl(
     ema_decay: float = 0.9, lookahead_alpha: float = 0.5, every: int = 5, *, steps: int = 40, seed: int = 0
 ) -> Picture:
-    """Draw the way of two weights under noisy gradients: with their average, which leaves it alone, and beside it the
-    way under Lookahead, which changes it.
+    """Draw the path of two weights under noisy gradients: with their average, which does not change it, and with
+    Lookahead, which does.
 
     Args:
         ema_decay: as in `bowl_paths`.
@@ -784,10 +783,10 @@ def averages_on_a_bowl(
         axis.set(xlabel="first weight", xlim=(low_x, high_x), ylim=(low_y, high_y))
         tidy(axis)
     axes[0].set_ylabel("second weight")
-    axes[0].set_title("an average looks on: the way stays as it was", fontsize="medium")
-    axes[1].set_title("Lookahead steers: the weights go on from the squares", fontsize="medium")
+    axes[0].set_title("EMA only watches: the path stays the same", fontsize="medium")
+    axes[1].set_title("Lookahead steers: training continues from the squares", fontsize="medium")
     figure.suptitle(f"{steps} noisy steps towards the minimum (star)", fontsize="medium")
-    figure.alt = f"Ways of two weights to the minimum of a bowl; {'; '.join(found)}"
+    figure.alt = f"Paths of two weights to the minimum of a bowl; {'; '.join(found)}"
     return figure
 
 
@@ -858,7 +857,7 @@ def _paired(before: Mapping[Any, float], after: Mapping[Any, float]) -> str:
 
 
 def clocks(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Picture:
-    """Draw what the seconds of runs went into: training, evaluation, and all that neither clock counts.
+    """Draw where the time of runs went: training, evaluation, and what neither clock counts.
 
     Args:
         runs: by name: results, or lines of results.jsonl.
@@ -941,14 +940,14 @@ def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]], target: 
 
 
 def published_ladder(rungs: Sequence[Rung], seconds: Mapping[str, float] = LADDER_2019) -> Picture:
-    """Draw the published seconds of the ladder's rungs, and what each is made of: epochs, and seconds an epoch.
+    """Draw the published seconds of the ladder's rungs, split into epochs and seconds an epoch.
 
     Args:
         rungs: as `recipe.ladder` gives them, in order.
         seconds: by the name of the rung's recipe; those that have none are not drawn.
 
     Returns:
-        The figure. A rung that was retuned bears the titles of all rungs since the one drawn before it.
+        The figure. A retuned rung carries the titles of all rungs since the one drawn before it.
     """
     drawn: list[tuple[str, float, float]] = []
     titles: list[str] = []
@@ -1015,14 +1014,14 @@ def records(published: Sequence[Record]) -> Picture:
     axis.set_yticks(range(len(published)), [f"{record.system} ({record.year})" for record in published], fontsize=8)
     tidy(axis)
     axis.legend(fontsize="small", loc="upper right" if len(published) < 6 else "lower right")
-    figure.suptitle("published times of training to 94 %, each by its own clock", fontsize="medium")
+    figure.suptitle("published training times to 94 %, each by its own clock", fontsize="medium")
     fastest = min(published, key=lambda record: record.seconds)
     figure.alt = f"{len(published)} published times to 94 %; the shortest is {fastest.seconds:g} s, {fastest.system}"
     return figure
 
 
 def share_intervals(share: float, n: int, *, most: int = 1000) -> Picture:
-    """Draw how well a share is known after so many runs: Wilson's 95 % interval, and the textbook's for comparison.
+    """Draw how precisely n runs determine a share: Wilson's 95 % interval, and the textbook's for comparison.
 
     Args:
         share: of runs that reached the target, 0 ... 1.
@@ -1072,7 +1071,7 @@ def all_reduce_ring(n_workers: int = 4) -> Picture:
         UserError: too few or too many workers.
     """
     if not 2 <= n_workers <= 5:
-        raise UserError(f"n_workers={n_workers} must be 2 ... 5: more rounds than eight cannot be read side by side")
+        raise UserError(f"n_workers={n_workers} must be 2 ... 5: more than eight rounds do not fit side by side")
     gradients = [torch.ones(n_workers, dtype=torch.int64) for _ in range(n_workers)]
     states = [torch.stack(gradients)]
     for _ in ring_all_reduce(gradients):
@@ -1091,7 +1090,7 @@ def all_reduce_ring(n_workers: int = 4) -> Picture:
         axis.set_xticks(range(n_workers), [str(piece + 1) for piece in range(n_workers)], fontsize=8)
         axis.set_xlabel("piece", fontsize=8)
     axes[0].set_yticks(range(n_workers), [f"worker {rank + 1}" for rank in range(n_workers)], fontsize=8)
-    figure.suptitle("how many workers' gradients are in each piece; framed: all of them", fontsize="medium")
+    figure.suptitle("number of workers whose gradients are in each piece; framed: complete", fontsize="medium")
     figure.alt = (
         f"Tables of {n_workers} workers and {n_workers} pieces after each of {len(states) - 1} rounds: in the first "
         f"{n_workers - 1} each piece gathers its sum on its way round the ring, in the others the sums go round"
@@ -1100,19 +1099,19 @@ def all_reduce_ring(n_workers: int = 4) -> Picture:
 
 
 def timeline(prediction: Prediction, alone: Prediction | None = None, *, most_lanes: int = 8) -> Picture:
-    """Draw the steps of some workers over time: computing, then one all-reduce for which all of them wait.
+    """Draw the steps of several workers over time: computing, then one all-reduce that all of them wait for.
 
     Args:
         prediction: of any number of workers.
         alone: the same training on one worker, drawn above on the same axis of time; None for none.
-        most_lanes: workers that are drawn; the others are alike.
+        most_lanes: workers that are drawn; the others look the same.
 
     Returns:
         The figure, which says that it is a prediction.
     """
     n = prediction.world_size
     drawn = min(n, most_lanes)
-    lanes = [] if alone is None else [("one alone", alone)]
+    lanes = [] if alone is None else [("one worker", alone)]
     lanes += [(f"worker {i} of {n}", prediction) for i in range(1, drawn + 1)]
     window = 1000 * max(_step_seconds(one) for _, one in lanes)  # milliseconds
     figure = Picture(figsize=(9.4, 2.0 + 0.24 * len(lanes)), layout="constrained")
@@ -1137,7 +1136,7 @@ def timeline(prediction: Prediction, alone: Prediction | None = None, *, most_la
     step = _step_seconds(prediction)
     share = prediction.all_reduce_seconds / prediction.steps / step
     words = f"{1000 * step:.3g} ms a step, {100 * share:.0f} % of it all-reduce"
-    workers = f"{n} worker{'s' if n > 1 else ''}" + (f" ({n - drawn} more are alike)" if n > drawn else "")
+    workers = f"{n} worker{'s' if n > 1 else ''}" + (f" ({n - drawn} more look the same)" if n > drawn else "")
     faster = "" if alone is None else f", {_step_seconds(alone) / step:.2f} times as fast as one"
     link = prediction.link
     figure.suptitle(

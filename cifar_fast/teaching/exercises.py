@@ -25,4 +25,4 @@ def check(prediction: Answer | None, answer: Answer, *, within: float = 0.0, uni
         right, shown = abs(prediction - answer) <= within, f"{answer:.4g}{' ' * bool(unit)}{unit}"
     else:
         right, shown = str(prediction).strip().lower() == str(answer).strip().lower(), str(answer)
-    print(f"{'Right' if right else 'Not what happens'}: it is {shown}, you said {prediction}.")
+    print(f"{'Right' if right else 'Not quite'}: the answer is {shown}, you said {prediction}.")

@@ -36,7 +36,7 @@ def labelled_images(
     probabilities: Tensor | None = None,
     columns: int = 8,
 ) -> Picture:
-    """Draw images in a grid, each above its class or above what a network takes it for.
+    """Draw images in a grid, each above its class or above a network's prediction.
 
     Args:
         images: uint8 (N, 3, H, W).
@@ -64,8 +64,8 @@ def labelled_images(
     alt = f"{len(images)} images of {dataset} with their classes"
     if probabilities is not None:
         hits = int((probabilities.argmax(1) == labels).sum())
-        title += f"; {hits} of {len(images)} predicted right, \u2717: what it is instead"
-        alt = f"{len(images)} images of {dataset} with predicted classes, {hits} of them right"
+        title += f"; {hits} of {len(images)} correct; \u2717: the true class"
+        alt = f"{len(images)} images of {dataset} with predicted classes, {hits} of them correct"
     return _gallery(images, columns, names, colors, title=title, alt=alt)
 
 
@@ -137,7 +137,7 @@ def augmented_images(
     mean: Tensor | None = None,
     std: Tensor | None = None,
 ) -> Picture:
-    """Draw the same images as they are stored and below, a row each, as training sees them by several choices.
+    """Draw images as they are stored, and below them, a row each, several augmented versions.
 
     Args:
         images: uint8 (N, 3, H, W), eight of them look best.
@@ -189,7 +189,7 @@ def augmentation_steps(
     cutout_left: int = 0,
     dataset: str,
 ) -> Picture:
-    """Draw one image step by step: its reflected border with the window that is cut out, the crop, the flip, cutout.
+    """Draw the augmentation of one image step by step: reflected border and crop window, crop, flip, cutout.
 
     Args:
         image: uint8 (3, H, W).
@@ -198,7 +198,7 @@ def augmentation_steps(
         left: likewise.
         mirrored: whether it is flipped.
         cutout: side in pixels of the square that is blanked, here to the image's mean colour.
-        cutout_top: where, in pixels; may lie partly outside.
+        cutout_top: where, in pixels.
         cutout_left: likewise.
         dataset: name of the data set.
 
@@ -387,15 +387,15 @@ def tta_votes(
 
 
 def confusion_matrix(confusion: Tensor, classes: Sequence[str], *, dataset: str) -> Picture:
-    """Draw which class is taken for which, in % of the images of each class.
+    """Draw which classes the model confuses, in % of the images of each true class.
 
     Args:
-        confusion: int64 (K, K), images of class [row] that were taken for class [column].
+        confusion: int64 (K, K), images of class [row] that were predicted as class [column].
         classes: names of the K classes.
         dataset: name of the data set.
 
     Returns:
-        The figure; the colours are the mistakes', the diagonal (what is right) has none.
+        The figure; the diagonal counts the correct predictions, and only mistakes are coloured.
     """
     shares = 100 * confusion.double() / confusion.sum(1, keepdim=True).clamp(min=1)
     mistakes = shares.clone().fill_diagonal_(0)
@@ -421,7 +421,7 @@ def confusion_matrix(confusion: Tensor, classes: Sequence[str], *, dataset: str)
     )
     row, column = divmod(int(mistakes.argmax()), len(classes))
     figure.alt = (
-        f"Confusion matrix with an accuracy of {accuracy:.2f} %; the most frequent mistake is to take {classes[row]} "
-        f"for {classes[column]}, {mistakes.max().item():.1f} %"
+        f"Confusion matrix with an accuracy of {accuracy:.2f} %; the most frequent mistake: {classes[row]} "
+        f"predicted as {classes[column]}, {mistakes.max().item():.1f} %"
     )
     return figure

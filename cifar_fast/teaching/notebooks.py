@@ -1,5 +1,4 @@
-"""The notebooks as files: which there are, executing them from top to bottom, storing them so that a diff shows what
-changed."""
+"""Find the notebooks, execute them from top to bottom, and store them so that a diff shows only what changed."""
 
 from __future__ import annotations
 

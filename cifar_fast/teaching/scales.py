@@ -1,4 +1,4 @@
-"""How much of the real thing a machine can do while somebody waits: the same notebook cells at four scales."""
+"""The same notebook cells at four scales: how much a machine can train while somebody waits."""
 
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ def here(name: str | None = None) -> Scale:
         raise UserError(f"there is no scale {chosen!r}; set {VARIABLE} to one of {', '.join(NAMES)}, or unset it")
     if n_gpus < {"gpu": 1, "8gpu": 8}.get(chosen, 0):
         raise UserError(
-            f"the scale {chosen!r} needs {8 if chosen == '8gpu' else 1} GPU, and {n_gpus} are here; set {VARIABLE} to "
-            "laptop (minutes on two cores) or smoke (seconds)"
+            f"the scale {chosen!r} needs {8 if chosen == '8gpu' else 1} GPU, but this machine has {n_gpus}; "
+            f"set {VARIABLE} to laptop (minutes on two cores) or smoke (seconds)"
         )
     return {"smoke": _smoke, "laptop": _laptop, "gpu": _gpu, "8gpu": _eight_gpus}[chosen](why)
 

@@ -1,4 +1,4 @@
-"""Explorers for notebooks: sliders over the plain functions of `figures` and `galleries`, and a curve that grows."""
+"""Explorers for notebooks: sliders over the figures of `concept_plots` and `image_grids`, and a growing curve."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class Shown(ipywidgets.Image):
 
 
 class Explorer(ipywidgets.VBox):
-    """Controls above the picture that a function draws of their values; whenever one changes it is drawn anew.
+    """Controls above a picture that a function draws from their values; whenever one changes, the picture is redrawn.
 
     `controls` has them by the name of the function's argument, `figure` is the picture that is shown, and `message`
-    tells what cannot be drawn. The picture is replaced in place: nothing flickers, no output is appended to the cell.
+    says why values cannot be drawn. The picture is replaced in place: no flicker, and no new output in the cell.
     """
 
     def __init__(self, draw: Callable[..., Picture], **controls: Any) -> None:
@@ -86,7 +86,7 @@ class Explorer(ipywidgets.VBox):
 
 
 class LiveCurve(ipywidgets.VBox):
-    """The learning curve of a training that is going on: `train(..., on_epoch=curve.add)` lets it grow in its cell."""
+    """The learning curve of a training run in progress: `train(..., on_epoch=curve.add)` lets it grow in its cell."""
 
     def __init__(self) -> None:
         """Start without an epoch."""
@@ -96,7 +96,7 @@ class LiveCurve(ipywidgets.VBox):
         super().__init__([self.message, self.picture])
 
     def add(self, epoch: EpochResult) -> None:
-        """Draw the curve anew with one epoch more."""
+        """Redraw the curve with one more epoch."""
         self.epochs.append(epoch)
         figure = learning_curve(self.epochs)
         assert isinstance(figure, Picture)
@@ -176,7 +176,7 @@ def calibration(logits: Mapping[str, Tensor], labels: Tensor, *, dataset: str) -
 
 
 def activations() -> Explorer:
-    """Explore the activations, and where max-pool may stand, over the alpha of CELU."""
+    """Explore the activations, and which of them commute with max-pool, over the alpha of CELU."""
     return Explorer(concept_plots.activation_curves, celu_alpha=_real("celu_alpha", 0.3, 0.025, 1.0, 0.025, ".3f"))
 
 
@@ -284,7 +284,7 @@ def averaging(decay: float = 0.99, every: int = 5, *, values: Sequence[float] | 
 
 
 def averages_on_a_bowl(ema_decay: float = 0.9, lookahead_alpha: float = 0.5, every: int = 5) -> Explorer:
-    """Explore what EMA and Lookahead do to the way of two weights under noisy gradients."""
+    """Explore what EMA and Lookahead do to the path of two weights under noisy gradients."""
     return Explorer(
         concept_plots.averages_on_a_bowl,
         ema_decay=_real("ema_decay, a step", ema_decay, 0.0, 0.99, 0.01),
@@ -306,7 +306,7 @@ def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Explo
 
 
 def share_intervals(share: float = 0.82, n: int = 50) -> Explorer:
-    """Explore how well the share of runs that reach a target is known after n runs; the start is Apple's 41 of 50."""
+    """Explore how precisely n runs determine the share that reaches a target; the start is Apple's 41 of 50."""
 
     def draw(share: float, n: int) -> Picture:
         return concept_plots.share_intervals(share / 100, n)
@@ -319,8 +319,8 @@ def share_intervals(share: float = 0.82, n: int = 50) -> Explorer:
 def workers(measured: StepCosts, recipe: Recipe, n_train: int, n_test: int, link: Link) -> Explorer:
     """Explore what more workers and another link would do to a step, from costs that `measure_step` found.
 
-    `n_train`, `n_test`: training and test images. The sliders start at `link`; what they are moved to is nobody's
-    measurement.
+    `n_train`, `n_test`: training and test images. The sliders start at `link`; any other link is
+    hypothetical.
     """
     sizes = planned_world_sizes(recipe)
 

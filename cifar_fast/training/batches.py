@@ -72,7 +72,7 @@ class Choices:
     top: Tensor  # int64, offset of the crop in pixels
     left: Tensor
     mirrored: Tensor  # bool
-    cutout_top: Tensor  # int64, pixels; the square may lie partly outside, so that it reaches the border as often
+    cutout_top: Tensor  # int64, pixels; the square lies wholly inside the image
     cutout_left: Tensor
     contrast: Tensor  # float32, factor
     brightness: Tensor  # float32, in standard deviations
@@ -98,7 +98,8 @@ def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, epoch
         mirrored = first[index] ^ bool(epoch % 2)
     elif recipe.flip == "none":
         mirrored = torch.zeros_like(mirrored)
-    cutout_top, cutout_left = integers(1 - recipe.cutout, side), integers(1 - recipe.cutout, side)
+    corners = side - recipe.cutout + 1
+    cutout_top, cutout_left = integers(0, corners), integers(0, corners)
     return Choices(index, top, left, mirrored, cutout_top, cutout_left, 1 + spread(), spread())
 
 
@@ -151,7 +152,8 @@ class TrainBatches:
             world_size: number of processes; divides the recipe's `n_shards`.
 
         Raises:
-            RecipeError: a shard holds fewer images than its part of a batch, or the crop's border exceeds the image.
+            RecipeError: a shard holds fewer images than its part of a batch, or the crop's border or
+                the cutout exceeds the image.
         """
         self.recipe, self.seed, self.device, self.dtype = recipe, seed, device, dtype
         self.side = images.shape[-1]
@@ -159,6 +161,8 @@ class TrainBatches:
             raise RecipeError(
                 f"crop_padding={recipe.crop_padding} reflects more than an image has: at most {self.side - 1}"
             )
+        if recipe.cutout > self.side:
+            raise RecipeError(f"cutout={recipe.cutout} is larger than the images, which are {self.side} pixels wide")
         self.steps_per_epoch = steps_per_epoch(recipe, len(images))
         self.shards = range(rank * recipe.n_shards // world_size, (rank + 1) * recipe.n_shards // world_size)
         self.home = device if recipe.preload else torch.device("cpu")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +23,8 @@ class PiecewiseLinear:
     values: tuple[float, ...]
 
     def __call__(self, t: float) -> float:
-        """Return the value at `t`; where two knots coincide the later one counts from there on."""
-        right = bisect_right(self.knots, t)
-        if right == 0 or right == len(self.knots):
-            return self.values[min(right, len(self.knots) - 1)]
-        (t0, t1), (v0, v1) = self.knots[right - 1 : right + 1], self.values[right - 1 : right + 1]
-        return v0 + (v1 - v0) * (t - t0) / (t1 - t0)
+        """Return the value at `t`; where two knots coincide, the later one counts from there on."""
+        return float(np.interp(t, self.knots, self.values))
 
 
 def lr_schedule(recipe: Recipe) -> PiecewiseLinear:
@@ -111,6 +107,40 @@ def newton_schulz(values: Tensor, steps: int, coefficients: tuple[float, float, 
     return values
 
 
+class VelocitySGD(torch.optim.Optimizer):
+    """Nesterov SGD with the learning rate inside the velocity.
+
+        u = -lr (g + weight_decay w),   v <- momentum v + u,   w <- w + u + momentum v
+
+    In `torch.optim.SGD` the velocity adds up plain gradients, and the rate of the current step multiplies them all.
+    Here each gradient keeps the rate of the step it came from. The two are equal while the rate is constant; while it
+    rises, torch's form runs ahead. Sources: David Page's code, cifar10-fast, 2019, and Apple's, ml-cifar-10-faster,
+    2019.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, momentum: float) -> None:
+        super().__init__(groups, {"momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            learned = [p for p in group["params"] if p.grad is not None]
+            if not learned:
+                continue
+            for p in learned:
+                if not self.state[p]:
+                    self.state[p]["velocity"] = torch.zeros_like(p)
+            velocities = [self.state[p]["velocity"] for p in learned]
+            # A GPU computes each of these for all parameters in one kernel.
+            updates = torch._foreach_add([p.grad for p in learned], learned, alpha=group["weight_decay"])
+            torch._foreach_mul_(updates, -group["lr"])
+            torch._foreach_mul_(velocities, group["momentum"])
+            torch._foreach_add_(velocities, updates)
+            torch._foreach_add_(updates, velocities, alpha=group["momentum"])
+            torch._foreach_add_(learned, updates)
+
+
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with an orthogonalised update of each filter bank, which first gets the norm sqrt(K).
 
@@ -167,9 +197,12 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
     if learned["whitening bias"]:
         stop = recipe.whitening_bias_epochs
         groups.append({"params": learned["whitening bias"], **bias_rates, "stop_epoch": stop})
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
-    ]
+    sgd: torch.optim.Optimizer
+    if recipe.lr_in_velocity:
+        sgd = VelocitySGD(groups, momentum=recipe.momentum)
+    else:
+        sgd = torch.optim.SGD(groups, momentum=recipe.momentum, nesterov=recipe.momentum > 0)
+    optimizers: list[torch.optim.Optimizer] = [sgd]
     if learned["filters"]:
         optimizers.append(Muon(learned["filters"], lr=recipe.muon_lr, momentum=recipe.muon_momentum))
     for group in _groups(optimizers):

@@ -7,7 +7,7 @@ that works on tensors alone, so that a GPU can capture it; `TrainingStep` adds w
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +49,10 @@ class TrainingStep:
         Returns the mean loss and the number of correct predictions, two scalars on the device. The next captured step
         writes to the same place: copy what you keep.
         """
-        epoch = self.done / self.steps_per_epoch
-        frozen = epoch >= self.recipe.whitening_bias_epochs
+        frozen = self.done / self.steps_per_epoch >= self.recipe.whitening_bias_epochs
         freeze_whitening_bias(self.model, frozen)
-        set_learning_rates(self.optimizers, self.schedule, epoch)
+        at = self.done + (self.recipe.schedule_time == "end")
+        set_learning_rates(self.optimizers, self.schedule, at / self.steps_per_epoch)
         loss, correct = self.updates[frozen](images, labels)
         self.done += 1
         if self.ema and self.done % self.recipe.ema_every == 0:
@@ -81,7 +81,7 @@ class Update:
     recipe: Recipe
     dtype: torch.dtype
     """The number format of the convolutions."""
-    ranks: Alone
+    ranks: Alone = field(default_factory=Alone)
     gradients: Tensor | None = None
     """The buffer of `flat_gradients`, where all gradients lie in one."""
 

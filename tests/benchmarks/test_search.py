@@ -1,4 +1,4 @@
-"""benchmarks/search.py scores candidates on training images that were held out, and never reads the test set."""
+"""benchmarks/search.py scores candidates on held-out training images, and never reads the test set."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ RECIPE = replace(recipes.smoke(), widths=(4, 4, 4), n_shards=1, global_batch_siz
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module; what it files says of no commit."""
+    """The script as a module; the runs that it saves name no real commit."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     module = importlib.import_module("search")
     monkeypatch.setattr(importlib.import_module("ablation"), "commit", lambda: "of a test")
     return module
 
 
-def test_what_is_held_out_is_not_trained_on_and_the_test_set_is_gone(script, tiny_data: Dataset):
+def test_held_out_images_are_not_trained_on_and_the_test_set_is_gone(script, tiny_data: Dataset):
     n = len(tiny_data.train_labels)
     part = script.hold_out(tiny_data, 30)
     assert torch.equal(torch.cat([part.train_images, part.test_images]), tiny_data.train_images)

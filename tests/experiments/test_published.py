@@ -10,6 +10,14 @@ def test_apples_figures_are_those_of_its_repository():
     assert (APPLE_2019.at_target, APPLE_2019.runs, APPLE_2019.target) == (41, 50, 0.94)
     assert (APPLE_2019.min_accuracy, APPLE_2019.median_accuracy) == (0.9374, 0.9419)
     assert (APPLE_2019.mean_seconds, APPLE_2019.max_seconds) == (7.81, 10.31)
+    assert APPLE_2019.run_log == "mean 7.885 s, median 7.819 s, minimum 7.787 s"
+
+
+def test_every_record_names_its_source():
+    assert all(record.source for record in RECORDS)
+    by_system = {record.system: record for record in RECORDS}
+    assert by_system["Fulcrum"].seconds == 1.828 and by_system["Fulcrum, two GPUs"].seconds == 1.14
+    assert by_system["Hiverge"].seconds == 1.99 and "2.095" in by_system["Hiverge"].source
 
 
 def test_the_published_ladder_and_the_records_agree_with_the_recipes():

@@ -78,9 +78,9 @@ def test_calibration_is_drawn_at_the_temperature_and_marked_by_the_number_of_ima
         assert torch.equal(torch.from_numpy(dots.get_offsets().data), expected)
         assert steps.get_data().values.sum() == pytest.approx(100)
         assert steps.get_data().values.tolist() == pytest.approx((found.count / 2).tolist())
-        assert f"off by {100 * found.error:.1f} %" in " ".join(labels(left))
+        assert f"calibration error {100 * found.error:.1f} %" in " ".join(labels(left))
     assert "data set: noise, 200 images; temperature 2.00" == figure.get_suptitle()
-    sure = [float(text.split("sure ")[1].split(" %")[0]) for text in labels(right)]
+    sure = [float(text.split("confidence ")[1].split(" %")[0]) for text in labels(right)]
     assert sure[1] > sure[0] + 10  # larger logits, more confidence
 
 
@@ -168,7 +168,7 @@ def test_each_round_is_a_dot_where_its_speed_against_the_first_way_is():
     assert dots == [[1, 1, 1], [2, 4, 3]]
     assert [text.get_text() for text in axes.texts] == ["1.00", "3.00"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["slow", "fast"]
-    assert "times as fast as: slow" in axes.get_xlabel() and "Some Processor" in axes.figure.get_suptitle()
+    assert "speed relative to: slow" in axes.get_xlabel() and "Some Processor" in axes.figure.get_suptitle()
 
 
 # --- ghost groups ---
@@ -218,7 +218,7 @@ def test_without_a_scale_the_curve_is_larger_and_after_the_next_norm_the_same():
     for line in right.get_lines():
         assert line.get_ydata() == pytest.approx(expected)
     share = (values > -0.4).double().mean().item()
-    assert f"{100 * share:.0f} % of the values reach above zero" in left.get_figure().get_suptitle()
+    assert f"{100 * share:.0f} % of the inputs of CELU are positive" in left.get_figure().get_suptitle()
 
 
 def test_a_scale_of_zero_is_refused():
@@ -456,7 +456,7 @@ def test_records_stand_at_their_seconds_by_the_kind_of_hardware():
     (axes,) = figure.axes
     places = {(x, y) for marks in axes.collections for x, y in marks.get_offsets().tolist()}
     assert places == {(record.seconds, row) for row, record in enumerate(RECORDS)}
-    assert labels(axes) == ["vCPU", "V100", "A100"]
+    assert labels(axes) == ["vCPU", "V100", "A100", "4090"]
     assert "Hiverge" in figure.alt and axes.get_xscale() == "log"
 
 
@@ -508,7 +508,7 @@ def test_the_timeline_repeats_each_lane_s_step_and_says_that_it_is_a_prediction(
     figure = concept_plots.timeline(predicted(8), predicted(1))
     (axes,) = figure.axes
     assert [tick.get_text() for tick in axes.get_yticklabels()] == [
-        "one alone",
+        "one worker",
         *(f"worker {i} of 8" for i in range(1, 9)),
     ]
     now = predicted(8)
@@ -526,7 +526,7 @@ def test_workers_that_are_not_drawn_are_mentioned():
     many = predict(COSTS, replace(apple_8gpu(), n_shards=64), 50_000, 10_000, 64, LINK)
     figure = concept_plots.timeline(many)
     assert len(figure.axes[0].get_yticklabels()) == 8
-    assert "56 more are alike" in figure.get_suptitle()
+    assert "56 more look the same" in figure.get_suptitle()
 
 
 def test_a_recipe_s_off_values_draw_too():

@@ -34,15 +34,15 @@ def test_without_a_prediction_the_answer_stays_hidden(answer, capsys):
 def test_a_prediction_is_right_or_not_and_the_answer_is_told(prediction, answer, within, right, capsys):
     check(prediction, answer, within=within)
     said = capsys.readouterr().out
-    assert said.startswith("Right: it is " if right else "Not what happens: it is ")
+    assert said.startswith("Right: the answer is " if right else "Not quite: the answer is ")
     assert said.rstrip().endswith(f"you said {prediction}.")
 
 
 def test_a_number_has_four_digits_and_its_unit(capsys):
     check(50, 48.828125, within=5, unit="GB/s")
-    assert "it is 48.83 GB/s, you said 50" in capsys.readouterr().out
+    assert "the answer is 48.83 GB/s, you said 50" in capsys.readouterr().out
     check(0.5, 0.25)
-    assert "it is 0.25, you said 0.5" in capsys.readouterr().out
+    assert "the answer is 0.25, you said 0.5" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_mistakes_are_marked_and_named(tiny_data):
     right, wrong = figure.axes[0].texts
     assert right.get_text() == "class3 55 %" and wrong.get_text() == "class3 55 %\n\u2717 class4"
     assert right.get_color() != wrong.get_color()
-    assert "1 of 2 predicted right" in figure.get_suptitle()
+    assert "1 of 2 correct" in figure.get_suptitle()
 
 
 # --- augmentation ---

@@ -59,7 +59,7 @@ def test_an_unknown_scale_is_told_the_known_ones(monkeypatch):
 @pytest.mark.parametrize("n, name, needs", [(0, "gpu", 1), (0, "8gpu", 8), (7, "8gpu", 8)])
 def test_a_scale_whose_gpus_are_not_there_is_refused(monkeypatch, n, name, needs):
     gpus(monkeypatch, n)
-    with pytest.raises(UserError, match=f"'{name}' needs {needs} GPU.*{n} are here.*laptop .* or smoke"):
+    with pytest.raises(UserError, match=f"'{name}' needs {needs} GPU.*machine has {n};.*laptop .* or smoke"):
         here(name)
 
 

@@ -171,7 +171,7 @@ def test_temperature_moves_the_confidence():
     assert [figure.get_suptitle().split()[-1] for figure in (before, after)] == ["1.00", "10.00"]
     sure = [100 * (logits / temperature).softmax(1).amax(1).mean().item() for temperature in (1, 10)]
     for figure, expected in zip((before, after), sure, strict=True):
-        assert f"noise: sure {expected:.1f} %, right 100.0 %" in figure.alt
+        assert f"noise: confidence {expected:.1f} %, accuracy 100.0 %" in figure.alt
 
 
 def test_alpha_moves_celu():

@@ -16,6 +16,7 @@ from torch import Tensor
 from cifar_fast import recipes
 from cifar_fast.errors import RecipeError
 from cifar_fast.recipe import Recipe
+from cifar_fast.training import augment
 from cifar_fast.training import batches as batches_module
 from cifar_fast.training.batches import TrainBatches, draw_choices, draw_generator, pixel_statistics
 
@@ -244,14 +245,22 @@ def test_alternating_flip_starts_from_either_side_by_chance() -> None:
     assert all(450 < int(mirrored.sum()) < 550 for mirrored in first)
 
 
-@pytest.mark.parametrize("cutout", [1, 4, 5, 8])
-def test_cutout_covers_the_border_as_often_as_the_middle(cutout: int) -> None:
-    side, n = 12, 20_000
-    choices = draw_choices(replace(PLAIN, cutout=cutout), n, side, seed=0, epoch=0, shard=0)
+@pytest.mark.parametrize("cutout", [1, 5, 8, 32])
+def test_cutout_always_blanks_its_whole_square_and_can_lie_anywhere(cutout: int) -> None:
+    n = 5_000
+    choices = draw_choices(replace(PLAIN, cutout=cutout), n, 32, seed=0, epoch=0, shard=0)
+    blanked = augment.cutout(
+        torch.ones(1, 1, 32, 32).expand(n, 1, 32, 32), choices.cutout_top, choices.cutout_left, cutout
+    )
+    assert (blanked.sum((1, 2, 3)) == 32 * 32 - cutout**2).all()
     for starts in (choices.cutout_top, choices.cutout_left):
-        pixels = torch.arange(side)
-        covered = ((pixels >= starts[:, None]) & (pixels < starts[:, None] + cutout)).float().mean(0)  # (side,)
-        assert covered.max() - covered.min() < 0.03, covered
+        counts = torch.bincount(starts, minlength=33 - cutout)
+        assert len(counts) == 33 - cutout and counts.min() > 0.6 * n / (33 - cutout)
+
+
+def test_a_square_larger_than_the_image_is_refused() -> None:
+    with pytest.raises(RecipeError, match="cutout=9 is larger than the images, which are 8 pixels wide"):
+        TrainBatches(random_images(16), torch.zeros(16, dtype=torch.long), replace(PLAIN, cutout=9), device=CPU)
 
 
 def test_colour_jitter_stays_within_its_bounds_and_fills_them() -> None:
