@@ -50,14 +50,13 @@ def random_dataset(n_train: int, n_test: int = 1, n_classes: int = 10) -> Datase
 
 
 def with_batch_size(recipe: Recipe, n_images: int) -> Recipe:
-    """Return `recipe` with global batches of `n_images`; larger norm groups and micro-batches shrink to them."""
+    """Return `recipe` with global batches of `n_images`; norm groups and micro-batches that do not divide them go."""
     local = n_images // recipe.n_shards
-    return replace(
-        recipe,
-        global_batch_size=n_images,
-        ghost_batch_size=recipe.ghost_batch_size if recipe.ghost_batch_size <= local else 0,
-        micro_batch_size=recipe.micro_batch_size if recipe.micro_batch_size <= n_images else 0,
-    )
+    ghost = recipe.ghost_batch_size if recipe.ghost_batch_size and local % recipe.ghost_batch_size == 0 else 0
+    micro = recipe.micro_batch_size
+    if micro and (n_images % micro or micro % (ghost or local)):
+        micro = 0
+    return replace(recipe, global_batch_size=n_images, ghost_batch_size=ghost, micro_batch_size=micro)
 
 
 def steady_step(setup: Setup) -> TrainingStep:
