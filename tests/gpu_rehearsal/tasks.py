@@ -121,9 +121,10 @@ def run_mutant(name: str) -> dict[str, Any]:
 
 
 def blank(n_train: int, n_test: int) -> Dataset:
-    """Return black images of class 0, which are enough where nothing is computed."""
+    """Return black images of class 0, and one with a spot: enough where nothing is computed."""
     classes = tuple(map(str, range(10)))
     images = [torch.zeros(n, 3, 32, 32, dtype=torch.uint8) for n in (n_train, n_test)]
+    images[0][0, 0, 0, 0] = 1  # training refuses images without any variation
     labels = [torch.zeros(n, dtype=torch.long) for n in (n_train, n_test)]
     return Dataset("blank", classes, images[0], labels[0], images[1], labels[1], "blank", "")
 

@@ -15,15 +15,15 @@ COLUMNS = ("speedrun", "apple_8gpu", "airbench_2024", "page_2019")
 # One step has the whitening bias frozen, and moves no average. The test set has 10,000 images, in batches of 500.
 BUDGETS: dict[str, dict[str, tuple[int, int, int, int]]] = {
     "kernels of a step": {
-        "arithmetic, element by element": (217, 219, 89, 219),
-        "copy or cast": (67, 60, 43, 60),
+        "arithmetic, element by element": (218, 219, 90, 219),
+        "copy or cast": (68, 60, 44, 60),
         "reduction": (47, 60, 5, 60),
         "fill with zeros": (31, 28, 1, 28),
         "convolution": (19, 24, 19, 24),
         "batch norm": (0, 0, 12, 0),
         "matrix product": (12, 3, 12, 3),
         "fill": (10, 8, 10, 8),
-        "optimiser over many tensors": (8, 3, 8, 3),
+        "optimiser over many tensors": (8, 13, 8, 13),
         "max-pool": (8, 8, 8, 8),
         "copy in memory": (5, 2, 5, 2),
         "loss and softmax": (4, 4, 4, 4),
@@ -37,7 +37,7 @@ BUDGETS: dict[str, dict[str, tuple[int, int, int, int]]] = {
         "uint8 to float32": (1, 1, 1, 1),
     },
     "setting up": {
-        "kernel": (10_180, 10_243, 10_115, 10_122),
+        "kernel": (10_124, 10_123, 10_107, 10_106),
         "synchronisation": (44, 55, 44, 55),
         "copy from pageable memory": (48, 59, 41, 52),
     },
@@ -51,14 +51,16 @@ BUDGETS: dict[str, dict[str, tuple[int, int, int, int]]] = {
         "copy from pageable memory": (21, 21, 21, 21),
     },
     "evaluation with tta": {
-        "kernel": (5132, 2032, 5132, 2032),
+        "kernel": (5112, 2032, 5112, 2032),
         "synchronisation": (25, 25, 25, 25),
         "copy from pageable memory": (21, 21, 21, 21),
     },
-    # The rest is for captured steps only. A replay's arguments are copied in; each learning rate is a fill.
+    # The rest is for captured steps only. A replay's arguments are copied in; each learning rate is filled in, and
+    # Page's optimiser negates it.
     "added by capturing": {
         "copy in memory": (8, 8, 8, 8),
         "fill": (4, 2, 4, 2),
+        "arithmetic, element by element": (0, 2, 0, 2),
     },
     "calls of the host in a captured step": {
         "graph launch": (2, 2, 2, 2),
@@ -75,7 +77,7 @@ def budget(part: str, name: str) -> Counter[str]:
 
 def kernels_of(families: Counter[str], names: dict[str, int]) -> str:
     """List the kernels of some families, so that a new one among them can be told."""
-    lines = [f"    {count:4} {name[:160]}" for name, count in names.items() if family(name) in families]
+    lines = [f"    {count:4} {name[:110]}" for name, count in names.items() if family(name) in families]
     return "\n".join(sorted(lines, reverse=True))
 
 
