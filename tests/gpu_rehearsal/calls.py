@@ -79,5 +79,6 @@ def by_kind(some: Iterable[Call]) -> Counter[str]:
 
 def launch(name: str) -> None:
     """Launch a kernel on the current stream, as a library does that is not here: it computes nothing."""
-    if library().fake_kernel(name.encode(), torch.cuda.current_stream().cuda_stream):
+    stream = torch._C._cuda_getCurrentRawStream(torch.cuda.current_device())  # a Stream object would cost more
+    if library().fake_kernel(name.encode(), stream):
         raise RuntimeError(f"{name}: operation not permitted when stream is capturing")

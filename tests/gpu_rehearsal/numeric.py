@@ -64,6 +64,9 @@ Recorded = tuple[Any, tuple, dict[str, Any], "list[tuple[int, Tensor]] | None"]
 """An operation, the arguments it reads again at each replay, and where its results go; None: it is called as it is."""
 
 
+_name = functools.cache(str)
+
+
 @functools.cache
 def _is_composite(operation: Any) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operation.name(), "CompositeImplicitAutograd")
@@ -191,7 +194,7 @@ class SimulatedGPU(TorchDispatchMode):
                 return operation.decompose(*args, **kwargs)
         if operation in TORCHS_OWN or _is_view(operation):
             return operation(*args, **kwargs)
-        self.operations[str(operation)] += 1
+        self.operations[_name(operation)] += 1
         if change := conversion(operation, args, kwargs):
             self.conversions[change] += 1
         if operation in (aten._local_scalar_dense.default, aten.item.default):
@@ -257,7 +260,7 @@ class SimulatedGPU(TorchDispatchMode):
             if place not in self._changed:
                 there = on_cpu(tensor)
                 self._changed[place] = there, there.clone()
-        launch(str(operation))  # which the fake runtime checks as it does any kernel
+        launch(_name(operation))  # which the fake runtime checks as it does any kernel
         found = _call(operation, near_args, near_kwargs)
         device = next((value.device for value in _leaves((args, kwargs)) if _is_cuda(value)), "cuda")
         results: list[tuple[int, Tensor]] = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ def pytest_sessionstart() -> None:
     """Refuse to run without the fake runtime: the tests would all skip."""
     if not torch.cuda.is_available():
         raise pytest.UsageError("the fake CUDA runtime is not preloaded: torch.cuda.is_available() is False")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Let no test marked `gpu` skip: it has its GPU."""
+    report = yield
+    if report.skipped and item.get_closest_marker("gpu"):
+        report.outcome, report.longrepr = "failed", f"skipped on the simulated GPU: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -142,9 +142,12 @@ class Rehearsal:
 def run_pytest(
     runtime: Path, arguments: Sequence[str], *, n_gpus: int, seconds: float
 ) -> subprocess.CompletedProcess[str]:
-    """Run pytest, from the repository's root, with the simulated GPU in numeric mode for the tests marked `gpu`."""
+    """Run pytest, from the repository's root, with the simulated GPU in numeric mode for the tests marked `gpu`.
+
+    The options of the project's own test run, which are about notebooks, are left out.
+    """
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "gpu_rehearsal.plugin", *arguments],
+        [sys.executable, "-m", "pytest", "-o", "addopts=-q", "-p", "gpu_rehearsal.plugin", *arguments],
         cwd=REPOSITORY,
         env=environment(runtime, n_gpus=n_gpus, mode="numeric"),
         capture_output=True,
