@@ -48,9 +48,9 @@ COMMAND = [sys.executable, "-m", "cifar_fast"]
 
 
 def weights(result: RunResult) -> dict[str, Tensor]:
-    """Return weights and running statistics, without the numbers of batches, which each rank counts for itself."""
+    """Return weights and running statistics on the CPU, without the batches that each rank counts for itself."""
     state = result.model.state_dict()
-    return {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    return {name: value.cpu() for name, value in state.items() if not name.endswith("num_batches_tracked")}
 
 
 def assert_same(a: RunResult, b: RunResult) -> None:

@@ -1,0 +1,130 @@
+"""What each recipe asks of a GPU at full size, part by part: no more than its budget."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from gpu_rehearsal.launches import family
+from gpu_rehearsal.runtime import Rehearsal
+from gpu_rehearsal.small import NAMES
+
+COLUMNS = ("speedrun", "apple_8gpu", "airbench_2024", "page_2019")
+# One step has the whitening bias frozen, and moves no average. The test set has 10,000 images, in batches of 500.
+BUDGETS: dict[str, dict[str, tuple[int, int, int, int]]] = {
+    "kernels of a step": {
+        "arithmetic, element by element": (218, 219, 90, 219),
+        "copy or cast": (68, 60, 44, 60),
+        "reduction": (47, 60, 5, 60),
+        "fill with zeros": (31, 28, 1, 28),
+        "convolution": (19, 24, 19, 24),
+        "batch norm": (0, 0, 12, 0),
+        "matrix product": (12, 3, 12, 3),
+        "fill": (10, 8, 10, 8),
+        "optimiser over many tensors": (8, 13, 8, 13),
+        "max-pool": (8, 8, 8, 8),
+        "copy in memory": (5, 2, 5, 2),
+        "loss and softmax": (4, 4, 4, 4),
+        "gather or scatter": (3, 3, 3, 3),
+    },
+    "conversions of a step": {
+        "float32 to float16": (32, 28, 20, 28),
+        "float16 to float32": (20, 26, 8, 26),
+        "channels last to channels first": (6, 0, 6, 0),  # Muon flattens each filter bank
+        "channels first to channels last": (1, 1, 1, 1),  # the batch of images
+        "uint8 to float32": (1, 1, 1, 1),
+    },
+    "setting up": {
+        "kernel": (10_124, 10_123, 10_107, 10_106),
+        "synchronisation": (44, 55, 44, 55),
+        "copy from pageable memory": (48, 59, 41, 52),
+    },
+    "end of an epoch": {
+        "synchronisation": (2, 2, 2, 2),
+        "copy to the host": (2, 2, 2, 2),
+    },
+    "evaluation": {
+        "kernel": (912, 1052, 912, 1052),
+        "synchronisation": (25, 25, 25, 25),
+        "copy from pageable memory": (21, 21, 21, 21),
+    },
+    "evaluation with tta": {
+        "kernel": (5112, 2032, 5112, 2032),
+        "synchronisation": (25, 25, 25, 25),
+        "copy from pageable memory": (21, 21, 21, 21),
+    },
+    # The rest is for captured steps only. A replay's arguments are copied in; each learning rate is filled in, and
+    # Page's optimiser negates it.
+    "added by capturing": {
+        "copy in memory": (8, 8, 8, 8),
+        "fill": (4, 2, 4, 2),
+        "arithmetic, element by element": (0, 2, 0, 2),
+    },
+    "calls of the host in a captured step": {
+        "graph launch": (2, 2, 2, 2),
+        "copy on the device": (10, 10, 10, 10),
+        "kernel": (4, 2, 4, 2),
+    },
+}
+
+
+def budget(part: str, name: str) -> Counter[str]:
+    column = COLUMNS.index(name)
+    return Counter({row: counts[column] for row, counts in BUDGETS[part].items()})
+
+
+def kernels_of(families: Counter[str], names: dict[str, int]) -> str:
+    """List the kernels of some families, so that a new one among them can be told."""
+    lines = [f"    {count:4} {name[:110]}" for name, count in names.items() if family(name) in families]
+    return "\n".join(sorted(lines, reverse=True))
+
+
+def over_budget(found: dict[str, Any], name: str, *, captured: bool) -> list[str]:
+    """Say where a recipe asks for more than its budget, and for what."""
+    over = []
+    for part in ("setting up", "end of an epoch", "evaluation", "evaluation with tta"):
+        asked = Counter({row: found[part].get(row, 0) for row in BUDGETS[part]})
+        if added := asked - budget(part, name):
+            over.append(f"{part}: {dict(added)} more")
+    kernels = budget("kernels of a step", name)
+    if captured:
+        kernels += budget("added by capturing", name)
+        if added := Counter(found["step"]) - budget("calls of the host in a captured step", name):
+            over.append(f"calls of the host in a captured step: {dict(added)} more")
+    if added := Counter(found["kernels of a step"]) - kernels:
+        over.append(f"kernels of a step: {dict(added)} more, among these:\n{kernels_of(added, found['names'])}")
+    if added := Counter(found["conversions of a step"]) - budget("conversions of a step", name):
+        over.append(f"conversions of a step: {dict(added)} more")
+    return over
+
+
+@pytest.mark.parametrize("captured", [False, True], ids=["eager", "captured"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_asks_for_no_more_than_its_budget(rehearsal: Rehearsal, name: str, captured: bool) -> None:
+    found = rehearsal.run("measure_launches", name=name, captured=captured)
+    assert (found["step mode"], found["reason"]) == ("captured" if captured else "eager", "")
+    assert found["violations"] == []
+    waiting = {
+        "synchronisation",
+        "copy from pageable memory",
+        "copy from pinned memory",
+        "copy to the host",
+        "allocation",
+    }
+    assert not waiting & set(found["steps of an epoch"]), found["steps of an epoch"]
+    over = over_budget(found, name, captured=captured)
+    assert not over, f"{name} is over its budget; what is worth it goes into BUDGETS:\n" + "\n".join(over)
+
+
+def test_what_is_over_budget_is_named(rehearsal: Rehearsal) -> None:
+    found = rehearsal.run("measure_launches", name="page_2019", captured=True)
+    found["conversions of a step"]["float32 to bfloat16"] = 1
+    found["kernels of a step"]["copy or cast"] += 1
+    found["names"]["bfloat16_copy_kernel_cuda"] = 1
+    found["evaluation"]["synchronisation"] += 20
+    text = "\n".join(over_budget(found, "page_2019", captured=True))
+    assert "conversions of a step: {'float32 to bfloat16': 1} more" in text
+    assert "kernels of a step: {'copy or cast': 1} more" in text and "bfloat16_copy_kernel_cuda" in text
+    assert "evaluation: {'synchronisation': 20} more" in text
