@@ -191,7 +191,9 @@ def patch_covariance(images: Tensor, size: int) -> Tensor:
     covariance = images.new_zeros(channels * size**2, channels * size**2)
     count = 0
     for some in images.split(1000):  # the patches of a thousand images take a few hundred MB
-        patches = F.unfold(some, size).transpose(0, 1).flatten(1)  # (C * size**2, patches)
+        # F.unfold would launch a kernel for each image on a GPU.
+        windows = some.unfold(2, size, 1).unfold(3, size, 1)  # (n, C, H - size + 1, W - size + 1, size, size), a view
+        patches = windows.permute(1, 4, 5, 0, 2, 3).reshape(channels * size**2, -1)  # (C * size**2, patches)
         covariance += patches @ patches.T
         count += patches.shape[1]
     return covariance / count
@@ -205,9 +207,10 @@ def whitening_filters(images: Tensor, size: int, eps: float) -> Tensor:
     eigenvalue comes first, and the largest weight of each filter is positive. Sources: David Page, "How to train your
     ResNet 8", 2019; tysam-code, hlb-CIFAR10, 2023.
     """
-    eigenvalues, eigenvectors = torch.linalg.eigh(patch_covariance(images, size).double())
+    # On the CPU: a GPU would load a library of solvers for one small matrix.
+    eigenvalues, eigenvectors = torch.linalg.eigh(patch_covariance(images, size).double().cpu())
     # The sign of an eigenvector is free. The solver's choice depends on rounding, thus on the number of threads.
     largest = eigenvectors.gather(0, eigenvectors.abs().argmax(0, keepdim=True))
     eigenvectors = eigenvectors * largest.sign()
     filters = (eigenvectors / torch.sqrt(eigenvalues.clamp(min=0) + eps)).T.flip(0)  # (C * size**2, C * size**2)
-    return filters.to(images.dtype).reshape(-1, images.shape[1], size, size)
+    return filters.to(images.device, images.dtype).reshape(-1, images.shape[1], size, size)

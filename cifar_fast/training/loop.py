@@ -89,7 +89,7 @@ def train(
                 on_step(step.done, total_steps)
 
         for epoch in range(math.ceil(recipe.epochs)):
-            result = _train_and_evaluate(setup, step, epoch, data, clocks, after_step)
+            result = _train_and_evaluate(setup, step, epoch, clocks, after_step)
             epochs.append(result)
             bar.set_postfix_str(f"epoch {result.epoch}: test accuracy {result.test_accuracy:.2%}")
             if folder:
@@ -132,13 +132,13 @@ class _Clocks:
 
 
 def _train_and_evaluate(
-    setup: Setup, step: TrainingStep, epoch: int, data: Dataset, clocks: _Clocks, after_step: Callable[[], None]
+    setup: Setup, step: TrainingStep, epoch: int, clocks: _Clocks, after_step: Callable[[], None]
 ) -> EpochResult:
     with clocks.train.running():
         train_loss, train_accuracy = train_epoch(setup, step, epoch, after_step)
     tta = setup.recipe.tta if step.done == setup.batches.total_steps() else "none"
     with clocks.evaluate.running():
-        test_loss, test_accuracy = evaluate_together(setup, step.evaluated, data, tta)
+        test_loss, test_accuracy = evaluate_together(setup, step.evaluated, tta)
     return EpochResult(
         epoch=epoch + 1,
         train_loss=train_loss,
@@ -169,18 +169,17 @@ def train_epoch(setup: Setup, step: TrainingStep, epoch: int, after_step: Callab
     return loss_sum / setup.ranks.world_size, n_correct / (len(losses) * setup.recipe.global_batch_size)
 
 
-def evaluate_together(setup: Setup, model: Network, data: Dataset, tta: str) -> tuple[float, float]:
+def evaluate_together(setup: Setup, model: Network, tta: str) -> tuple[float, float]:
     """Return the test loss and accuracy of `model`; each rank evaluates an equal share of the test images."""
     ranks = setup.ranks
     ranks.average_statistics(model)
-    share = slice(ranks.rank, None, ranks.world_size)
-    images, labels = data.test_images[share], data.test_labels[share]
+    images, labels = setup.test_set
     dtype, margin = setup.execution.numerics.dtype, setup.recipe.tta_margin
     found = evaluate(model, images, labels, tta=tta, tta_margin=margin, dtype=dtype, on_batch=ranks.tick)
     if ranks.world_size == 1:
         return found.loss, found.accuracy
     sums = torch.tensor([found.loss, found.accuracy], dtype=torch.float64) * len(labels)
-    loss, accuracy = (ranks.sum(sums) / len(data.test_labels)).tolist()
+    loss, accuracy = (ranks.sum(sums) / len(setup.data.test_labels)).tolist()
     return loss, accuracy
 
 

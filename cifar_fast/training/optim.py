@@ -110,7 +110,7 @@ def newton_schulz(values: Tensor, steps: int, coefficients: tuple[float, float, 
 class VelocitySGD(torch.optim.Optimizer):
     """Nesterov SGD with the learning rate inside the velocity.
 
-        u = -lr (g + weight_decay w),   v <- momentum v + u,   w <- w + u + momentum v
+        u = lr (g + weight_decay w),   v <- momentum v + u,   w <- w - u - momentum v
 
     In `torch.optim.SGD` the velocity adds up plain gradients, and the rate of the current step multiplies them all.
     Here each gradient keeps the rate of the step it came from. The two are equal while the rate is constant; while it
@@ -134,11 +134,11 @@ class VelocitySGD(torch.optim.Optimizer):
             velocities = [self.state[p]["velocity"] for p in learned]
             # A GPU computes each of these for all parameters in one kernel.
             updates = torch._foreach_add([p.grad for p in learned], learned, alpha=group["weight_decay"])
-            torch._foreach_mul_(updates, -group["lr"])
+            torch._foreach_mul_(updates, group["lr"])
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, updates)
             torch._foreach_add_(updates, velocities, alpha=group["momentum"])
-            torch._foreach_add_(learned, updates)
+            torch._foreach_sub_(learned, updates)
 
 
 class Muon(torch.optim.Optimizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class Setup:
     """All that a training step needs, on the device."""
 
     recipe: Recipe
+    data: Dataset
     device: torch.device
     execution: Execution
     ranks: Alone
@@ -101,6 +103,12 @@ class Setup:
     lookahead: Lookahead | None
     gradients: Tensor | None
     """The buffer that holds all gradients where NCCL averages them."""
+
+    @cached_property
+    def test_set(self) -> tuple[Tensor, Tensor]:
+        """This rank's share of the test images and labels, sent to the device when it is first asked for."""
+        share = slice(self.ranks.rank, None, self.ranks.world_size)
+        return self.data.test_images[share].to(self.device), self.data.test_labels[share].to(self.device)
 
     def update(self) -> Update:
         """Return the part of the step that works on tensors alone, eager."""
@@ -172,6 +180,7 @@ def set_up(
         fuse(optimizers)
     return Setup(
         recipe,
+        data,
         device,
         execution,
         ranks,
