@@ -32,7 +32,7 @@ def test_the_comparison_shows_both_columns_with_n_hardware_versions_and_data_set
     assert rows["n"] == ["5 runs", "50 runs"]
     assert rows["at 94.00 %"][1] == "41 of 50 (82.0 %, 95 % interval 69.2 to 90.2)"
     assert rows["accuracy min"] == ["93.74 %", "93.74 %"] and rows["accuracy median"] == ["94.01 %", "94.19 %"]
-    log = "run log: mean 7.885 s, median 7.819 s, minimum 7.787 s"
+    log = "its run log: mean 7.885 s, median 7.819 s, minimum 7.787 s"
     assert rows["train_seconds mean"][1] == f"7.81 s ({log})" and rows["train_seconds max"] == ["11.00 s", "10.31 s"]
     assert rows["hardware"] == ["Some Processor, AVX512, 2 threads", "8 V100-SXM2 32 GB, one 20-core Xeon Gold 6148"]
     assert rows["data set"][0].startswith("CIFAR-10 (50,000") and rows["versions"][0].startswith(
