@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +141,16 @@ def test_ci_checks_the_code_before_it_tests(tmp_path, check):
     script = f'if [ "$*" = "{arguments}" ]; then echo a slip; exit 1; fi'
     result = ci_on_a_bare_machine(tmp_path, {f".venv/bin/{tool}": script})
     assert result.returncode == 1 and result.stdout.endswith(f"+ .venv/bin/{check}\na slip\n")
+
+
+def test_readme_python_uses_names_that_exist():
+    import cifar_fast
+
+    lines = [line for _, block in readme_blocks() if "import cifar_fast as cf" in block for line in block]
+    names = re.findall(r"\bcf((?:\.\w+)+)", "\n".join(lines))
+    assert len(names) > 5
+    for name in names:
+        assert attrgetter(name[1:])(cifar_fast)
 
 
 def test_readme_commands_use_what_pyproject_offers():
