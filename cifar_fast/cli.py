@@ -569,11 +569,12 @@ def base_recipe(name: str | None, device: str | None) -> tuple[Recipe, str]:
     import torch
 
     from cifar_fast.hardware.device import select_device
+    from cifar_fast.training.batches import allowed_world_sizes
 
     if select_device(device).type == "cpu":
         return recipes.laptop(), "the recipe for a CPU" + ("" if device else ": torch can use no GPU here")
     n_gpus = torch.cuda.device_count() if device in (None, "cuda") else 1
-    if n_gpus > 1 and recipes.apple_8gpu().n_shards % n_gpus == 0:
+    if n_gpus > 1 and n_gpus in allowed_world_sizes(recipes.apple_8gpu()):
         return recipes.apple_8gpu(), f"the recipe for several GPUs, and there are {n_gpus}"
     return recipes.speedrun(), "the recipe for one GPU" + (f", of the {n_gpus} here" if n_gpus > 1 else "")
 
