@@ -91,7 +91,12 @@ RECORDS = (
         "Keller Jordan's account of Muon, 2024: from 3.3 s to 2.6 s, both compiled",
     ),
     Record(
-        "tinygrad", 2025, "1 RTX 4090", 2.47, "another framework; stops at 93.78 %", "its closed pull request 17223"
+        "tinygrad",
+        2025,
+        "1 RTX 4090",
+        2.47,
+        "another framework, which falls short of 94 %",
+        "its closed pull request 17223",
     ),
     Record(
         "Hiverge",
