@@ -32,9 +32,8 @@ LONGEST = (
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Check notebooks with nbval, and share the whole suite among processes: file by file, as cells belong together."""
     option = config.option
-    if (
-        getattr(option, "nbval", None) is False
-    ):  # nbval is installed; a machine that only runs the GPU tests may lack it
+    # A machine that only runs the GPU tests may lack nbval; there the option does not exist.
+    if getattr(option, "nbval", None) is False:
         option.nbval = True
         option.nbval_sanitize_with = option.nbval_sanitize_with or str(config.rootpath / "notebooks" / "sanitize.cfg")
         option.nbval_kernel_startup_timeout = 600

@@ -59,8 +59,8 @@ class _Report:
 def agree_on_execution(recipe: Recipe, data: Dataset, seed: int, device: torch.device, ranks: Alone) -> Execution:
     """Have all ranks check that they train the same thing, and choose how, in one exchange.
 
-    Raises `UserError` on every rank if one was started with another recipe, data set or seed than rank 0. Warns where
-    the recipe asks for a precision, a compilation or a capture that cannot be had.
+    Raises `UserError` on every rank if one was started with another recipe, data set or seed than rank 0. Warns if the
+    recipe asks for a precision that cannot be had.
     """
     mine = {"recipe": recipe.to_dict(), "data set": data.describe(), "seed": seed}
     chosen = choose_execution(recipe, device, ranks.backend) if ranks.is_main else None
