@@ -6,12 +6,14 @@ refers to by name: other functions, classes, constants. The fingerprint covers t
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import dis
 import functools
 import hashlib
 import inspect
 import io
+import linecache
 import pickle
 import sys
 import sysconfig
@@ -254,8 +256,27 @@ def _source(value: FunctionType | type) -> str | None:
     """Return the source without its indentation, or None where it cannot be found."""
     try:
         return textwrap.dedent(inspect.getsource(value)).strip()
-    except (OSError, TypeError, SyntaxError, IndentationError):
-        return None
+    except (OSError, TypeError, SyntaxError):
+        return _source_by_methods(value) if isinstance(value, type) else None
+
+
+def _source_by_methods(cls: type) -> str | None:
+    """Return the source of a class whose module has no file, such as a notebook, from where its methods are."""
+    for _, method in _members(cls):
+        code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+        if code is None:
+            continue
+        lines = linecache.getlines(code.co_filename)
+        try:
+            nodes = list(ast.walk(ast.parse("".join(lines))))
+        except SyntaxError:
+            continue
+        for node in nodes:
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+                first, last = min([node.lineno, *(each.lineno for each in node.decorator_list)]), node.end_lineno
+                if first <= code.co_firstlineno <= (last or 0):
+                    return textwrap.dedent("".join(lines[first - 1 : last])).strip()
+    return None
 
 
 def _code_words(code: CodeType) -> list[object]:
@@ -275,6 +296,8 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor) and obj.device.type != "cpu":
             raise pickle.PicklingError(f"a tensor on {obj.device} would land on the same device in every process")
+        if isinstance(obj, io.FileIO | io.BufferedReader | io.BufferedWriter | io.BufferedRandom | io.TextIOWrapper):
+            raise pickle.PicklingError("a file that is open here is not open there")
         return super().reducer_override(obj)
 
 

@@ -232,7 +232,7 @@ def load_run(path: Path | str, *, tricks: Tricks | None = None) -> RunResult:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise RunError(f"the run in {folder} cannot be read: {error}; train it again") from error
     try:
-        own_model = values.get("tricks", {}).get("parts", {}).get("model")
+        own_model = values["tricks"]["parts"].get("model") if "tricks" in values else None
         if own_model and (tricks is None or not tricks.model):
             return _without_weights(values, MissingModel(own_model["function"], path))
         if own_model and tricks and own_model["fingerprint"] != tricks.code("model").fingerprint:
