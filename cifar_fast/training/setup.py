@@ -23,6 +23,7 @@ from cifar_fast.training.batches import TrainBatches, pixel_statistics
 from cifar_fast.training.gradients import flat_gradients
 from cifar_fast.training.model import Network, build_model, whiten_first_layer
 from cifar_fast.training.optim import PiecewiseLinear, build_optimizers, fuse, lr_schedule
+from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.step import TrainingStep, Update
 
 WHITENING_IMAGES = 10_000
@@ -56,13 +57,15 @@ class _Report:
     """Rank 0's choice, which all follow: ranks that measured for themselves might choose differently."""
 
 
-def agree_on_execution(recipe: Recipe, data: Dataset, seed: int, device: torch.device, ranks: Alone) -> Execution:
+def agree_on_execution(
+    recipe: Recipe, data: Dataset, seed: int | Seeds, device: torch.device, ranks: Alone
+) -> Execution:
     """Have all ranks check that they train the same thing, and choose how, in one exchange.
 
     Raises `UserError` on every rank if one was started with another recipe, data set or seed than rank 0. Warns if the
     recipe asks for a precision that cannot be had.
     """
-    mine = {"recipe": recipe.to_dict(), "data set": data.describe(), "seed": seed}
+    mine = {"recipe": recipe.to_dict(), "data set": data.describe(), "seed": Seeds.of(seed).plain()}
     chosen = choose_execution(recipe, device, ranks.backend) if ranks.is_main else None
     # Asking for them compiles the C kernels, which a GPU never uses.
     can = capabilities() if device.type == "cpu" else Capabilities({}, fused_norm=True)
@@ -136,7 +139,13 @@ class Setup:
 
 
 def set_up(
-    recipe: Recipe, data: Dataset, execution: Execution, *, device: torch.device, seed: int = 0, ranks: Alone = ALONE
+    recipe: Recipe,
+    data: Dataset,
+    execution: Execution,
+    *,
+    device: torch.device,
+    seed: int | Seeds = 0,
+    ranks: Alone = ALONE,
 ) -> Setup:
     """Send the data to the device and build there what a training step needs: everything a recipe's clock counts.
 
@@ -145,17 +154,24 @@ def set_up(
         data: its images and labels; the ranks share the training set.
         execution: how it is computed.
         device: where.
-        seed: of the weights and of every random choice.
+        seed: of the weights and of every random choice; `Seeds` to give each kind of choice its own.
         ranks: the processes that share the work; all start from rank 0's weights.
 
     Raises:
         RecipeError: the recipe does not fit the data.
     """
+    seeds = Seeds.of(seed)
     images = data.train_images.to(device) if recipe.preload else data.train_images
     mean, std = pixel_statistics(images)
     numerics = execution.numerics
     model = build_model(
-        recipe, data.n_classes, mean, std, convolution=numerics.convolution, fuse_norm=numerics.fuse_norm, seed=seed
+        recipe,
+        data.n_classes,
+        mean,
+        std,
+        convolution=numerics.convolution,
+        fuse_norm=numerics.fuse_norm,
+        seed=seeds.start,
     )
     # Weights stay in float32: a format with fewer digits would lose the small steps.
     dtype = torch.float64 if numerics.dtype == torch.float64 else torch.float32
@@ -169,7 +185,7 @@ def set_up(
         dtype=dtype,
         mean=mean,
         std=std,
-        seed=seed,
+        seed=seeds,
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
