@@ -241,7 +241,10 @@ class Benchmark:
         if self.logits and len(found.runs) > 1 and is_main_rank():
             from cifar_fast.experiments.variance import variance
 
-            print(f"\n{variance(out)}")
+            try:
+                print(f"\n{variance(out)}")
+            except UserError as error:  # earlier calls may have kept none; the runs are whole without them
+                print(f"note: {error}", file=sys.stderr)
         if is_main_rank():
             from cifar_fast.teaching.result_plots import accuracy_and_time
 
@@ -716,7 +719,7 @@ def result_table(result: RunResult, folder: Path) -> str:
         ("peak memory", f"{result.peak_memory_gb:.2f} GB"),
         ("hardware", f"{hardware(machine)}; {machine['precision']}, {machine['convolution']} convolution"),
         ("versions", f"cifar_fast {__version__}, torch {machine['torch']}, Python {machine['python']}"),
-        ("n", f"1 run, seed {result.seed}"),
+        ("n", f"1 run, seed{'' if isinstance(result.seed, int) else 's'} {result.seed}"),
         ("run folder", str(folder)),
     ]
     return table(rows)
