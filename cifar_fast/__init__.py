@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast.training.loop import train
     from cifar_fast.training.result import RunResult, load_run, save_run
     from cifar_fast.training.seeds import Seeds
+    from cifar_fast.training.tricks import Tricks
 
 __version__ = "0.1.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "RunResult",
     "Seeds",
     "Trainer",
+    "Tricks",
     "UserError",
     "Variance",
     "__version__",
@@ -88,6 +90,7 @@ _NAMES = {
     "training.loop": ("train",),
     "training.result": ("RunResult", "load_run", "save_run"),
     "training.seeds": ("Seeds",),
+    "training.tricks": ("Tricks",),
 }
 
 

@@ -25,12 +25,14 @@ from cifar_fast.training.result import EpochResult, RunFolder, RunResult, halved
 from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.setup import Setup, agree_on_execution, set_up
 from cifar_fast.training.step import TrainingStep
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 
 def train(
     recipe: Recipe,
     data: Dataset,
     *,
+    tricks: Tricks = NO_TRICKS,
     device: str | None = None,
     seed: int | Seeds = 0,
     out: Path | str | None = None,
@@ -49,6 +51,7 @@ def train(
     Args:
         recipe: what is trained. Only the last epoch is evaluated with its `tta`, the others on single views.
         data: the training and test images.
+        tricks: functions of your own in place of the recipe's.
         device: `cpu`, `cuda`, ... or None for the best one here.
         seed: of the weights and of every random choice; `Seeds` to give each kind of choice its own.
         out: a new folder for logs and weights.
@@ -63,6 +66,7 @@ def train(
     Raises:
         TrainingError: the loss is not finite.
         RecipeError: the recipe does not fit the data.
+        TricksError: a function of your own does not fit.
         DataError: the images hold nothing to learn from.
         RunError: `out` cannot be written.
     """
@@ -71,23 +75,30 @@ def train(
     on = select_device(device)
     _prepare_process()
     require_variation(data)
-    execution = agree_on_execution(recipe, data, seeds, on, ranks)
+    execution = agree_on_execution(recipe, data, seeds, on, ranks, tricks)
     clocks = _Clocks(on)
     ranks.barrier()  # so that no rank's clock counts how much later another one started
     with clocks.train.running():  # from the first byte sent to the device
-        setup = set_up(recipe, data, execution, device=on, seed=seeds, ranks=ranks)
+        setup = set_up(recipe, data, execution, device=on, seed=seeds, ranks=ranks, tricks=tricks)
     with clocks.warm_up.running():
         step = prepare_step(setup)
     environment = setup.environment()
     indices = data.selection.indices if data.selection else None
-    folder = RunFolder(out, recipe, data.describe(), environment, indices) if out is not None else None
+    made_by = tricks.describe()
+    folder = RunFolder(out, recipe, data.describe(), environment, made_by, indices) if out is not None else None
     epochs: list[EpochResult] = []
     first_step_seconds = time.time() - started
     total_steps = setup.batches.total_steps()
-    with tqdm(total=total_steps, desc=f"{recipe.name} on {data.name}", unit="step", disable=not progress) as bar:
+    title = f"{tricks.titled(recipe)} on {data.name}"
+    with (
+        tqdm(total=total_steps, desc=title, unit="step", disable=not progress) as bar,
+        tricks.seeded(seeds.augmentation, ranks.rank, on),
+    ):
 
         def after_step() -> None:
             bar.update()
+            if tricks.on_step:
+                tricks.on_step(step)
             if on_step:
                 on_step(step.done, total_steps)
 
@@ -98,6 +109,8 @@ def train(
             if folder:
                 with ranks.slow_work():
                     folder.log(result)
+            if tricks.on_epoch:
+                tricks.on_epoch(result, step)
             if on_epoch:
                 on_epoch(result)
 
@@ -115,6 +128,7 @@ def train(
         peak_memory_gb=ranks.sum(torch.tensor(peak_memory(on) / 1e9)).item(),
         model=step.evaluated,
         train_indices=indices,
+        tricks=made_by,
     )
     if save_logits:  # after every clock has stopped
         run.logits, run.test_labels = halved(gather_logits(setup, logits)), data.test_labels
@@ -209,5 +223,16 @@ def require_finite(loss: Tensor, step: TrainingStep) -> None:
         rates = ", ".join(f"{group['lr']:.3g}" for optimizer in step.optimizers for group in optimizer.param_groups)
         raise TrainingError(
             f"the loss is {value} at step {step.done}, with learning rates of {rates}: training has diverged; "
-            "lower peak_lr (or muon_lr), raise warmup_fraction, or try precision=float32"
+            f"{_advice(step.own)}, or try precision=float32"
         )
+
+
+def _advice(own: frozenset[str]) -> str:
+    """Return what to try when training diverges; `own` names the parts that are the reader's."""
+    lower = "lower peak_lr (or muon_lr)"
+    if "optimizers" in own:
+        lower = "lower the learning rates that `optimizers` gives"
+    warm_up = "let `schedule` rise more slowly" if "schedule" in own else "raise warmup_fraction"
+    check = ["look for a logarithm or a division of zero in your `loss`"] if "loss" in own else []
+    check += ["look for values in your `model` that grow without bound"] if "model" in own else []
+    return ", ".join([*check, lower, warm_up])

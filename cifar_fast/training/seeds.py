@@ -20,7 +20,8 @@ class Seeds:
     order: int = 0
     """Of the order in which the images come."""
     augmentation: int = 0
-    """Of crops, mirroring, cutout and colour jitter. An image looks the same in the same epoch, whatever the order."""
+    """Of crops, mirroring, cutout and colour jitter, so that an image looks the same in the same epoch, whatever the
+    order; and of all that a reader's own functions draw while they train, dropout for instance."""
 
     def __post_init__(self) -> None:
         """Raise `UserError` for a negative seed."""
