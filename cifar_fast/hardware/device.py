@@ -14,7 +14,6 @@ import torch
 
 from cifar_fast.errors import UserError
 
-
 OTHER_GPUS = {"mps": "Apple GPU", "xpu": "Intel GPU"}
 """GPUs that are used only when they are asked for, since nobody has measured this package on them."""
 
@@ -29,7 +28,9 @@ def select_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device {name!r} is not known; use cpu, cuda (cuda:0 for one GPU of several), mps or xpu") from error
+        raise UserError(
+            f"device {name!r} is not known; use cpu, cuda (cuda:0 for one GPU of several), mps or xpu"
+        ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device {name!r} is not there: torch can use {torch.cuda.device_count()} GPUs on this machine; try cpu"
@@ -52,10 +53,10 @@ def why_no_other_gpu(kind: str) -> str:
     """Return what a GPU of a `kind` of `OTHER_GPUS` needs, for a machine where torch finds none."""
     built = torch.backends.mps.is_built() if kind == "mps" else torch.xpu._is_compiled()
     if not built:
-        where = "macOS on Apple silicon" if kind == "mps" else "https://download.pytorch.org/whl/xpu"
-        return f"this build of torch does not support {OTHER_GPUS[kind]}s (the one for {where} does)"
+        needs = "a Mac with Apple silicon" if kind == "mps" else "a torch from https://download.pytorch.org/whl/xpu"
+        return f"this torch was built without support for {OTHER_GPUS[kind]}s, which needs {needs}"
     needs = "macOS 14 or later on Apple silicon" if kind == "mps" else "an Intel GPU and its driver"
-    return f"torch finds no {OTHER_GPUS[kind]}, which needs {needs}"
+    return f"torch finds none: it needs {needs}"
 
 
 def has_float64(device: torch.device) -> bool:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TextIO
 
 from tqdm.auto import tqdm
@@ -33,10 +32,10 @@ def views_per_image(recipe: Recipe, epoch: int) -> float:
 
 
 def step_work(recipe: Recipe, side: int, epoch: int) -> float:
-    """Return the arithmetic of a step in `epoch`, with images of `side` pixels as one whole: a view of a test image is 1.
+    """Return the arithmetic of a step in `epoch`, where one view of a test image, `side` pixels wide, counts as 1.
 
-    Forward and backward passes take three times as much as a forward pass, and small images as much less as they have
-    fewer pixels.
+    A forward and a backward pass together take three times as much as a forward pass; small images take less, in
+    proportion to their pixels.
     """
     sides = recipe.resolutions
     now = sides[min(epoch, len(sides) - 1)] if sides else side
@@ -98,7 +97,9 @@ class Progress:
         if in_a_notebook():
             self._bar = tqdm(total=self._total_steps, desc=self.title, unit="step")
         elif self.stream.isatty():
-            self._bar = tqdm(total=self._total_steps, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", file=self.stream)
+            self._bar = tqdm(
+                total=self._total_steps, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", file=self.stream
+            )
         self._write()
         return self
 

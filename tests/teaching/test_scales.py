@@ -52,7 +52,9 @@ def test_the_variable_comes_before_the_machine_and_the_name_before_both(monkeypa
 
 def test_an_unknown_scale_is_told_the_known_ones(monkeypatch):
     monkeypatch.setenv(scales.VARIABLE, "huge")
-    with pytest.raises(UserError, match="no scale 'huge'; set CIFAR_FAST_SCALE to one of smoke, classroom, laptop, gpu, 8gpu"):
+    with pytest.raises(
+        UserError, match="no scale 'huge'; set CIFAR_FAST_SCALE to one of smoke, classroom, laptop, gpu, 8gpu"
+    ):
         here()
 
 
