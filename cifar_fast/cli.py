@@ -121,7 +121,7 @@ class Train:
             print_recipe(base, why, changes, world_size)
             if expected:
                 print(f"time: {expected}")
-                print_alternative(base, expected.seconds, chosen=self.free)
+                print_alternative(base, data, expected.seconds, chosen=self.free)
             print(f"run folder: {out}", flush=True)
 
         logged: list[EpochResult] = []
@@ -723,11 +723,15 @@ def time_steps(recipe: Recipe, data: Dataset, device: str | None, *, quiet: bool
     return forecast(recipe, data, device=device)
 
 
-def print_alternative(recipe: Recipe, seconds: float, *, chosen: bool) -> None:
+def print_alternative(recipe: Recipe, data: Dataset, seconds: float, *, chosen: bool) -> None:
     """Say what would be quicker than `recipe`; or more accurate, where it was `chosen` for its time."""
+    from cifar_fast.data.dataset import SYNTHETIC
+
     if recipe.name in ("classroom", "smoke"):
-        if chosen:
-            print(f"for 94 % on CIFAR-10: {program()} train --recipe laptop")
+        if chosen and data.name == SYNTHETIC:
+            print(f"for CIFAR-10: {program()} data --download")
+        elif chosen:
+            print(f"for 94 %: {program()} train --recipe laptop")
     elif seconds > 60:
         print(f"quicker: {program()} train --recipe classroom (a smaller network), or a GPU")
 
@@ -857,13 +861,13 @@ def summary(result: RunResult, folder: Path) -> str:
 
     data, curve = result.dataset, folder / CURVE
     lines = [
-        f"The network classifies {percent(result.accuracy)} of the {data['n_test']:,} test images of {data['name']} "
-        "correctly.",
-        f"It trained for {in_words(result.train_seconds)} (train_seconds); from the command to this line it took "
+        f"The network classifies {percent(result.accuracy)} of the {data['n_test']:,} test images of the data set "
+        f"{data['name']} correctly.",
+        f"Training took {in_words(result.train_seconds)} (train_seconds), and everything since the command "
         f"{in_words(result.total_seconds)} (total_seconds).",
     ]
     if data["name"] == SYNTHETIC:
-        lines.insert(1, "These images are drawn by a program: their accuracy says nothing about CIFAR-10.")
+        lines.insert(1, "A program has drawn these images: this accuracy says nothing about CIFAR-10.")
     if curve.exists():
         lines.append(f"picture:  {curve}")
     picture = folder / EXAMPLE

@@ -87,7 +87,7 @@ class Progress:
         )
         self._steps, self._epochs, self._work = 0, 0, 0.0
         self._epoch_accuracies: list[float] = []
-        self._accuracy = "accuracy after epoch 1"
+        self._accuracy = "accuracy follows after epoch 1"
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Progress:
