@@ -123,7 +123,7 @@ def benchmark(
 
         if lines and trainer.is_main:
             next_step = "nothing is left to do" if finished() else f"resuming with run {len(lines)}"
-            _note(f"{out} holds {len(lines)} of {runs} runs: {next_step}")
+            note(f"{out} holds {len(lines)} of {runs} runs: {next_step}")
         if not finished():
             trainer.warm_up(recipe)
         while not finished():
@@ -254,7 +254,7 @@ class BenchmarkFolder:
                 os.truncate(path, size)
             except OSError as error:
                 raise _cannot_write(self.path, error) from error
-            _note(f"dropped the half-written last line of {path} ({len(rest)} bytes): that run will be repeated")
+            note(f"dropped the half-written last line of {path} ({len(rest)} bytes): that run will be repeated")
         return list(self.lines)
 
     def scratch(self) -> Path:
@@ -380,5 +380,6 @@ def _cannot_write(folder: Path, error: OSError | NotImplementedError) -> RunErro
     return RunError(f"the benchmark folder {folder} cannot be written: {reason}; finished runs in it are kept")
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Print a note to stderr, where it does not mix with results."""
     print(f"note: {text}", file=sys.stderr, flush=True)
