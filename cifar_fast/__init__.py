@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast.training.evaluate import evaluate
     from cifar_fast.training.loop import train
     from cifar_fast.training.result import RunResult, load_run, save_run
+    from cifar_fast.training.tricks import Tricks
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "Recipe",
     "RunResult",
     "Trainer",
+    "Tricks",
     "UserError",
     "__version__",
     "ablation",
@@ -86,6 +88,7 @@ _NAMES = {
     "training.evaluate": ("evaluate",),
     "training.loop": ("train",),
     "training.result": ("RunResult", "load_run", "save_run"),
+    "training.tricks": ("Tricks",),
 }
 
 

@@ -25,6 +25,7 @@ from cifar_fast.training.alone import Alone
 from cifar_fast.training.batches import allowed_world_sizes, steps_per_epoch
 from cifar_fast.training.loop import train
 from cifar_fast.training.result import EpochResult, RunResult, run_from_dict, save_weights
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 T = TypeVar("T")
 
@@ -108,20 +109,23 @@ class Trainer:
         """The numbers of the processes started here, by rank; empty if this process trains by itself."""
         return self._processes.pids if self._processes else []
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise `RecipeError` unless this many processes can train the recipe on this data."""
+    def check(self, recipe: Recipe, tricks: Tricks = NO_TRICKS) -> None:
+        """Raise `RecipeError` unless this many processes can train the recipe on this data, `TricksError` unless the
+        tricks can be sent to them."""
         check_fit(recipe, self.world_size, self.data)
+        if self._processes:
+            tricks.require_travel()
 
     def agree(self, value: T) -> T:
         """Return rank 0's `value` on every rank under torchrun, where each runs the same code; else `value` itself."""
         return self._ranks.agree(value)
 
-    def warm_up(self, recipe: Recipe) -> None:
+    def warm_up(self, recipe: Recipe, tricks: Tricks = NO_TRICKS) -> None:
         """Train a few steps and evaluate on random data, so that no clock counts what is compiled, loaded or measured
-        once."""
-        self.check(recipe)
+        once. Callbacks are not called."""
+        self.check(recipe, tricks)
         side = self.data.train_images.shape[-1]
-        arguments = (recipe, side, self.data.n_classes)
+        arguments = (recipe, side, self.data.n_classes, tricks.without_callbacks())
         if self._processes:
             self._processes.run(warm_up_task, *arguments)
         else:
@@ -131,6 +135,7 @@ class Trainer:
         self,
         recipe: Recipe,
         *,
+        tricks: Tricks = NO_TRICKS,
         seed: int = 0,
         out: Path | str | None = None,
         progress: bool = True,
@@ -140,9 +145,10 @@ class Trainer:
         """Train `recipe` on all processes; arguments, result and errors are those of `training.loop.train`.
 
         The clocks are those of rank 0, `peak_memory_gb` is the sum over the processes, and `model` is on the CPU if
-        other processes trained it. An exception, Ctrl-C included, ends the processes.
+        other processes trained it. An exception, Ctrl-C included, ends the processes; only what is refused before they
+        begin leaves them alone.
         """
-        self.check(recipe)
+        self.check(recipe, tricks)
         started = time.time() if started is None else started
         if self.agree(out is not None and Path(out).exists()):
             raise RunError(f"{out} exists already; choose another --out, or remove it: a run never overwrites another")
@@ -151,6 +157,7 @@ class Trainer:
             return train(
                 recipe,
                 self.data,
+                tricks=tricks,
                 device=str(self._ranks.device),
                 seed=seed,
                 out=out if main else None,
@@ -161,7 +168,7 @@ class Trainer:
             )
         weights = self._processes.folder / "weights.safetensors"
         folder = str(Path(out).absolute()) if out is not None else None
-        description = f"{recipe.name} on {self.data.name}, {self.world_size} processes"
+        description = f"{tricks.titled(recipe)} on {self.data.name}, {self.world_size} processes"
         with tqdm(desc=description, unit="step", disable=not progress) as bar:
 
             def show_progress(rank: int, message: tuple[str, Any]) -> None:
@@ -175,9 +182,9 @@ class Trainer:
                     if on_epoch:
                         on_epoch(epoch)
 
-            arguments = (recipe, str(self._file), seed, folder, started, str(weights))
+            arguments = (recipe, str(self._file), seed, folder, started, str(weights), tricks)
             values = self._processes.run(train_task, *arguments, on_message=show_progress)[0]
-        result = run_from_dict(values, load_file(weights))
+        result = run_from_dict(values, load_file(weights), tricks)
         weights.unlink()
         return result
 
@@ -197,6 +204,7 @@ def launch(
     recipe: Recipe,
     data: Dataset,
     *,
+    tricks: Tricks = NO_TRICKS,
     world_size: int | None = None,
     device: str | None = None,
     backend: str | None = None,
@@ -215,8 +223,11 @@ def launch(
     if not under_torchrun():
         world_size = choose_world_size(world_size, device, recipe)
         check_fit(recipe, world_size, data)
+        require_travel(tricks, world_size)
     with Trainer(data, world_size=world_size, device=device, backend=backend, timeout=timeout) as trainer:
-        return trainer.train(recipe, seed=seed, out=out, progress=progress, started=started, on_epoch=on_epoch)
+        return trainer.train(
+            recipe, tricks=tricks, seed=seed, out=out, progress=progress, started=started, on_epoch=on_epoch
+        )
 
 
 def choose_world_size(world_size: int | None, device: str | None, recipe: Recipe | None = None) -> int:
@@ -273,6 +284,12 @@ def check_fit(recipe: Recipe, world_size: int, data: Dataset) -> None:
         raise RecipeError(f"{len(data.test_labels)} test images cannot be shared by world_size={world_size} processes")
 
 
+def require_travel(tricks: Tricks, world_size: int) -> None:
+    """Raise `TricksError` if `tricks` have to travel to other processes and cannot."""
+    if world_size > 1 and not under_torchrun():
+        tricks.require_travel()
+
+
 # --- tasks of every process; top-level functions, so that other processes can import them ---
 
 
@@ -295,6 +312,7 @@ def train_task(
     out: str | None,
     started: float,
     weights: str,
+    tricks: Tricks,
 ) -> dict[str, Any] | None:
     """Train with the other ranks; rank 0 reports progress, writes the weights to a file and returns the rest."""
     last_report = 0.0
@@ -306,18 +324,23 @@ def train_task(
             last_report = time.monotonic()
             ranks.report(("step", (done, total)))
 
-    result = train(
-        recipe,
-        open_mapped(file),
-        device=str(ranks.device),
-        seed=seed,
-        out=out if ranks.is_main else None,
-        progress=False,
-        started=started,
-        on_epoch=(lambda epoch: ranks.report(("epoch", asdict(epoch)))) if ranks.is_main else None,
-        on_step=on_step,
-        ranks=ranks,
-    )
+    try:
+        result = train(
+            recipe,
+            open_mapped(file),
+            tricks=tricks,
+            device=str(ranks.device),
+            seed=seed,
+            out=out if ranks.is_main else None,
+            progress=False,
+            started=started,
+            on_epoch=(lambda epoch: ranks.report(("epoch", asdict(epoch)))) if ranks.is_main else None,
+            on_step=on_step,
+            ranks=ranks,
+        )
+    except Exception as error:
+        tricks.blame(error)
+        raise
     if not ranks.is_main:
         return None
     with ranks.slow_work():
@@ -325,7 +348,7 @@ def train_task(
     return result.to_dict()
 
 
-def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int) -> None:
+def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int, tricks: Tricks = NO_TRICKS) -> None:
     """Train `WARM_UP_STEPS` steps on random images of `side` pixels and random labels, and evaluate."""
     random = torch.Generator().manual_seed(0)
     n = WARM_UP_STEPS * recipe.global_batch_size
@@ -341,4 +364,4 @@ def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int) -> Non
     data = Dataset("random", classes, images(n), labels(n), images(n_test), labels(n_test), "warm-up", "")
     shorter = min(1.0, recipe.epochs)
     brief = replace(recipe, epochs=shorter, flat_epochs=min(recipe.flat_epochs, shorter * (1 - recipe.warmup_fraction)))
-    train(brief, data, device=str(ranks.device), progress=False, ranks=ranks)
+    train(brief, data, tricks=tricks, device=str(ranks.device), progress=False, ranks=ranks)

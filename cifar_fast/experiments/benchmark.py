@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from cifar_fast import __version__
 from cifar_fast.data.dataset import Dataset
-from cifar_fast.distributed.launch import Trainer, check_fit, choose_world_size
+from cifar_fast.distributed.launch import Trainer, check_fit, choose_world_size, require_travel
 from cifar_fast.errors import RecipeError, RunError, UserError
 from cifar_fast.experiments.statistics import excludes, summarise
 from cifar_fast.experiments.tables import percent, run_log
@@ -31,6 +31,7 @@ from cifar_fast.files import write_text
 from cifar_fast.hardware.device import environment, select_device
 from cifar_fast.recipe import Recipe, changed_fields
 from cifar_fast.training.result import RunResult, write_json
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 RESULTS = "results.jsonl"
 FIRST_RUN = ("timing_log.tsv", "weights.safetensors", "result.json")
@@ -67,6 +68,7 @@ def benchmark(
     recipe: Recipe,
     data: Dataset,
     *,
+    tricks: Tricks = NO_TRICKS,
     runs: int = 50,
     world_size: int | None = None,
     device: str | None = None,
@@ -88,6 +90,7 @@ def benchmark(
     Args:
         recipe: what is trained.
         data: the training and test images.
+        tricks: functions of your own in place of the recipe's.
         runs: the number of runs; run n (from 0) has the seed `first_seed` + n.
         world_size: as for `launch`, like `device`, `backend` and `timeout`.
         device: `cpu`, `cuda`, ... or None for the best there is.
@@ -102,18 +105,26 @@ def benchmark(
 
     Raises:
         UserError: an argument is out of range, or `Trainer` cannot start; `RecipeError` for a recipe that does not fit.
-        RunError: `out` holds runs of another recipe, data set, hardware or first seed, belongs to a benchmark that is
-            still running, or cannot be written. Finished runs stay in it, here and when a run fails.
+        RunError: `out` holds runs of another recipe, data set, hardware or first seed, or of tricks with another source
+            or constant. Or it belongs to a benchmark that is still running, or cannot be written. Finished runs stay in
+            it, here and when a run fails.
     """
     _check_arguments(runs, first_seed, target)
     world_size = choose_world_size(world_size, device, recipe)
     check_fit(recipe, world_size, data)
+    require_travel(tricks, world_size)
+    made_by = tricks.describe()
     with ExitStack() as stack:
         trainer = stack.enter_context(
             Trainer(data, world_size=world_size, device=device, backend=backend, timeout=timeout)
         )
         machine = environment(select_device(device)) | {"world_size": world_size}
-        expected = {"recipe": recipe.to_dict(), "dataset": data.describe(), "environment": machine}
+        expected = {
+            "recipe": recipe.to_dict(),
+            "dataset": data.describe(),
+            "environment": machine,
+            "tricks": made_by,
+        }
         folder = BenchmarkFolder(Path(out), target)
         lines = _on_main(trainer, lambda: stack.enter_context(folder).read(expected, first_seed))
 
@@ -125,9 +136,9 @@ def benchmark(
             next_step = "nothing is left to do" if finished() else f"resuming with run {len(lines)}"
             note(f"{out} holds {len(lines)} of {runs} runs: {next_step}")
         if not finished():
-            trainer.warm_up(recipe)
+            trainer.warm_up(recipe, tricks)
         while not finished():
-            line = _train_once(trainer, folder, recipe, number=len(lines), first_seed=first_seed, progress=progress)
+            line = _train_once(trainer, folder, recipe, tricks, len(lines), first_seed=first_seed, progress=progress)
             lines.append(line)
             if on_run:
                 on_run(line)
@@ -149,11 +160,18 @@ def _check_arguments(runs: int, first_seed: int, target: float) -> None:
 
 
 def _train_once(
-    trainer: Trainer, folder: BenchmarkFolder, recipe: Recipe, *, number: int, first_seed: int, progress: bool
+    trainer: Trainer,
+    folder: BenchmarkFolder,
+    recipe: Recipe,
+    tricks: Tricks,
+    number: int,
+    *,
+    first_seed: int,
+    progress: bool,
 ) -> dict[str, Any]:
     """Train run `number`, save it, and return its line on every rank."""
     run_folder = _on_main(trainer, folder.scratch) / "run" if number == 0 else None
-    result = trainer.train(recipe, seed=first_seed + number, out=run_folder, progress=progress)
+    result = trainer.train(recipe, tricks=tricks, seed=first_seed + number, out=run_folder, progress=progress)
     return _on_main(trainer, lambda: folder.add(number, result, run_folder))
 
 
@@ -343,18 +361,32 @@ def _append_line(path: Path, text: str) -> None:
 
 
 def _require_same_kind(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise `RunError` when two lines differ in recipe, data set or hardware; fields that one lacks do not count."""
+    """Raise `RunError` when two lines differ in recipe, tricks, data set or hardware; hardware that one line lacks does
+    not count."""
     before, now = _recipe(there), _recipe(here)
     for name, (old, new) in changed_fields(before, now).items():
         raise _mixed(folder, f"the recipe's {name}", old, new)
     if before.name != now.name:
         raise _mixed(folder, "the recipe's name", before.name, now.name)
+    _require_same_tricks(folder, there.get("tricks", {}), here.get("tricks", {}))
     if there["dataset"]["fingerprint"] != here["dataset"]["fingerprint"]:
         raise _mixed(folder, "the data set", _with_fingerprint(there["dataset"]), _with_fingerprint(here["dataset"]))
     for name in HARDWARE:
         known = name in there["environment"] and name in here["environment"]
         if known and there["environment"][name] != here["environment"][name]:
             raise _mixed(folder, name, there["environment"][name], here["environment"][name])
+
+
+def _require_same_tricks(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    before, now = there.get("parts", {}), here.get("parts", {})
+    for part in sorted(before.keys() | now.keys()):
+        old, new = (_of_part(parts.get(part)) for parts in (before, now))
+        if old != new:
+            raise _mixed(folder, f"the code of the tricks' {part}", old, new)
+
+
+def _of_part(code: Mapping[str, str] | None) -> str:
+    return f"{code['function']} (fingerprint {code['fingerprint']})" if code else "the recipe's own"
 
 
 def _with_fingerprint(dataset: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar_fast.errors import RecipeError
+from cifar_fast.errors import RecipeError, TricksError
 from cifar_fast.recipe import Recipe
 from cifar_fast.training import augment
 
@@ -114,6 +114,22 @@ def _with_border(images: Tensor, padding: int) -> list[Tensor]:
     return [F.pad(some, (padding,) * 4, mode="reflect") for some in images.split(PORTION)]
 
 
+def _require_batch(found: object, n_images: int) -> tuple[Tensor, Tensor]:
+    """Return what an `augment` function returned; raise `TricksError` unless it is a batch of `n_images`."""
+    match found:
+        case (Tensor() as images, Tensor() as labels):
+            whole = labels.ndim == 1 and not labels.is_floating_point()
+            if images.ndim == 4 and len(images) == len(labels) == n_images and (whole or labels.ndim == 2):
+                return images, labels
+            got = f"{tuple(images.shape)} and {tuple(labels.shape)} ({labels.dtype})"
+        case _:
+            got = type(found).__name__
+    raise TricksError(
+        f"`augment` returned {got}; return as many images as it got, ({n_images}, 3, H, W), and their labels, whole "
+        f"numbers ({n_images},) or probabilities ({n_images}, classes)"
+    )
+
+
 class TrainBatches:
     """The training set of one process and its augmented batches.
 
@@ -136,6 +152,7 @@ class TrainBatches:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        augment: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         """Send the shards of `rank` to `device`, or keep them on the CPU if the recipe does not preload.
 
@@ -150,12 +167,14 @@ class TrainBatches:
             seed: of the random choices.
             rank: of this process.
             world_size: number of processes; divides the recipe's `n_shards`.
+            augment: the reader's own function, called for each shard's local batch after all that the recipe does;
+                None: there is none.
 
         Raises:
             RecipeError: a shard holds fewer images than its part of a batch, or the crop's border or
                 the cutout exceeds the image.
         """
-        self.recipe, self.seed, self.device, self.dtype = recipe, seed, device, dtype
+        self.recipe, self.seed, self.device, self.dtype, self.augment = recipe, seed, device, dtype, augment
         self.side = images.shape[-1]
         if recipe.crop_padding >= self.side:
             raise RecipeError(
@@ -202,7 +221,8 @@ class TrainBatches:
             if number == self.steps_per_epoch and self.home.type == "cuda" and not is_last:
                 # Draw while the GPU still has steps in its queue: after the last one the loop waits for its loss.
                 self.choices(epoch + 1)
-            yield make(*now)
+            images, labels = make(*now)
+            yield self.augmented(images, labels, epoch, number)
 
     def _draw(self, epoch: int) -> list[Choices]:
         return [
@@ -246,6 +266,19 @@ class TrainBatches:
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, self.all_labels[choices.index].to(self.device)
+
+    def augmented(self, images: Tensor, labels: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        """Return batch `number` of `epoch` as the reader's own function changes it, shard by shard, if there is one."""
+        if self.augment is None:
+            return images, labels
+        size = self.recipe.local_batch_size
+        parts = []
+        for shard, part, target in zip(self.shards, images.split(size), labels.split(size), strict=True):
+            generator = _generator(2, self.seed, 0, epoch, number, shard)
+            parts.append(_require_batch(self.augment(part, target, generator), size))
+        images, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+        memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        return images.to(self.device, self.dtype).contiguous(memory_format=memory_format), labels.to(self.device)
 
     def total_steps(self) -> int:
         """Return the number of optimiser steps of the whole training run."""

@@ -117,7 +117,7 @@ def predict_logits(
     logits = []
     with _evaluating(model), torch.autocast(device.type, dtype, enabled=dtype in HALF):
         for some in images.split(batch_size):
-            normalised = model.normalise(some.to(device)).contiguous(memory_format=torch.channels_last)
+            normalised = model.normalise(some.to(device)).contiguous(memory_format=model.memory_format)
             if tta == "none" or tta_margin >= 1:
                 logits.append(_averaged(model, normalised, tta))
             else:
@@ -132,7 +132,7 @@ def predict_logits(
 
 def _averaged(model: Network, normalised: Tensor, tta: str) -> Tensor:
     seen = [
-        weight * at_least_float32(model(view.contiguous(memory_format=torch.channels_last)))
+        weight * at_least_float32(model(view.contiguous(memory_format=model.memory_format)))
         for weight, view in views(normalised, tta)
     ]
     return torch.stack(seen).sum(0)

@@ -24,12 +24,14 @@ from cifar_fast.training.model import Network
 from cifar_fast.training.result import EpochResult, RunFolder, RunResult
 from cifar_fast.training.setup import Setup, agree_on_execution, set_up
 from cifar_fast.training.step import TrainingStep
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 
 def train(
     recipe: Recipe,
     data: Dataset,
     *,
+    tricks: Tricks = NO_TRICKS,
     device: str | None = None,
     seed: int = 0,
     out: Path | str | None = None,
@@ -47,6 +49,7 @@ def train(
     Args:
         recipe: what is trained. Only the last epoch is evaluated with its `tta`, the others on single views.
         data: the training and test images.
+        tricks: functions of your own in place of the recipe's.
         device: `cpu`, `cuda`, ... or None for the best one here.
         seed: of the weights and of every random choice.
         out: a new folder for logs and weights.
@@ -60,6 +63,7 @@ def train(
     Raises:
         TrainingError: the loss is not finite.
         RecipeError: the recipe does not fit the data.
+        TricksError: a function of your own does not fit.
         DataError: the images hold nothing to learn from.
         RunError: `out` cannot be written.
     """
@@ -69,22 +73,29 @@ def train(
     on = select_device(device)
     _prepare_process()
     require_variation(data)
-    execution = agree_on_execution(recipe, data, seed, on, ranks)
+    execution = agree_on_execution(recipe, data, seed, on, ranks, tricks)
     clocks = _Clocks(on)
     ranks.barrier()  # so that no rank's clock counts how much later another one started
     with clocks.train.running():  # from the first byte sent to the device
-        setup = set_up(recipe, data, execution, device=on, seed=seed, ranks=ranks)
+        setup = set_up(recipe, data, execution, device=on, seed=seed, ranks=ranks, tricks=tricks)
     with clocks.warm_up.running():
         step = prepare_step(setup)
     environment = setup.environment()
-    folder = RunFolder(out, recipe, data.describe(), environment) if out is not None else None
+    made_by = tricks.describe()
+    folder = RunFolder(out, recipe, data.describe(), environment, made_by) if out is not None else None
     epochs: list[EpochResult] = []
     first_step_seconds = time.time() - started
     total_steps = setup.batches.total_steps()
-    with tqdm(total=total_steps, desc=f"{recipe.name} on {data.name}", unit="step", disable=not progress) as bar:
+    title = f"{tricks.titled(recipe)} on {data.name}"
+    with (
+        tqdm(total=total_steps, desc=title, unit="step", disable=not progress) as bar,
+        tricks.seeded(seed, ranks.rank, on),
+    ):
 
         def after_step() -> None:
             bar.update()
+            if tricks.on_step:
+                tricks.on_step(step)
             if on_step:
                 on_step(step.done, total_steps)
 
@@ -95,6 +106,8 @@ def train(
             if folder:
                 with ranks.slow_work():
                     folder.log(result)
+            if tricks.on_epoch:
+                tricks.on_epoch(result, step)
             if on_epoch:
                 on_epoch(result)
 
@@ -111,6 +124,7 @@ def train(
         first_step_seconds=first_step_seconds,
         peak_memory_gb=ranks.sum(torch.tensor(peak_memory(on) / 1e9)).item(),
         model=step.evaluated,
+        tricks=made_by,
     )
     if folder:
         with ranks.slow_work():
@@ -189,5 +203,16 @@ def require_finite(loss: Tensor, step: TrainingStep) -> None:
         rates = ", ".join(f"{group['lr']:.3g}" for optimizer in step.optimizers for group in optimizer.param_groups)
         raise TrainingError(
             f"the loss is {value} at step {step.done}, with learning rates of {rates}: training has diverged; "
-            "lower peak_lr (or muon_lr), raise warmup_fraction, or try precision=float32"
+            f"{_advice(step.own)}, or try precision=float32"
         )
+
+
+def _advice(own: frozenset[str]) -> str:
+    """Return what to try when training diverges; `own` names the parts that are the reader's."""
+    lower = "lower peak_lr (or muon_lr)"
+    if "optimizers" in own:
+        lower = "lower the learning rates that `optimizers` gives"
+    warm_up = "let `schedule` rise more slowly" if "schedule" in own else "raise warmup_fraction"
+    check = ["look for a logarithm or a division of zero in your `loss`"] if "loss" in own else []
+    check += ["look for values in your `model` that grow without bound"] if "model" in own else []
+    return ", ".join([*check, lower, warm_up])

@@ -1,13 +1,15 @@
 """The result of a training run: `RunResult` in memory, a run folder on disk.
 
 A run folder holds `recipe.json`, `environment.json`, and the logs `epochs.jsonl` and `timing_log.tsv`, which grow by a
-line an epoch, so an interrupted run keeps them. A finished run adds `result.json` and `weights.safetensors`.
+line an epoch, so an interrupted run keeps them. A finished run adds `result.json` and `weights.safetensors`. A run with
+tricks keeps their source in `tricks.py`, to be read: nothing ever executes it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +22,10 @@ from torch import Tensor
 
 from cifar_fast.errors import RunError
 from cifar_fast.files import write_text, written_whole
+from cifar_fast.hardware.numerics import Numerics
 from cifar_fast.recipe import Recipe
-from cifar_fast.training.model import Network, build_model
+from cifar_fast.training.model import Network, build_network
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class RunResult:
     """The network that was evaluated: the averaged one if the recipe averages."""
     warm_up_seconds: float = 0.0
     """Compiling and capturing the step, before anything is learned; in `total_seconds`, not in `train_seconds`."""
+    tricks: dict[str, Any] = field(default_factory=dict)
+    """Name, fingerprint and source of the reader's own parts, from `Tricks.describe`; empty if there are none."""
 
     @property
     def accuracy(self) -> float:
@@ -91,7 +97,7 @@ class RunResult:
             "environment": self.environment,
             "recipe": self.recipe.to_dict(),
             "epochs": [asdict(epoch) for epoch in self.epochs],
-        }
+        } | ({"tricks": self.tricks} if self.tricks else {})
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -101,22 +107,30 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def save_weights(model: Network, path: Path | str) -> None:
     """Write the network's weights and statistics to a safetensors file."""
-    save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, path)
+    # A copy of each, because layers that share a weight name it twice, and the format holds no shared memory.
+    save_file({name: value.clone().contiguous().cpu() for name, value in model.state_dict().items()}, path)
 
 
 class RunFolder:
     """The folder of one run, created before training starts and filled while it runs."""
 
     def __init__(
-        self, path: Path | str, recipe: Recipe, dataset: Mapping[str, Any], environment: Mapping[str, Any]
+        self,
+        path: Path | str,
+        recipe: Recipe,
+        dataset: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        tricks: Mapping[str, Any],
     ) -> None:
-        """Create the folder; raise `RunError` if it exists or cannot be written."""
+        """Create the folder; `tricks` is from `Tricks.describe`. Raise `RunError` if it exists or cannot be written."""
         self.path = Path(path)
         try:
             self.path.mkdir(parents=True)
             write_json(self.path / "recipe.json", recipe.to_dict())
             write_json(self.path / "environment.json", {"dataset": dict(dataset), **environment})
             (self.path / "timing_log.tsv").write_text("epoch\thours\ttop1Accuracy\n")
+            if tricks:
+                write_text(self.path / "tricks.py", tricks_file(tricks))
         except FileExistsError as error:
             raise RunError(
                 f"{self.path} exists already; choose another --out, or remove it: a run never overwrites another"
@@ -161,14 +175,54 @@ class RunFolder:
 
 def save_run(result: RunResult, path: Path | str) -> None:
     """Write a finished run to the new folder `path`; raise `RunError` if it exists or cannot be written."""
-    folder = RunFolder(path, result.recipe, result.dataset, result.environment)
+    folder = RunFolder(path, result.recipe, result.dataset, result.environment, result.tricks)
     for epoch in result.epochs:
         folder.log(epoch)
     folder.finish(result)
 
 
-def load_run(path: Path | str) -> RunResult:
-    """Read a run folder, with the network on the CPU; raise `RunError` if it is incomplete or weights do not fit."""
+def tricks_file(tricks: Mapping[str, Any]) -> str:
+    """Return the source of the parts in `tricks`, from `Tricks.describe`, as one text to be read."""
+    title = f"# The tricks of this run: {tricks['name'] or 'unnamed'}, fingerprint {tricks['fingerprint']}."
+    parts = [
+        f"# --- {part}: {code['function']}, fingerprint {code['fingerprint']} ---\n\n{code['source']}"
+        for part, code in tricks["parts"].items()
+    ]
+    return "\n\n\n".join([title, *parts]) + "\n"
+
+
+class MissingModel:
+    """Stands for the network of a run whose `model` function is not at hand; whoever uses it is told what to do."""
+
+    def __init__(self, function: str, where: object) -> None:
+        self._advice = (
+            f"the network of this run was built by the function {function!r}, which is not part of the package: call "
+            f"load_run({str(where)!r}, tricks=Tricks(model=...)) with it; the run keeps its source in `tricks`"
+        )
+
+    def __repr__(self) -> str:
+        return f"<no network: {self._advice}>"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what copying and pickling look for, and do without
+            raise AttributeError(name)
+        raise RunError(self._advice)
+
+    def __call__(self, *_: object) -> Any:
+        raise RunError(self._advice)
+
+
+def load_run(path: Path | str, *, tricks: Tricks | None = None) -> RunResult:
+    """Read a run folder, with the network on the CPU.
+
+    Args:
+        path: the folder.
+        tricks: those that the run was trained with, if their `model` built its network. Without them the result has
+            everything but the network, and says so when it is used. A warning tells if the function is not the same.
+
+    Raises:
+        RunError: the folder is incomplete, or the weights do not fit.
+    """
     folder = Path(path)
     try:
         values = json.loads((folder / "result.json").read_text())
@@ -178,7 +232,16 @@ def load_run(path: Path | str) -> RunResult:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
         raise RunError(f"the run in {folder} cannot be read: {error}; train it again") from error
     try:
-        return run_from_dict(values, weights)
+        own_model = values.get("tricks", {}).get("parts", {}).get("model")
+        if own_model and (tricks is None or not tricks.model):
+            return _without_weights(values, MissingModel(own_model["function"], path))
+        if own_model and tricks and own_model["fingerprint"] != tricks.code("model").fingerprint:
+            warnings.warn(
+                f"the run in {folder} was trained with another source of `model` (fingerprint "
+                f"{own_model['fingerprint']}); its weights fit, but may mean something else",
+                stacklevel=2,
+            )
+        return run_from_dict(values, weights, tricks or NO_TRICKS)
     except (KeyError, TypeError) as error:
         raise RunError(
             f"result.json in {folder} was written by another version (field {error}); train the run again"
@@ -189,37 +252,46 @@ def load_run(path: Path | str) -> RunResult:
         ) from error
 
 
-def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor]) -> RunResult:
+def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor], tricks: Tricks = NO_TRICKS) -> RunResult:
     """Rebuild a run from the values of `RunResult.to_dict` and the network's state dict, with the network on the CPU.
+
+    `tricks` are those that the run was trained with, or at least their `model`.
 
     Raises `KeyError` or `TypeError` for values of another version, `RuntimeError` for weights that do not fit.
     """
     recipe = Recipe.from_dict(values["recipe"])
     # With the algorithms of the training run, where this machine has them, the logits agree to the last bit.
-    model = build_model(
-        recipe,
-        len(values["dataset"]["classes"]),
-        torch.zeros(3),
-        torch.ones(3),
-        convolution=values["environment"].get("convolution", "direct"),
-        fuse_norm=values["environment"].get("fused_norm", False),
+    where = values["environment"]
+    numerics = Numerics(
+        torch.float32, where.get("convolution", "direct"), "as in the training run", where.get("fused_norm", False)
     )
-    model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    function = tricks.completed(recipe, numerics).model
+    assert function is not None
+    n_classes = len(values["dataset"]["classes"])
+    model = build_network(
+        function, recipe, n_classes, torch.zeros(3), torch.ones(3), memory_format=tricks.memory_format
+    )
+    channels_last = tricks.fitted(recipe).channels_last
+    model = model.to(memory_format=torch.channels_last if channels_last else torch.preserve_format)
     if any(value.dtype == torch.float64 for value in weights.values()):
         model.double()
     model.load_state_dict(weights)
-    model.eval()
+    return _without_weights(values, model.eval())
+
+
+def _without_weights(values: Mapping[str, Any], model: Any) -> RunResult:
     clocks = {
         key: values[key]
         for key in ("train_seconds", "evaluate_seconds", "total_seconds", "first_step_seconds", "peak_memory_gb")
     }
     return RunResult(
-        recipe=recipe,
+        recipe=Recipe.from_dict(values["recipe"]),
         dataset=values["dataset"],
         environment=values["environment"],
         seed=values["seed"],
         epochs=[EpochResult(**epoch) for epoch in values["epochs"]],
         model=model,
         warm_up_seconds=values.get("warm_up_seconds", 0.0),  # older results did not count it
+        tricks=values.get("tricks", {}),
         **clocks,
     )

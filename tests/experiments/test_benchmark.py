@@ -33,6 +33,7 @@ from cifar_fast.hardware.device import environment
 from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import smoke
 from cifar_fast.training.result import EpochResult, RunResult, save_run
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 benchmarking = import_module("cifar_fast.experiments.benchmark")  # the module: `cifar_fast.benchmark` is the function
 benchmark = benchmarking.benchmark
@@ -81,10 +82,12 @@ class FakeTrainer:
     def agree(self, value: Any) -> Any:
         return value
 
-    def warm_up(self, recipe: Recipe) -> None:
+    def warm_up(self, recipe: Recipe, tricks: Tricks) -> None:
         self.calls.append("warm up")
 
-    def train(self, recipe: Recipe, *, seed: int, out: Path | None, progress: bool) -> RunResult:
+    def train(
+        self, recipe: Recipe, *, tricks: Tricks = NO_TRICKS, seed: int, out: Path | None, progress: bool
+    ) -> RunResult:
         self.calls.append(seed)
         self.on_train(seed)
         epoch = EpochResult(
@@ -99,7 +102,7 @@ class FakeTrainer:
         clocks = {"train_seconds": 1.0 + seed, "evaluate_seconds": 0.5, "total_seconds": 2.0 + seed}
         result = RunResult(
             recipe=recipe, dataset=self.data.describe(), environment=machine, seed=seed, epochs=[epoch], model=model,
-            first_step_seconds=0.25, peak_memory_gb=1.0, **clocks,
+            first_step_seconds=0.25, peak_memory_gb=1.0, tricks=tricks.describe(), **clocks,
         )  # fmt: skip
         if out is not None:
             save_run(result, out)
@@ -424,8 +427,8 @@ def test_the_other_ranks_of_torchrun_write_nothing_and_decide_the_same(data, tmp
             assert value == (None, None)
             return pickle.loads(said.pop(0))
 
-        def train(self, recipe, *, seed, out, progress):
-            return super().train(recipe, seed=seed, out=None, progress=progress)
+        def train(self, recipe, *, tricks, seed, out, progress):
+            return super().train(recipe, tricks=tricks, seed=seed, out=None, progress=progress)
 
     arguments = {"runs": 50, "target": 0.946, "until_confident": True}
     benchmark(RECIPE, data, **arguments | {"runs": 1}, out=tmp_path / "runs")

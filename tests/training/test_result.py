@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written(trained, tmp_path):
 
 
 def test_a_disk_that_fills_up_while_logging(trained, tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path / "run", RECIPE, trained.dataset, trained.environment)
+    folder = RunFolder(tmp_path / "run", RECIPE, trained.dataset, trained.environment, {})
     folder.log(trained.epochs[0])
     monkeypatch.setattr(result_module.os, "fsync", no_space)
     with pytest.raises(RunError, match="No space left on device"):
@@ -103,7 +103,7 @@ def test_a_disk_that_fills_up_while_logging(trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("function", ["save_file", "write_json"])
 def test_a_disk_that_fills_up_at_the_end_keeps_the_logs_and_no_half_result(trained, tmp_path, monkeypatch, function):
-    folder = RunFolder(tmp_path / "run", RECIPE, trained.dataset, trained.environment)
+    folder = RunFolder(tmp_path / "run", RECIPE, trained.dataset, trained.environment, {})
     folder.log(trained.epochs[0])
     monkeypatch.setattr(result_module, function, no_space)
     with pytest.raises(RunError, match="No space left on device.*logs are there"):
