@@ -2,11 +2,11 @@
 
     python benchmarks/compare_error.py --out benchmarks/results/compare
 
-The script takes seconds and writes compare_error.json with three parts. `error`: the share of 10,000 comparisons of equal arms that ever
-report a difference, looking after every pair, for normal differences and for others that break the assumption.
-`runs_needed`: the pairs until the comparison stops, for differences in points and the standard deviation of saved pairs.
-`methods`: the same for group-sequential boundaries, calibrated for a known largest number of pairs, and for an ordinary
-interval.
+The script takes seconds and writes compare_error.json with three parts. `error`: the share of 10,000 comparisons of
+equal arms that ever report a difference, looking after every pair, for normal differences and for others that break the
+assumption. `runs_needed`: the pairs until the comparison stops, for differences in points and the standard deviation of
+saved pairs. `methods`: the same for group-sequential boundaries, calibrated for a known largest number of pairs, and
+for an ordinary interval.
 """
 
 import argparse

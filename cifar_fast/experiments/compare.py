@@ -1,4 +1,4 @@
-"""Trains two recipes in turns, with the same seeds, until it is clear which one is more accurate.
+"""Trains two recipes or tricks in turns, with the same seeds, until it is clear which one is more accurate.
 
 A difference is looked at after every pair of runs. An ordinary 95 % interval does not allow that: whoever stops as soon
 as it excludes zero is wrong about 27 times in 100 within 30 pairs. The interval here, `anytime_interval`, is wrong at
@@ -33,7 +33,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from cifar_fast.data.dataset import Dataset
-from cifar_fast.distributed.launch import Trainer, check_fit, choose_world_size
+from cifar_fast.distributed.launch import Trainer, check_fit, choose_world_size, require_travel
 from cifar_fast.errors import RunError, UserError
 from cifar_fast.experiments.benchmark import RESULTS, BenchmarkFolder, _on_main, _train_once, load_benchmark, note
 from cifar_fast.experiments.power import RunsNeeded, expected_deviation, run_seconds
@@ -50,6 +50,7 @@ from cifar_fast.files import write_text
 from cifar_fast.hardware.device import environment, select_device
 from cifar_fast.recipe import Recipe, changed_fields
 from cifar_fast.training.result import write_json
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 SUMMARY, TABLE = "comparison.json", "comparison.txt"
 A, B, LONGER = "a", "b", "longer"
@@ -272,9 +273,13 @@ def _count(n: int, what: str) -> str:
 # --- training ---
 
 
+Arm = Recipe | tuple[Recipe, Tricks]
+"""What is trained: a recipe, or a recipe with functions of the reader's own."""
+
+
 def compare(
-    a: Recipe,
-    b: Recipe,
+    a: Arm,
+    b: Arm,
     data: Dataset,
     *,
     resolution: float = 0.2,
@@ -300,8 +305,8 @@ def compare(
     with another `resolution` or a larger `max_runs`.
 
     Args:
-        a: what is trained as A.
-        b: what is trained as B.
+        a: what is trained as A: a recipe, or a pair of a recipe and `Tricks`.
+        b: what is trained as B, likewise.
         data: the training and test images.
         resolution: a width in percentage points: then any difference left in doubt is smaller than this.
         max_runs: the most runs of each arm.
@@ -318,54 +323,59 @@ def compare(
 
     Raises:
         UserError: an argument is out of range, both arms are the same, or `Trainer` cannot start; `RecipeError` for a
-            recipe that does not fit.
+            recipe that does not fit, `TricksError` for tricks that do not.
         RunError: `out` holds runs of other arms, data or hardware, belongs to a comparison that is still running, or
             cannot be written. Finished runs stay in it, here and when a run fails.
     """
     _check_arguments(resolution, max_runs, extra_epochs, first_seed)
-    if not changed_fields(a, b):
-        raise UserError(f"both arms are {a.name}: change a field of one of them")
-    recipes = {A: a, B: b} | ({LONGER: replace(a, epochs=a.epochs + extra_epochs)} if extra_epochs else {})
-    world_size = choose_world_size(world_size, device, a)
-    for recipe in recipes.values():
+    arms = {A: _pair(a), B: _pair(b)}
+    _require_different(arms[A], arms[B])
+    if extra_epochs:
+        recipe, tricks = arms[A]
+        arms[LONGER] = replace(recipe, epochs=recipe.epochs + extra_epochs), tricks
+    world_size = choose_world_size(world_size, device, arms[A][0])
+    for recipe, tricks in arms.values():
         check_fit(recipe, world_size, data)
+        require_travel(tricks, world_size)
     with ExitStack() as stack:
         trainer = stack.enter_context(
             Trainer(data, world_size=world_size, device=device, backend=backend, timeout=timeout)
         )
         path = Path(out) if out is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         machine = environment(select_device(device)) | {"world_size": world_size}
-        folders = {arm: BenchmarkFolder(path / arm, TARGET) for arm in recipes}
+        folders = {arm: BenchmarkFolder(path / arm, TARGET) for arm in arms}
 
         def open_folders() -> dict[str, list[dict[str, Any]]]:
             _require_free(path)
             runs = {}
             for arm, folder in folders.items():
-                expected = {"recipe": recipes[arm].to_dict(), "dataset": data.describe(), "environment": machine}
+                recipe, tricks = arms[arm]
+                made_of = {"recipe": recipe.to_dict(), "tricks": tricks.describe()}
+                expected = made_of | {"dataset": data.describe(), "environment": machine}
                 runs[arm] = stack.enter_context(folder).read(expected, first_seed)
             return runs
 
         runs = _on_main(trainer, open_folders)
-        found = Comparison(names=arm_names(a, b), arms=runs, resolution=resolution, max_runs=max_runs)
+        found = Comparison(names=arm_names(arms[A], arms[B]), arms=runs, resolution=resolution, max_runs=max_runs)
         if any(runs.values()) and trainer.is_main:
             next_step = "nothing is left to do" if found.finished else "resuming"
             note(f"{path} holds {_count(found.pairs, 'pair')} of at most {max_runs}: {next_step}")
         if not found.finished:
             if on_plan or progress:
                 plan = _on_main(
-                    trainer, lambda: runs_needed(found, recipes, data, world_size=world_size, device=device)
+                    trainer, lambda: runs_needed(found, arms, data, world_size=world_size, device=device)
                 )
                 if on_plan:
                     on_plan(plan)
                 elif trainer.is_main:
                     tqdm.write(plan.table() + "\n")
-            for recipe in (a, b):
-                trainer.warm_up(recipe)
+            for arm in (A, B):
+                trainer.warm_up(*arms[arm])
         _on_main(trainer, lambda: _save(found, path))
         while not found.finished:
             arm = found.next_arm
             line = _train_once(
-                trainer, folders[arm], recipes[arm], number=len(runs[arm]), first_seed=first_seed, progress=progress
+                trainer, folders[arm], *arms[arm], len(runs[arm]), first_seed=first_seed, progress=progress
             )
             runs[arm].append(line)
             _on_main(trainer, lambda: _save(found, path))
@@ -394,43 +404,62 @@ def _require_free(path: Path) -> None:
             raise RunError(f"{path} is the folder of {what}; choose another --out")
 
 
-def arm_names(a: Recipe, b: Recipe) -> tuple[str, str]:
-    """Return what tables call two recipes: their names, and where those are the same, what `b` changes."""
-    if a.name != b.name:
-        return a.name, b.name
-    changes = [f"{field}={new}" for field, (_, new) in changed_fields(a, b).items()]
-    shown = changes[:NAMED_CHANGES]
-    if len(changes) > len(shown):
-        shown.append(f"{len(changes) - len(shown)} more")
-    return a.name, ", ".join([b.name, *shown])
+def _pair(arm: Arm) -> tuple[Recipe, Tricks]:
+    recipe, tricks = arm if isinstance(arm, tuple) and len(arm) == 2 else (arm, NO_TRICKS)
+    if not isinstance(recipe, Recipe) or not isinstance(tricks, Tricks):
+        raise UserError(f"an arm must be a recipe or a pair (recipe, tricks), not {arm!r}")
+    return recipe, tricks
+
+
+def _require_different(a: tuple[Recipe, Tricks], b: tuple[Recipe, Tricks]) -> None:
+    if not changed_fields(a[0], b[0]) and a[1].fingerprint() == b[1].fingerprint():
+        raise UserError(f"both arms are {a[1].titled(a[0])}: change a field or a trick of one of them")
+
+
+def arm_names(a: tuple[Recipe, Tricks], b: tuple[Recipe, Tricks]) -> tuple[str, str]:
+    """Return what tables call two arms: recipe and tricks by name, and for B the fields that it changes, too."""
+    first, second = a[1].titled(a[0]), b[1].titled(b[0])
+    if a[0].name == b[0].name:
+        changes = [f"{field}={new}" for field, (_, new) in changed_fields(a[0], b[0]).items()]
+        shown = changes[:NAMED_CHANGES]
+        if len(changes) > len(shown):
+            shown.append(f"{len(changes) - len(shown)} more")
+        second = ", ".join([second, *shown])
+    return first, f"{second} (other code)" if first == second else second
 
 
 def runs_needed(
-    found: Comparison, recipes: Mapping[str, Recipe], data: Dataset, *, world_size: int, device: str | None
+    found: Comparison,
+    arms: Mapping[str, tuple[Recipe, Tricks]],
+    data: Dataset,
+    *,
+    world_size: int,
+    device: str | None,
 ) -> RunsNeeded:
     """Return how many pairs differences of several sizes take, and how long, from the runs so far where there are any.
 
-    `recipes` are those of the arms. Without a run it measures a few steps of each.
+    Without a run it measures a few steps of each arm.
     """
     n_test, pairs = len(data.test_labels), found.pairs
     deviation, source = expected_deviation(n_test)
     if pairs >= FEWEST_PAIRS:
         deviation, source = stdev(found.differences), f"that of the {pairs} pairs so far"
     if pairs:
-        seconds = sum(
-            median(run["train_seconds"] + run["evaluate_seconds"] for run in found.arms[arm]) for arm in recipes
-        )
+        each = [median(run["train_seconds"] + run["evaluate_seconds"] for run in found.arms[arm]) for arm in arms]
         timing = "as the runs so far"
     else:
-        each = {recipe: run_seconds(recipe, data, world_size=world_size, device=device) for recipe in recipes.values()}
-        seconds, timing = sum(each.values()), "predicted from a few steps, measured now"
+        each = [
+            run_seconds(recipe, data, tricks=tricks, world_size=world_size, device=device)
+            for recipe, tricks in arms.values()
+        ]
+        timing = "predicted from a few steps, measured now"
     return RunsNeeded(
         deviation=max(deviation, 100 / n_test),
         source=source,
         resolution=found.resolution,
         max_runs=found.max_runs,
         least_deviation=100 / n_test,
-        pair_seconds=seconds,
+        pair_seconds=sum(each),
         timing=timing,
     )
 

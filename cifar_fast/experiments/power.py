@@ -24,6 +24,7 @@ from cifar_fast.experiments.step_costs import measure_step
 from cifar_fast.experiments.tables import duration, html_table, table
 from cifar_fast.hardware.device import select_device
 from cifar_fast.recipe import Recipe
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 DIFFERENCES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.0)
 """True differences in accuracy, in points, that a table of runs needed shows."""
@@ -129,8 +130,12 @@ def expected_deviation(n_test: int) -> tuple[float, str]:
     return measured * math.sqrt(10_000 / n_test), f"{source}, scaled from 10,000 to {n_test:,} test images"
 
 
-def run_seconds(recipe: Recipe, data: Dataset, *, world_size: int, device: str | None) -> float:
-    """Predict from a few measured steps how long a run of `recipe` takes here with its evaluations, as `plan` does.
+def run_seconds(
+    recipe: Recipe, data: Dataset, *, tricks: Tricks = NO_TRICKS, world_size: int, device: str | None
+) -> float:
+    """Predict from a few measured steps how long a run takes here with its evaluations, as `plan` does.
+
+    `tricks` are measured too, but for their callbacks.
 
     Raises `RecipeError` when the recipe cannot be measured.
     """
@@ -140,8 +145,14 @@ def run_seconds(recipe: Recipe, data: Dataset, *, world_size: int, device: str |
     one_size = replace(recipe, resolutions=())
     n_train, n_test = len(data.train_labels), len(data.test_labels)
     measured = measure_step(
-        one_size, device=device, n_train=n_train, n_test=n_test, n_classes=data.n_classes, world_sizes=(workers,),
-    )  # fmt: skip
+        one_size,
+        tricks=tricks.without_callbacks(),
+        device=device,
+        n_train=n_train,
+        n_test=n_test,
+        n_classes=data.n_classes,
+        world_sizes=(workers,),
+    )
     if on.type == "cuda":
         torch.cuda.empty_cache()  # the processes that will train need the memory
     predicted = predict(measured, one_size, n_train, n_test, workers, published_link("nvlink_nccl"))
