@@ -21,11 +21,13 @@ if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast.experiments.benchmark import Benchmark, benchmark, load_benchmark
     from cifar_fast.experiments.compare import Comparison, compare, load_comparison
     from cifar_fast.experiments.saved import full_scale_tables, results_folder, saved_ablation, saved_runs
+    from cifar_fast.experiments.variance import Variance, variance
     from cifar_fast.teaching import concept_plots, exercises, image_grids, result_plots, scales
     from cifar_fast.teaching import widgets as widgets
     from cifar_fast.training.evaluate import evaluate
     from cifar_fast.training.loop import train
     from cifar_fast.training.result import RunResult, load_run, save_run
+    from cifar_fast.training.seeds import Seeds
     from cifar_fast.training.tricks import Tricks
 
 __version__ = "0.1.0"
@@ -37,9 +39,11 @@ __all__ = [
     "Dataset",
     "Recipe",
     "RunResult",
+    "Seeds",
     "Trainer",
     "Tricks",
     "UserError",
+    "Variance",
     "__version__",
     "ablation",
     "benchmark",
@@ -69,6 +73,7 @@ __all__ = [
     "scales",
     "synthetic",
     "train",
+    "variance",
 ]
 
 # `widgets` is not in __all__: without the extra `notebooks` it cannot be imported, and says so.
@@ -85,9 +90,11 @@ _NAMES = {
     "experiments.benchmark": ("Benchmark", "benchmark", "load_benchmark"),
     "experiments.compare": ("Comparison", "compare", "load_comparison"),
     "experiments.saved": ("full_scale_tables", "results_folder", "saved_ablation", "saved_runs"),
+    "experiments.variance": ("Variance", "variance"),
     "training.evaluate": ("evaluate",),
     "training.loop": ("train",),
     "training.result": ("RunResult", "load_run", "save_run"),
+    "training.seeds": ("Seeds",),
     "training.tricks": ("Tricks",),
 }
 

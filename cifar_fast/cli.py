@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from cifar_fast.data.dataset import Dataset
     from cifar_fast.training.evaluate import Evaluation
     from cifar_fast.training.result import EpochResult, RunResult
+    from cifar_fast.training.seeds import Seeds
 
 
 DataOption = Annotated[str | None, conf.arg(metavar="PATH|synthetic")]
 MirrorOption = Annotated[tuple[str, ...], conf.arg(metavar="URL"), conf.UseAppendAction]
 DeviceOption = Annotated[str | None, conf.arg(metavar="cpu|cuda|cuda:N")]
+SeedOption = Annotated[int | None, conf.arg(metavar="N")]
 WorldSizeOption = Annotated[int | None, conf.arg(metavar="N")]
 BackendOption = Annotated[Literal["nccl", "gloo"] | None, conf.arg(metavar="nccl|gloo")]
 Switch = Annotated[bool, conf.FlagCreatePairsOff]
@@ -57,8 +59,16 @@ class Train:
     """Another place to download CIFAR-10 from; may be given more than once."""
     seed: int = 0
     """Seed of all random choices."""
+    start_seed: SeedOption = None
+    """Another seed for the weights before training. Default: --seed."""
+    order_seed: SeedOption = None
+    """Another seed for the order of the images. Default: --seed."""
+    augmentation_seed: SeedOption = None
+    """Another seed for crops, mirroring, cutout and colour jitter. Default: --seed."""
     out: Annotated[Path | None, conf.arg(metavar="FOLDER")] = None
     """New folder for logs, result and weights. Default: runs/NAME-seedN-DATE-TIME."""
+    logits: Switch = False
+    """Keep the test logits in the run folder."""
     device: DeviceOption = None
     """Where to train. Default: all GPUs, else the CPU."""
     world_size: WorldSizeOption = None
@@ -83,6 +93,7 @@ class Train:
         recipe, changes = renamed_if_changed(self.fields, base), changed_fields(base, self.fields)
         stamp = time.strftime("%Y%m%d-%H%M%S")
         out = self.out or Path("runs") / f"{recipe.name}-seed{self.seed}-{stamp}"
+        seeds = self.seeds()
         world_size = choose_world_size(self.world_size, self.device, recipe)
         if not self.quiet:
             print_recipe(base, why, changes, world_size)
@@ -107,8 +118,9 @@ class Train:
                 device=self.device,
                 backend=self.backend,
                 timeout=self.timeout,
-                seed=self.seed,
+                seed=seeds,
                 out=out,
+                save_logits=self.logits,
                 progress=not self.quiet and sys.stderr.isatty(),  # in a log file each epoch's line is enough
                 started=process_start(),
                 on_epoch=on_epoch,
@@ -124,6 +136,13 @@ class Train:
         if is_main_rank():
             save_learning_curve(result, out)
         return 0
+
+    def seeds(self) -> Seeds:
+        """Return the seed of each kind of random choice."""
+        from cifar_fast.training.seeds import Seeds
+
+        separate = {"start": self.start_seed, "order": self.order_seed, "augmentation": self.augmentation_seed}
+        return replace(Seeds.of(self.seed), **{name: seed for name, seed in separate.items() if seed is not None})
 
 
 @dataclass(kw_only=True)
@@ -150,6 +169,8 @@ class Benchmark:
     """Another place to download CIFAR-10 from; may be given more than once."""
     out: Annotated[Path | None, conf.arg(metavar="FOLDER")] = None
     """Folder of the runs, new or to go on with. Default: runs/benchmark-NAME-RUNS."""
+    logits: Switch = False
+    """Keep the test logits of each run in the folder, and say what part of the spread a finite test set explains."""
     device: DeviceOption = None
     """Where to train. Default: all GPUs, else the CPU."""
     world_size: WorldSizeOption = None
@@ -203,6 +224,7 @@ class Benchmark:
                 target=self.target / 100,
                 until_confident=self.until_confident,
                 first_seed=self.first_seed,
+                save_logits=self.logits,
                 progress=not self.quiet and sys.stderr.isatty(),
                 timeout=self.timeout,
                 on_run=on_run,
@@ -216,6 +238,13 @@ class Benchmark:
         if len(found.runs) < self.runs:
             print(f"stopped: the 95 % interval of the mean accuracy leaves out {percent(found.target)}")
         print(f"\n{comparison_table(found.summary())}\nfolder: {out}")
+        if self.logits and len(found.runs) > 1 and is_main_rank():
+            from cifar_fast.experiments.variance import variance
+
+            try:
+                print(f"\n{variance(out)}")
+            except UserError as error:  # earlier calls may have kept none; the runs are whole without them
+                print(f"note: {error}", file=sys.stderr)
         if is_main_rank():
             from cifar_fast.teaching.result_plots import accuracy_and_time
 
@@ -690,7 +719,7 @@ def result_table(result: RunResult, folder: Path) -> str:
         ("peak memory", f"{result.peak_memory_gb:.2f} GB"),
         ("hardware", f"{hardware(machine)}; {machine['precision']}, {machine['convolution']} convolution"),
         ("versions", f"cifar_fast {__version__}, torch {machine['torch']}, Python {machine['python']}"),
-        ("n", f"1 run, seed {result.seed}"),
+        ("n", f"1 run, seed{'' if isinstance(result.seed, int) else 's'} {result.seed}"),
         ("run folder", str(folder)),
     ]
     return table(rows)

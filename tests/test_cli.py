@@ -134,17 +134,19 @@ def test_train_leaves_a_whole_run_folder(run_folder):
 def test_train_prints_the_epochs_and_a_table(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["train", "--recipe", "smoke", "--data", pictures, "--device", "cpu", "--seed", "7"]
-    assert status_of(*arguments, *QUICK, "--epochs", "1") == 0
+    assert status_of(*arguments, *QUICK, "--epochs", "1", "--order-seed", "8", "--logits") == 0
     out = capsys.readouterr().out
     assert "recipe: smoke (asked for)" in out and "epochs: 2.0 -> 1.0" in out
     assert "data set: colours" in out and "epoch   1" in out
     rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(.*)$", out, re.MULTILINE))
     assert rows["data set"].startswith("colours") and "TTA: flip" in rows["accuracy"]
-    assert rows["n"] == "1 run, seed 7" and torch.__version__ in rows["versions"]
+    assert rows["n"] == "1 run, seeds start 7, order 8, augmentation 7" and torch.__version__ in rows["versions"]
     for clock in ("train_seconds", "evaluate_seconds", "total_seconds", "first step", "hardware"):
         assert rows[clock]
     assert re.fullmatch(r"runs/smoke-changed-seed7-\d{8}-\d{6}", rows["run folder"])
-    assert (tmp_path / rows["run folder"] / "result.json").exists()
+    result = cifar_fast.load_run(tmp_path / rows["run folder"])
+    assert result.seed == cifar_fast.Seeds(start=7, order=8, augmentation=7)
+    assert result.logits is not None and result.logits.shape == (30, 3)
 
 
 def test_synthetic_data_is_never_silent(tiny_data, tmp_path, monkeypatch, capsys):
@@ -202,6 +204,7 @@ def test_help_of_train_is_the_fields_docstrings(capsys):
         (["--warp", "9"], "Unrecognized.*--warp"),
         (["--ghost-batch-size", "7"], "ghost_batch_size=7 does not divide"),
         (["--seed", "-1"], "seed=-1"),
+        (["--start-seed", "-2"], "start seed -2 must be at least 0"),
         (["--device", "tpu"], "'tpu'"),
         (["--data", "/nowhere/at/all"], "no folder /nowhere/at/all"),
         (["--global-batch-size", "4000"], "4000 images cannot be drawn"),
@@ -274,10 +277,14 @@ def test_benchmark_goes_on_prints_the_comparison_and_draws_it(benchmark_command,
         "results.jsonl", "run_log.txt", "summary.json", "timing_log.tsv", "weights.safetensors", "result.json",
         "accuracy_and_time.png",
     }  # fmt: skip
-    assert status_of(*benchmark_command, "--runs", "3", "--quiet", "--out", folder) == 0
+    assert status_of(*benchmark_command, "--runs", "3", "--quiet", "--out", folder, "--logits") == 0
     printed = capsys.readouterr()
     assert "resuming with run 2" in printed.err and "run   2" not in printed.out
-    assert len(cifar_fast.load_benchmark(folder).runs) == 3
+    assert "note: a variance needs the logits of at least two runs, not of 1" in printed.err
+    assert status_of(*benchmark_command, "--runs", "4", "--quiet", "--out", folder, "--logits") == 0
+    words = capsys.readouterr().out
+    assert re.search(r"^runs +2 \(2 more without logits\), each tested on the same 30 images$", words, re.MULTILINE)
+    assert len(cifar_fast.load_benchmark(folder).runs) == 4
     with Image.open(folder / "accuracy_and_time.png") as picture:
         assert picture.width > 1000
     assert status_of("evaluate", folder, "--data", benchmark_command[4]) == 0  # the first run, as `train` leaves one

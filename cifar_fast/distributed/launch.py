@@ -24,7 +24,8 @@ from cifar_fast.recipe import Recipe
 from cifar_fast.training.alone import Alone
 from cifar_fast.training.batches import allowed_world_sizes, steps_per_epoch
 from cifar_fast.training.loop import train
-from cifar_fast.training.result import EpochResult, RunResult, run_from_dict, save_weights
+from cifar_fast.training.result import EpochResult, RunResult, load_logits, run_from_dict, save_logits, save_weights
+from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 T = TypeVar("T")
@@ -136,8 +137,9 @@ class Trainer:
         recipe: Recipe,
         *,
         tricks: Tricks = NO_TRICKS,
-        seed: int = 0,
+        seed: int | Seeds = 0,
         out: Path | str | None = None,
+        save_logits: bool = False,
         progress: bool = True,
         started: float | None = None,
         on_epoch: Callable[[EpochResult], None] | None = None,
@@ -161,6 +163,7 @@ class Trainer:
                 device=str(self._ranks.device),
                 seed=seed,
                 out=out if main else None,
+                save_logits=save_logits,
                 progress=progress and main,
                 started=started,
                 on_epoch=on_epoch if main else None,
@@ -182,10 +185,14 @@ class Trainer:
                     if on_epoch:
                         on_epoch(epoch)
 
-            arguments = (recipe, str(self._file), seed, folder, started, str(weights), tricks)
+            arguments = (recipe, str(self._file), seed, folder, save_logits, started, str(weights), tricks)
             values = self._processes.run(train_task, *arguments, on_message=show_progress)[0]
         result = run_from_dict(values, load_file(weights), tricks)
         weights.unlink()
+        result.train_indices = self.data.selection.indices if self.data.selection else None
+        if save_logits:
+            result.logits, result.test_labels = load_logits(logits_beside(weights))
+            logits_beside(weights).unlink()
         return result
 
     def close(self) -> None:
@@ -209,8 +216,9 @@ def launch(
     device: str | None = None,
     backend: str | None = None,
     timeout: float = 10.0,
-    seed: int = 0,
+    seed: int | Seeds = 0,
     out: Path | str | None = None,
+    save_logits: bool = False,
     progress: bool = True,
     started: float | None = None,
     on_epoch: Callable[[EpochResult], None] | None = None,
@@ -226,7 +234,14 @@ def launch(
         require_travel(tricks, world_size)
     with Trainer(data, world_size=world_size, device=device, backend=backend, timeout=timeout) as trainer:
         return trainer.train(
-            recipe, tricks=tricks, seed=seed, out=out, progress=progress, started=started, on_epoch=on_epoch
+            recipe,
+            tricks=tricks,
+            seed=seed,
+            out=out,
+            save_logits=save_logits,
+            progress=progress,
+            started=started,
+            on_epoch=on_epoch,
         )
 
 
@@ -308,13 +323,14 @@ def train_task(
     ranks: Ranks,
     recipe: Recipe,
     file: str,
-    seed: int,
+    seed: int | Seeds,
     out: str | None,
+    keep_logits: bool,
     started: float,
     weights: str,
     tricks: Tricks,
 ) -> dict[str, Any] | None:
-    """Train with the other ranks; rank 0 reports progress, writes the weights to a file and returns the rest."""
+    """Train with the other ranks; rank 0 reports progress, writes weights and logits to files and returns the rest."""
     last_report = 0.0
 
     def on_step(done: int, total: int) -> None:
@@ -332,6 +348,7 @@ def train_task(
             device=str(ranks.device),
             seed=seed,
             out=out if ranks.is_main else None,
+            save_logits=keep_logits,
             progress=False,
             started=started,
             on_epoch=(lambda epoch: ranks.report(("epoch", asdict(epoch)))) if ranks.is_main else None,
@@ -345,7 +362,14 @@ def train_task(
         return None
     with ranks.slow_work():
         save_weights(result.model, weights)
+        if keep_logits:
+            save_logits(result, logits_beside(Path(weights)))
     return result.to_dict()
+
+
+def logits_beside(weights: Path) -> Path:
+    """Return the file in which rank 0 hands over the logits of a run whose weights are in `weights`."""
+    return weights.with_name("logits.safetensors")
 
 
 def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int, tricks: Tricks = NO_TRICKS) -> None:

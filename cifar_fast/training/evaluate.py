@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,8 @@ class Evaluation:
     """Share of images whose largest logit is their label's, 0 ... 1."""
     confusion: Tensor
     """int64 (classes, classes): the number of images of class [row] that were classified as [column]."""
+    logits: Tensor = field(repr=False, compare=False)
+    """float32 (N, classes), on the network's device, with test-time augmentation."""
 
 
 @dataclass(frozen=True)
@@ -172,4 +174,4 @@ def evaluate(
     # One copy to the host for all figures: each makes it wait for a GPU.
     loss, *counted = torch.cat([F.cross_entropy(logits, labels).double()[None], counts]).tolist()
     confusion = torch.tensor(counted, dtype=torch.float64).long().reshape(n_classes, n_classes)
-    return Evaluation(loss, confusion.diagonal().sum().item() / len(labels), confusion)
+    return Evaluation(loss, confusion.diagonal().sum().item() / len(labels), confusion, logits)

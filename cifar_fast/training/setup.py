@@ -22,6 +22,7 @@ from cifar_fast.training.averaging import EMA, Lookahead
 from cifar_fast.training.batches import TrainBatches, pixel_statistics
 from cifar_fast.training.gradients import flat_gradients
 from cifar_fast.training.model import Network, build_network, whiten_first_layer
+from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.step import Loss, TrainingStep, Update
 from cifar_fast.training.tricks import NO_TRICKS, Tricks, require_optimizers
 
@@ -60,14 +61,19 @@ class _Report:
 
 
 def agree_on_execution(
-    recipe: Recipe, data: Dataset, seed: int, device: torch.device, ranks: Alone, tricks: Tricks = NO_TRICKS
+    recipe: Recipe, data: Dataset, seed: int | Seeds, device: torch.device, ranks: Alone, tricks: Tricks = NO_TRICKS
 ) -> Execution:
     """Have all ranks check that they train the same thing, and choose how, in one exchange.
 
     Raises `UserError` on every rank if one was started with another recipe, data set, seed or other tricks than rank 0.
     Warns if the recipe asks for a precision that cannot be had.
     """
-    mine = {"recipe": recipe.to_dict(), "data set": data.describe(), "seed": seed, "tricks": tricks.fingerprint()}
+    mine = {
+        "recipe": recipe.to_dict(),
+        "data set": data.describe(),
+        "seed": Seeds.of(seed).plain(),
+        "tricks": tricks.fingerprint(),
+    }
     chosen = choose_execution(recipe, device, ranks.backend, tricks) if ranks.is_main else None
     # Asking for them compiles the C kernels, which a GPU never uses.
     can = capabilities() if device.type == "cpu" else Capabilities({}, fused_norm=True)
@@ -156,7 +162,7 @@ def set_up(
     execution: Execution,
     *,
     device: torch.device,
-    seed: int = 0,
+    seed: int | Seeds = 0,
     ranks: Alone = ALONE,
     tricks: Tricks = NO_TRICKS,
 ) -> Setup:
@@ -167,7 +173,7 @@ def set_up(
         data: its images and labels; the ranks share the training set.
         execution: how it is computed.
         device: where.
-        seed: of the weights and of every random choice.
+        seed: of the weights and of every random choice; `Seeds` to give each kind of choice its own.
         ranks: the processes that share the work; all start from rank 0's weights.
         tricks: the reader's own parts; those that are missing are the recipe's.
 
@@ -175,11 +181,14 @@ def set_up(
         RecipeError: the recipe does not fit the data.
         TricksError: a part of the reader's own does not fit.
     """
+    seeds = Seeds.of(seed)
     parts, fitted = tricks.completed(recipe, execution.numerics), tricks.fitted(recipe)
     assert parts.model and parts.optimizers and parts.loss and parts.schedule
     images = data.train_images.to(device) if recipe.preload else data.train_images
     mean, std = pixel_statistics(images)
-    model = build_network(parts.model, recipe, data.n_classes, mean, std, memory_format=tricks.memory_format, seed=seed)
+    model = build_network(
+        parts.model, recipe, data.n_classes, mean, std, memory_format=tricks.memory_format, seed=seeds.start
+    )
     # Weights stay in float32: a format with fewer digits would lose the small steps.
     dtype = torch.float64 if execution.numerics.dtype == torch.float64 else torch.float32
     model = model.to(device, dtype)
@@ -192,7 +201,7 @@ def set_up(
         dtype=dtype,
         mean=mean,
         std=std,
-        seed=seed,
+        seed=seeds,
         rank=ranks.rank,
         world_size=ranks.world_size,
         augment=parts.augment,
