@@ -35,7 +35,7 @@ from tqdm.auto import tqdm
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.distributed.launch import Trainer, check_fit, choose_world_size, require_travel
 from cifar_fast.errors import RunError, UserError
-from cifar_fast.experiments.benchmark import RESULTS, BenchmarkFolder, _on_main, _train_once, load_benchmark, note
+from cifar_fast.experiments.benchmark import RESULTS, BenchmarkFolder, load_benchmark, note, on_main, train_once
 from cifar_fast.experiments.power import RunsNeeded, expected_deviation, run_seconds
 from cifar_fast.experiments.statistics import (
     anytime_interval,
@@ -290,6 +290,7 @@ def compare(
     backend: str | None = None,
     out: Path | str | None = None,
     first_seed: int = 0,
+    save_logits: bool = False,
     progress: bool = True,
     timeout: float = 10.0,
     on_plan: Callable[[RunsNeeded], None] | None = None,
@@ -316,6 +317,7 @@ def compare(
         backend: what the processes talk over.
         out: the folder of the comparison; None: the runs are not kept.
         first_seed: the seed of the first pair; each pair takes the next one.
+        save_logits: keep the test logits of each run in the folder of its arm, for `variance`.
         progress: whether to show progress, and to print what `on_plan` and `on_run` would get where there is neither.
         timeout: seconds within which a process that died or hangs ends all of them.
         on_plan: called before the first run with how many pairs differences of several sizes would take.
@@ -353,32 +355,38 @@ def compare(
                 made_of = {"recipe": recipe.to_dict(), "tricks": tricks.describe()}
                 expected = made_of | {"dataset": data.describe(), "environment": machine}
                 runs[arm] = stack.enter_context(folder).read(expected, first_seed)
+            for left in path.glob("comparison.*.part"):  # of a call that was killed; ours holds the locks now
+                left.unlink(missing_ok=True)
             return runs
 
-        runs = _on_main(trainer, open_folders)
+        runs = on_main(trainer, open_folders)
         found = Comparison(names=arm_names(arms[A], arms[B]), arms=runs, resolution=resolution, max_runs=max_runs)
         if any(runs.values()) and trainer.is_main:
             next_step = "nothing is left to do" if found.finished else "resuming"
             note(f"{path} holds {_count(found.pairs, 'pair')} of at most {max_runs}: {next_step}")
         if not found.finished:
             if on_plan or progress:
-                plan = _on_main(
-                    trainer, lambda: runs_needed(found, arms, data, world_size=world_size, device=device)
-                )
+                plan = on_main(trainer, lambda: runs_needed(found, arms, data, world_size=world_size, device=device))
                 if on_plan:
                     on_plan(plan)
                 elif trainer.is_main:
                     tqdm.write(plan.table() + "\n")
             for arm in (A, B):
                 trainer.warm_up(*arms[arm])
-        _on_main(trainer, lambda: _save(found, path))
+        on_main(trainer, lambda: _save(found, path))
         while not found.finished:
             arm = found.next_arm
-            line = _train_once(
-                trainer, folders[arm], *arms[arm], len(runs[arm]), first_seed=first_seed, progress=progress
+            line = train_once(
+                trainer,
+                folders[arm],
+                *arms[arm],
+                len(runs[arm]),
+                first_seed=first_seed,
+                keep_logits=save_logits,
+                progress=progress,
             )
             runs[arm].append(line)
-            _on_main(trainer, lambda: _save(found, path))
+            on_main(trainer, lambda: _save(found, path))
             if on_run:
                 on_run(arm, found)
             elif progress and trainer.is_main:
