@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast.experiments import gpu_report, plan
     from cifar_fast.experiments.ablation import Ablation, ablation
     from cifar_fast.experiments.benchmark import Benchmark, benchmark, load_benchmark
+    from cifar_fast.experiments.compare import Comparison, compare, load_comparison
     from cifar_fast.experiments.saved import full_scale_tables, results_folder, saved_ablation, saved_runs
     from cifar_fast.experiments.variance import Variance, variance
     from cifar_fast.teaching import concept_plots, exercises, image_grids, result_plots, scales
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Ablation",
     "Benchmark",
+    "Comparison",
     "Dataset",
     "Recipe",
     "RunResult",
@@ -46,6 +48,7 @@ __all__ = [
     "ablation",
     "benchmark",
     "changed_fields",
+    "compare",
     "concept_plots",
     "evaluate",
     "exercises",
@@ -56,6 +59,7 @@ __all__ = [
     "launch",
     "load_benchmark",
     "load_cifar10",
+    "load_comparison",
     "load_or_synthetic",
     "load_run",
     "plan",
@@ -84,6 +88,7 @@ _NAMES = {
     "distributed.launch": ("Trainer", "launch"),
     "experiments.ablation": ("Ablation", "ablation"),
     "experiments.benchmark": ("Benchmark", "benchmark", "load_benchmark"),
+    "experiments.compare": ("Comparison", "compare", "load_comparison"),
     "experiments.saved": ("full_scale_tables", "results_folder", "saved_ablation", "saved_runs"),
     "experiments.variance": ("Variance", "variance"),
     "training.evaluate": ("evaluate",),

@@ -133,7 +133,7 @@ def benchmark(
             "tricks": made_by,
         }
         folder = BenchmarkFolder(Path(out), target)
-        lines = _on_main(trainer, lambda: stack.enter_context(folder).read(expected, first_seed))
+        lines = on_main(trainer, lambda: stack.enter_context(folder).read(expected, first_seed))
 
         def finished() -> bool:
             accuracies = [line["accuracy"] for line in lines]
@@ -141,11 +141,11 @@ def benchmark(
 
         if lines and trainer.is_main:
             next_step = "nothing is left to do" if finished() else f"resuming with run {len(lines)}"
-            _note(f"{out} holds {len(lines)} of {runs} runs: {next_step}")
+            note(f"{out} holds {len(lines)} of {runs} runs: {next_step}")
         if not finished():
             trainer.warm_up(recipe, tricks)
         while not finished():
-            line = _train_once(
+            line = train_once(
                 trainer,
                 folder,
                 recipe,
@@ -161,7 +161,7 @@ def benchmark(
             elif progress and trainer.is_main:
                 tqdm.write(run_line(line, runs))
         # Also when no run was missing: the target may be a new one, or the last call was killed just before this.
-        _on_main(trainer, folder.rewrite_summaries)
+        on_main(trainer, folder.rewrite_summaries)
     return Benchmark(recipe, lines, target)
 
 
@@ -175,7 +175,7 @@ def _check_arguments(runs: int, first_seed: int, target: float) -> None:
         raise UserError(f"target={target:g} must be a share above 0 and at most 1{advice}")
 
 
-def _train_once(
+def train_once(
     trainer: Trainer,
     folder: BenchmarkFolder,
     recipe: Recipe,
@@ -187,7 +187,7 @@ def _train_once(
     progress: bool,
 ) -> dict[str, Any]:
     """Train run `number`, save it, and return its line on every rank."""
-    run_folder = _on_main(trainer, folder.scratch) / "run" if number == 0 else None
+    run_folder = on_main(trainer, folder.scratch) / "run" if number == 0 else None
     result = trainer.train(
         recipe,
         tricks=tricks,
@@ -196,7 +196,7 @@ def _train_once(
         save_logits=keep_logits,
         progress=progress,
     )
-    return _on_main(trainer, lambda: folder.add(number, result, run_folder))
+    return on_main(trainer, lambda: folder.add(number, result, run_folder))
 
 
 def logits_file(run: int) -> str:
@@ -224,7 +224,7 @@ def run_line(line: Mapping[str, Any], runs: int) -> str:
     return f"{what}  {line['train_seconds']:8.2f} s  test accuracy {percent(line['accuracy'])}"
 
 
-def _on_main(trainer: Trainer, do: Callable[[], Any]) -> Any:
+def on_main(trainer: Trainer, do: Callable[[], Any]) -> Any:
     """Return on every rank what `do()` returns on rank 0, the only one that calls it; raise its `UserError` on all."""
     value, mistake = None, None
     if trainer.is_main:
@@ -301,7 +301,7 @@ class BenchmarkFolder:
                 os.truncate(path, size)
             except OSError as error:
                 raise _cannot_write(self.path, error) from error
-            _note(f"dropped the half-written last line of {path} ({len(rest)} bytes): that run will be repeated")
+            note(f"dropped the half-written last line of {path} ({len(rest)} bytes): that run will be repeated")
         return list(self.lines)
 
     def scratch(self) -> Path:
@@ -446,5 +446,6 @@ def _cannot_write(folder: Path, error: OSError | NotImplementedError | Safetenso
     return RunError(f"the benchmark folder {folder} cannot be written: {reason}; finished runs in it are kept")
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Print a note to stderr, where it does not mix with results."""
     print(f"note: {text}", file=sys.stderr, flush=True)

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from killed import FORKS, die, in_a_child
 
 import cifar_fast
 from cifar_fast.data.dataset import Dataset
@@ -48,7 +49,6 @@ FILES = {
 }  # fmt: skip
 PICTURE = "accuracy_and_time.png"
 ROOT = Path(__file__).resolve().parents[2]
-FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which this system lacks")
 
 
 @pytest.fixture(scope="module")
@@ -461,24 +461,6 @@ def test_the_other_ranks_of_torchrun_write_nothing_and_decide_the_same(data, tmp
 
 
 # --- killed ---
-
-
-def in_a_child(do: Callable[[], None]) -> int:
-    """Call `do` in a forked process; return the signal that ended it, or 0."""
-    if (pid := os.fork()) == 0:
-        try:
-            do()
-            os._exit(0)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.__stderr__)
-        os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 TOUCHES = [
