@@ -95,8 +95,8 @@ def _named_roots(root: str | Path | None) -> list[tuple[str, Path]]:
 def _load(layout: Layout) -> Dataset:
     """Return the decoded copy of a layout; write it first if it is missing or older than the files."""
     decoded = _decoded_file(layout)
-    with suppress(OSError, SafetensorError):  # not there yet, or cut short when the system crashed
-        return read_decoded(decoded)
+    if (kept := _decoded_copy(decoded)) is not None:
+        return kept
     data = decode(layout)
     try:
         write_decoded(data, decoded)
@@ -108,6 +108,13 @@ def _load(layout: Layout) -> Dataset:
             stacklevel=3,
         )
         return data
+
+
+def _decoded_copy(decoded: Path) -> Dataset | None:
+    """Map a decoded file; None where it is not there yet, or was cut short when the system crashed."""
+    with suppress(OSError, SafetensorError):
+        return read_decoded(decoded)
+    return None
 
 
 def _decoded_file(layout: Layout) -> Path:
@@ -137,19 +144,21 @@ class Place:
     """The decoded copy in the cache folder, if there is one."""
 
 
-def status(root: str | Path | None = None) -> list[Place]:
+def status(root: str | Path | None = None, *, check: bool = True) -> list[Place]:
     """Look in every place where data may be, in the order of the search, and check what is there completely.
 
     Args:
         root: as in `load_cifar10`.
+        check: False trusts a decoded copy, and takes whatever else is there for usable: that takes no time.
 
     Returns:
         The places; data is taken from the first, whether usable or not.
     """
-    return [_look_at(origin, folder) for origin, folder in (*_named_roots(root), ("the cache folder", cache_folder()))]
+    places = (*_named_roots(root), ("the cache folder", cache_folder()))
+    return [_look_at(origin, folder, check) for origin, folder in places]
 
 
-def _look_at(origin: str, folder: Path) -> Place:
+def _look_at(origin: str, folder: Path, check: bool) -> Place:
     decoded = None
     try:
         layout = find_layout(folder)
@@ -158,11 +167,14 @@ def _look_at(origin: str, folder: Path) -> Place:
             kept = f" An interrupted download left {megabytes(n_kept)} there." if n_kept else ""
             return Place(origin, folder, False, nothing_in(folder) + kept, None)
         decoded = _decoded_file(layout)
-        data = decode(layout)
+        data = decode(layout) if check else _decoded_copy(decoded)
     except DataError as error:
         return Place(origin, folder, False, str(error), decoded if decoded is not None and decoded.exists() else None)
+    if data is None:
+        return Place(origin, folder, True, f"{layout.folder}, not yet read; `cifar-fast data` checks every file", None)
+    state = "complete and undamaged" if check else "decoded before"
     finding = (
-        f"{data.name}, {layout.kind} layout, complete and undamaged: {len(data.train_labels):,} training and "
+        f"{data.name}, {layout.kind} layout, {state}: {len(data.train_labels):,} training and "
         f"{len(data.test_labels):,} test images of {data.n_classes} classes, fingerprint {data.fingerprint}"
     )
     return Place(origin, folder, True, finding, decoded if decoded.exists() else None)

@@ -12,18 +12,18 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 
 from cifar_fast.data.dataset import Dataset, read_decoded, write_decoded
 from cifar_fast.distributed.processes import WatchedProcesses
 from cifar_fast.distributed.ranks import Ranks, choose_backend
 from cifar_fast.distributed.torchrun import join_torchrun, torchrun_world_size, under_torchrun
 from cifar_fast.errors import RecipeError, RunError, UserError
-from cifar_fast.hardware.device import select_device
+from cifar_fast.hardware.device import OTHER_GPUS, select_device
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.alone import Alone
 from cifar_fast.training.batches import allowed_world_sizes, steps_per_epoch
 from cifar_fast.training.loop import train
+from cifar_fast.training.progress import Progress
 from cifar_fast.training.result import EpochResult, RunResult, load_logits, run_from_dict, save_logits, save_weights
 from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
@@ -141,6 +141,7 @@ class Trainer:
         out: Path | str | None = None,
         save_logits: bool = False,
         progress: bool = True,
+        expected_seconds: float | None = None,
         started: float | None = None,
         on_epoch: Callable[[EpochResult], None] | None = None,
     ) -> RunResult:
@@ -165,23 +166,23 @@ class Trainer:
                 out=out if main else None,
                 save_logits=save_logits,
                 progress=progress and main,
+                expected_seconds=expected_seconds,
                 started=started,
                 on_epoch=on_epoch if main else None,
                 ranks=self._ranks,
             )
         weights = self._processes.folder / "weights.safetensors"
         folder = str(Path(out).absolute()) if out is not None else None
-        description = f"{tricks.titled(recipe)} on {self.data.name}, {self.world_size} processes"
-        with tqdm(desc=description, unit="step", disable=not progress) as bar:
+        title = f"{tricks.titled(recipe)} on {self.data.name}, {self.world_size} processes"
+        with Progress(recipe, self.data, title=title, show=progress, expected_seconds=expected_seconds) as shown:
 
             def show_progress(rank: int, message: tuple[str, Any]) -> None:
                 kind, content = message
                 if kind == "step":
-                    done, bar.total = content
-                    bar.update(done - bar.n)
+                    shown.step(content[0])
                 elif kind == "epoch":
                     epoch = EpochResult(**content)
-                    bar.set_postfix_str(f"epoch {epoch.epoch}: test accuracy {epoch.test_accuracy:.2%}")
+                    shown.evaluated(epoch)
                     if on_epoch:
                         on_epoch(epoch)
 
@@ -220,6 +221,7 @@ def launch(
     out: Path | str | None = None,
     save_logits: bool = False,
     progress: bool = True,
+    expected_seconds: float | None = None,
     started: float | None = None,
     on_epoch: Callable[[EpochResult], None] | None = None,
 ) -> RunResult:
@@ -240,6 +242,7 @@ def launch(
             out=out,
             save_logits=save_logits,
             progress=progress,
+            expected_seconds=expected_seconds,
             started=started,
             on_epoch=on_epoch,
         )
@@ -269,6 +272,8 @@ def choose_world_size(world_size: int | None, device: str | None, recipe: Recipe
         return max(n for n in allowed if n <= usable)
     if world_size < 1:
         raise UserError(f"world_size={world_size} must be at least 1 process")
+    if on.type in OTHER_GPUS and world_size > 1:
+        raise UserError(f"device={device!r} is used by one process, not by world_size={world_size} of them")
     if n_gpus and world_size > 1 and on.index is not None:
         raise UserError(f"device={device!r} is one GPU, but world_size={world_size} processes need one each: use cuda")
     if n_gpus and world_size > n_gpus:

@@ -10,8 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar_fast.hardware.device import has_float64
 from cifar_fast.hardware.numerics import HALF
 from cifar_fast.training.model import Network
+
+VIEWS = {"none": 1, "flip": 2, "flip_shift": 6}
+"""Times that each test-time augmentation shows an image to the network."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,8 @@ def evaluate(
     logits = predict_logits(
         model, images, tta=tta, tta_margin=tta_margin, dtype=dtype, batch_size=batch_size, on_batch=on_batch
     )
+    if not has_float64(logits.device):
+        logits = logits.cpu()
     labels = labels.to(logits.device)
     n_classes = logits.shape[1]
     cells = labels * n_classes + logits.argmax(1)

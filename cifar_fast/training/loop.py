@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cifar_fast.data.dataset import Dataset, require_variation
 from cifar_fast.errors import TrainingError
@@ -21,6 +20,7 @@ from cifar_fast.training.alone import ALONE, Alone
 from cifar_fast.training.capture import prepare_step
 from cifar_fast.training.evaluate import evaluate
 from cifar_fast.training.model import Network
+from cifar_fast.training.progress import Progress
 from cifar_fast.training.result import EpochResult, RunFolder, RunResult, halved
 from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.setup import Setup, agree_on_execution, set_up
@@ -38,6 +38,7 @@ def train(
     out: Path | str | None = None,
     save_logits: bool = False,
     progress: bool = True,
+    expected_seconds: float | None = None,
     started: float | None = None,
     on_epoch: Callable[[EpochResult], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -56,7 +57,8 @@ def train(
         seed: of the weights and of every random choice; `Seeds` to give each kind of choice its own.
         out: a new folder for logs and weights.
         save_logits: keep the logits of the last evaluation, in the result and in `out`.
-        progress: whether to show a progress bar.
+        progress: whether to show epoch, time left and accuracy: as a bar, or as lines where there is no terminal.
+        expected_seconds: how long the run should take, for the time left until its own pace tells.
         started: when the command began (`time.time`), for `total_seconds`; None: now.
         on_epoch: called with the result of each epoch.
         on_step: called with the number of steps done, and of all steps.
@@ -91,21 +93,21 @@ def train(
     total_steps = setup.batches.total_steps()
     title = f"{tricks.titled(recipe)} on {data.name}"
     with (
-        tqdm(total=total_steps, desc=title, unit="step", disable=not progress) as bar,
+        Progress(recipe, data, title=title, show=progress, expected_seconds=expected_seconds) as shown,
         tricks.seeded(seeds.augmentation, ranks.rank, on),
     ):
 
-        def after_step() -> None:
-            bar.update()
+        def after_step(accuracy: float | None) -> None:
+            shown.step(step.done, accuracy)
             if tricks.on_step:
                 tricks.on_step(step)
             if on_step:
                 on_step(step.done, total_steps)
 
         for epoch in range(math.ceil(recipe.epochs)):
-            result, logits = _train_and_evaluate(setup, step, epoch, clocks, after_step)
+            result, logits = _train_and_evaluate(setup, step, epoch, clocks, after_step, shown.tick)
             epochs.append(result)
-            bar.set_postfix_str(f"epoch {result.epoch}: test accuracy {result.test_accuracy:.2%}")
+            shown.evaluated(result)
             if folder:
                 with ranks.slow_work():
                     folder.log(result)
@@ -152,13 +154,18 @@ class _Clocks:
 
 
 def _train_and_evaluate(
-    setup: Setup, step: TrainingStep, epoch: int, clocks: _Clocks, after_step: Callable[[], None]
+    setup: Setup,
+    step: TrainingStep,
+    epoch: int,
+    clocks: _Clocks,
+    after_step: Callable[[float | None], None],
+    after_test_batch: Callable[[], None],
 ) -> tuple[EpochResult, Tensor]:
     with clocks.train.running():
         train_loss, train_accuracy = train_epoch(setup, step, epoch, after_step)
     tta = setup.recipe.tta if step.done == setup.batches.total_steps() else "none"
     with clocks.evaluate.running():
-        test_loss, test_accuracy, logits = evaluate_together(setup, step.evaluated, tta)
+        test_loss, test_accuracy, logits = evaluate_together(setup, step.evaluated, tta, after_test_batch)
     result = EpochResult(
         epoch=epoch + 1,
         train_loss=train_loss,
@@ -171,8 +178,13 @@ def _train_and_evaluate(
     return result, logits
 
 
-def train_epoch(setup: Setup, step: TrainingStep, epoch: int, after_step: Callable[[], None]) -> tuple[float, float]:
-    """Train for one epoch, or for what is left of the last; return loss and accuracy on its augmented batches."""
+def train_epoch(
+    setup: Setup, step: TrainingStep, epoch: int, after_step: Callable[[float | None], None]
+) -> tuple[float, float]:
+    """Train for one epoch, or for what is left of the last; return loss and accuracy on its augmented batches.
+
+    `after_step` is called after each step with the accuracy on its batch, or with None where reading it takes time.
+    """
     steps_left = setup.batches.total_steps() - step.done
     step.start_epoch(epoch)
     losses, correct = [], []
@@ -180,9 +192,11 @@ def train_epoch(setup: Setup, step: TrainingStep, epoch: int, after_step: Callab
         loss, hits = step(images, labels)
         losses.append(loss.clone())  # a captured step writes the next one to the same place
         correct.append(hits.clone())
+        accuracy = None
         if setup.device.type == "cpu":  # reading the loss makes a GPU wait: there once an epoch
             require_finite(loss, step)
-        after_step()
+            accuracy = hits.item() / len(labels)
+        after_step(accuracy)
     require_finite(losses[-1], step)
     # Each rank has its share of the batches.
     sums = setup.ranks.sum(torch.stack([torch.stack(losses).mean(), torch.stack(correct).sum()]))
@@ -190,15 +204,22 @@ def train_epoch(setup: Setup, step: TrainingStep, epoch: int, after_step: Callab
     return loss_sum / setup.ranks.world_size, n_correct / (len(losses) * setup.recipe.global_batch_size)
 
 
-def evaluate_together(setup: Setup, model: Network, tta: str) -> tuple[float, float, Tensor]:
+def evaluate_together(
+    setup: Setup, model: Network, tta: str, after_test_batch: Callable[[], None]
+) -> tuple[float, float, Tensor]:
     """Return the test loss and accuracy of `model`, and the logits of the test images that this rank evaluated: each
     takes an equal share.
     """
     ranks = setup.ranks
+
+    def after_batch() -> None:
+        ranks.tick()
+        after_test_batch()
+
     ranks.average_statistics(model)
     images, labels = setup.test_set
     dtype, margin = setup.execution.numerics.dtype, setup.recipe.tta_margin
-    found = evaluate(model, images, labels, tta=tta, tta_margin=margin, dtype=dtype, on_batch=ranks.tick)
+    found = evaluate(model, images, labels, tta=tta, tta_margin=margin, dtype=dtype, on_batch=after_batch)
     if ranks.world_size == 1:
         return found.loss, found.accuracy, found.logits
     sums = torch.tensor([found.loss, found.accuracy], dtype=torch.float64) * len(labels)

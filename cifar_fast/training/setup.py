@@ -14,7 +14,7 @@ from torch import Tensor
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.errors import UserError
 from cifar_fast.hardware.cuda_graph import EAGER, StepMode, choose_step_mode
-from cifar_fast.hardware.device import environment
+from cifar_fast.hardware.device import environment, has_float64
 from cifar_fast.hardware.numerics import Capabilities, Numerics, capabilities, choose_numerics
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.alone import ALONE, Alone
@@ -185,13 +185,16 @@ def set_up(
     parts, fitted = tricks.completed(recipe, execution.numerics), tricks.fitted(recipe)
     assert parts.model and parts.optimizers and parts.loss and parts.schedule
     images = data.train_images.to(device) if recipe.preload else data.train_images
-    mean, std = pixel_statistics(images)
+    # Pixel statistics and whitening filters take float64: without it, the CPU computes them.
+    exact = device if has_float64(device) else torch.device("cpu")
+    exact_images = images if has_float64(device) else data.train_images
+    mean, std = pixel_statistics(exact_images)
     model = build_network(
         parts.model, recipe, data.n_classes, mean, std, memory_format=tricks.memory_format, seed=seeds.start
     )
     # Weights stay in float32: a format with fewer digits would lose the small steps.
     dtype = torch.float64 if execution.numerics.dtype == torch.float64 else torch.float32
-    model = model.to(device, dtype)
+    model = model.to(exact, dtype)
     model = model.to(memory_format=torch.channels_last if fitted.channels_last else torch.preserve_format)
     batches = TrainBatches(
         images,
@@ -206,7 +209,8 @@ def set_up(
         world_size=ranks.world_size,
         augment=parts.augment,
     )
-    whiten_first_layer(model, recipe, images[:WHITENING_IMAGES].to(device))
+    whiten_first_layer(model, recipe, exact_images[:WHITENING_IMAGES].to(exact))
+    model = model.to(device)
     ranks.copy_from_main(model)
     optimizers = require_optimizers(parts.optimizers(model.layers, recipe), model.layers)
     return Setup(
