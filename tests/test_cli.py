@@ -221,7 +221,7 @@ def test_help_of_train_is_the_fields_docstrings(capsys):
         (["--network", "vgg"], "vgg"),
         (["--warp", "9"], "Unrecognized.*--warp"),
         (["--ghost-batch-size", "7"], "ghost_batch_size=7 does not divide"),
-        (["--seed", "-1"], "seed=-1"),
+        (["--seed", "-1", "--precision", "float32", "--convolution", "direct"], "seed=-1"),
         (["--device", "tpu"], "'tpu'"),
         (["--data", "/nowhere/at/all"], "no folder /nowhere/at/all"),
         (["--global-batch-size", "4000"], "4000 images cannot be drawn"),
@@ -560,10 +560,10 @@ def test_doctor_says_what_this_machine_would_get_and_why(tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(numerics, "convolution_rates", lambda: pytest.fail("measured without being asked"))
         assert status_of("doctor", "--device", "cpu") == 0
+        assert all(flush for _, flush in printed)
         rows = table_rows(printed)
         assert rows["precision"] == rows["convolution"] == "not yet measured"
         assert rows["because"].endswith("doctor --measure does so now")
-        assert all(flush for _, flush in printed)
     numerics.convolution_rates.cache_clear()
     monkeypatch.setattr(numerics, "TIMED_IMAGES", 4)
     monkeypatch.setattr(numerics.convolution_rates.__wrapped__, "__defaults__", (4,))
@@ -594,8 +594,10 @@ def test_doctor_says_what_this_machine_would_get_and_why(tmp_path, monkeypatch, 
 
 
 def table_rows(printed: list[tuple[str, bool]]) -> dict[str, str]:
-    """The names and values of what was printed last, by `doctor`."""
-    return dict(line.split("  ", 1)[:1] + [line.split("  ", 1)[1].strip()] for line, _ in printed[-30:])
+    """Return the names and values that `doctor` has printed, and forget them."""
+    cells = [line.split("  ", 1) for line, _ in printed]
+    printed.clear()
+    return {name: value.strip() for name, value in cells}
 
 
 def test_lab_without_notebooks_or_jupyterlab(tmp_path, monkeypatch, capsys):
