@@ -12,19 +12,20 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 
 from cifar_fast.data.dataset import Dataset, read_decoded, write_decoded
 from cifar_fast.distributed.processes import WatchedProcesses
 from cifar_fast.distributed.ranks import Ranks, choose_backend
 from cifar_fast.distributed.torchrun import join_torchrun, torchrun_world_size, under_torchrun
 from cifar_fast.errors import RecipeError, RunError, UserError
-from cifar_fast.hardware.device import select_device
+from cifar_fast.hardware.device import OTHER_GPUS, select_device
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.alone import Alone
 from cifar_fast.training.batches import allowed_world_sizes, steps_per_epoch
 from cifar_fast.training.loop import train
-from cifar_fast.training.result import EpochResult, RunResult, run_from_dict, save_weights
+from cifar_fast.training.progress import Progress
+from cifar_fast.training.result import EpochResult, RunResult, load_logits, run_from_dict, save_logits, save_weights
+from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 T = TypeVar("T")
@@ -136,9 +137,11 @@ class Trainer:
         recipe: Recipe,
         *,
         tricks: Tricks = NO_TRICKS,
-        seed: int = 0,
+        seed: int | Seeds = 0,
         out: Path | str | None = None,
+        save_logits: bool = False,
         progress: bool = True,
+        expected_seconds: float | None = None,
         started: float | None = None,
         on_epoch: Callable[[EpochResult], None] | None = None,
     ) -> RunResult:
@@ -161,31 +164,36 @@ class Trainer:
                 device=str(self._ranks.device),
                 seed=seed,
                 out=out if main else None,
+                save_logits=save_logits,
                 progress=progress and main,
+                expected_seconds=expected_seconds,
                 started=started,
                 on_epoch=on_epoch if main else None,
                 ranks=self._ranks,
             )
         weights = self._processes.folder / "weights.safetensors"
         folder = str(Path(out).absolute()) if out is not None else None
-        description = f"{tricks.titled(recipe)} on {self.data.name}, {self.world_size} processes"
-        with tqdm(desc=description, unit="step", disable=not progress) as bar:
+        title = f"{tricks.titled(recipe)} on {self.data.name}, {self.world_size} processes"
+        with Progress(recipe, self.data, title=title, show=progress, expected_seconds=expected_seconds) as shown:
 
             def show_progress(rank: int, message: tuple[str, Any]) -> None:
                 kind, content = message
                 if kind == "step":
-                    done, bar.total = content
-                    bar.update(done - bar.n)
+                    shown.step(content[0])
                 elif kind == "epoch":
                     epoch = EpochResult(**content)
-                    bar.set_postfix_str(f"epoch {epoch.epoch}: test accuracy {epoch.test_accuracy:.2%}")
+                    shown.evaluated(epoch)
                     if on_epoch:
                         on_epoch(epoch)
 
-            arguments = (recipe, str(self._file), seed, folder, started, str(weights), tricks)
+            arguments = (recipe, str(self._file), seed, folder, save_logits, started, str(weights), tricks)
             values = self._processes.run(train_task, *arguments, on_message=show_progress)[0]
         result = run_from_dict(values, load_file(weights), tricks)
         weights.unlink()
+        result.train_indices = self.data.selection.indices if self.data.selection else None
+        if save_logits:
+            result.logits, result.test_labels = load_logits(logits_beside(weights))
+            logits_beside(weights).unlink()
         return result
 
     def close(self) -> None:
@@ -209,9 +217,11 @@ def launch(
     device: str | None = None,
     backend: str | None = None,
     timeout: float = 10.0,
-    seed: int = 0,
+    seed: int | Seeds = 0,
     out: Path | str | None = None,
+    save_logits: bool = False,
     progress: bool = True,
+    expected_seconds: float | None = None,
     started: float | None = None,
     on_epoch: Callable[[EpochResult], None] | None = None,
 ) -> RunResult:
@@ -226,7 +236,15 @@ def launch(
         require_travel(tricks, world_size)
     with Trainer(data, world_size=world_size, device=device, backend=backend, timeout=timeout) as trainer:
         return trainer.train(
-            recipe, tricks=tricks, seed=seed, out=out, progress=progress, started=started, on_epoch=on_epoch
+            recipe,
+            tricks=tricks,
+            seed=seed,
+            out=out,
+            save_logits=save_logits,
+            progress=progress,
+            expected_seconds=expected_seconds,
+            started=started,
+            on_epoch=on_epoch,
         )
 
 
@@ -254,6 +272,8 @@ def choose_world_size(world_size: int | None, device: str | None, recipe: Recipe
         return max(n for n in allowed if n <= usable)
     if world_size < 1:
         raise UserError(f"world_size={world_size} must be at least 1 process")
+    if on.type in OTHER_GPUS and world_size > 1:
+        raise UserError(f"device={device!r} is used by one process, not by world_size={world_size} of them")
     if n_gpus and world_size > 1 and on.index is not None:
         raise UserError(f"device={device!r} is one GPU, but world_size={world_size} processes need one each: use cuda")
     if n_gpus and world_size > n_gpus:
@@ -308,13 +328,14 @@ def train_task(
     ranks: Ranks,
     recipe: Recipe,
     file: str,
-    seed: int,
+    seed: int | Seeds,
     out: str | None,
+    keep_logits: bool,
     started: float,
     weights: str,
     tricks: Tricks,
 ) -> dict[str, Any] | None:
-    """Train with the other ranks; rank 0 reports progress, writes the weights to a file and returns the rest."""
+    """Train with the other ranks; rank 0 reports progress, writes weights and logits to files and returns the rest."""
     last_report = 0.0
 
     def on_step(done: int, total: int) -> None:
@@ -332,6 +353,7 @@ def train_task(
             device=str(ranks.device),
             seed=seed,
             out=out if ranks.is_main else None,
+            save_logits=keep_logits,
             progress=False,
             started=started,
             on_epoch=(lambda epoch: ranks.report(("epoch", asdict(epoch)))) if ranks.is_main else None,
@@ -345,7 +367,14 @@ def train_task(
         return None
     with ranks.slow_work():
         save_weights(result.model, weights)
+        if keep_logits:
+            save_logits(result, logits_beside(Path(weights)))
     return result.to_dict()
+
+
+def logits_beside(weights: Path) -> Path:
+    """Return the file in which rank 0 hands over the logits of a run whose weights are in `weights`."""
+    return weights.with_name("logits.safetensors")
 
 
 def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int, tricks: Tricks = NO_TRICKS) -> None:

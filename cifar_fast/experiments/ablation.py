@@ -19,6 +19,7 @@ from cifar_fast.hardware.clock import Clock
 from cifar_fast.recipe import Recipe, changed_fields, choices
 from cifar_fast.training.evaluate import Evaluation, evaluate
 from cifar_fast.training.result import EpochResult, RunResult
+from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 AS_IT_IS = "as it is"
@@ -37,8 +38,8 @@ class Ablation:
 
         `field`: `accuracy` (0 ... 1), `loss`, or a clock, in seconds. Raises `UserError` when they share no seed.
         """
-        first = {run["seed"]: run[field] for run in next(iter(self.arms.values()))}
-        differences = [run[field] - first[run["seed"]] for run in self.arms[arm] if run["seed"] in first]
+        first = {Seeds.of(run["seed"]): run[field] for run in next(iter(self.arms.values()))}
+        differences = [run[field] - first[seed] for run in self.arms[arm] if (seed := Seeds.of(run["seed"])) in first]
         if not differences:
             raise UserError(f"no seed was trained both in {next(iter(self.arms))!r} and in {arm!r}")
         return differences

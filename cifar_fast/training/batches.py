@@ -16,6 +16,7 @@ from torch import Tensor
 from cifar_fast.errors import RecipeError, TricksError
 from cifar_fast.recipe import Recipe
 from cifar_fast.training import augment
+from cifar_fast.training.seeds import Seeds
 
 
 def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,9 +79,10 @@ class Choices:
     brightness: Tensor  # float32, in standard deviations
 
 
-def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, epoch: int, shard: int) -> Choices:
+def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int | Seeds, epoch: int, shard: int) -> Choices:
     """Draw the choices of one epoch for a shard of `shard_size` images that are `side` pixels wide."""
-    generator = draw_generator(seed, epoch, shard)
+    seeds = Seeds.of(seed)
+    generator = draw_generator(seeds.augmentation, epoch, shard)
 
     def integers(low: int, high: int) -> Tensor:
         return torch.randint(low, high, (shard_size,), generator=generator)
@@ -94,13 +96,19 @@ def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, epoch
     mirrored = integers(0, 2).bool()
     if recipe.flip == "alternating":
         # A draw for the whole run says how each image starts; then it changes sides every epoch.
-        first = torch.randint(0, 2, (shard_size,), generator=_generator(1, seed, 0, shard)).bool()
+        first = torch.randint(0, 2, (shard_size,), generator=_generator(1, seeds.augmentation, 0, shard)).bool()
         mirrored = first[index] ^ bool(epoch % 2)
     elif recipe.flip == "none":
         mirrored = torch.zeros_like(mirrored)
     corners = side - recipe.cutout + 1
     cutout_top, cutout_left = integers(0, corners), integers(0, corners)
-    return Choices(index, top, left, mirrored, cutout_top, cutout_left, 1 + spread(), spread())
+    choices = Choices(index, top, left, mirrored, cutout_top, cutout_left, 1 + spread(), spread())
+    if seeds.order == seeds.augmentation:
+        return choices
+    # Each image keeps its augmentation and takes the place that the order's own seed gives it.
+    order = torch.randperm(shard_size, generator=draw_generator(seeds.order, epoch, shard))
+    moved = index.argsort()[order]
+    return Choices(*(values[moved] for values in vars(choices).values()))
 
 
 PORTION = 100_000
@@ -149,7 +157,7 @@ class TrainBatches:
         dtype: torch.dtype = torch.float32,
         mean: Tensor | None = None,
         std: Tensor | None = None,
-        seed: int = 0,
+        seed: int | Seeds = 0,
         rank: int = 0,
         world_size: int = 1,
         augment: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None,
@@ -164,7 +172,7 @@ class TrainBatches:
             dtype: number format of the batches.
             mean: of each channel, (C,), in pixel values; None: measured.
             std: likewise.
-            seed: of the random choices.
+            seed: of the random choices; `Seeds` to give order and augmentation one each.
             rank: of this process.
             world_size: number of processes; divides the recipe's `n_shards`.
             augment: the reader's own function, called for each shard's local batch after all that the recipe does;
@@ -174,7 +182,8 @@ class TrainBatches:
             RecipeError: a shard holds fewer images than its part of a batch, or the crop's border or
                 the cutout exceeds the image.
         """
-        self.recipe, self.seed, self.device, self.dtype, self.augment = recipe, seed, device, dtype, augment
+        self.recipe, self.seeds, self.device, self.dtype = recipe, Seeds.of(seed), device, dtype
+        self.augment = augment
         self.side = images.shape[-1]
         if recipe.crop_padding >= self.side:
             raise RecipeError(
@@ -226,7 +235,7 @@ class TrainBatches:
 
     def _draw(self, epoch: int) -> list[Choices]:
         return [
-            draw_choices(self.recipe, len(labels), self.side, seed=self.seed, epoch=epoch, shard=shard)
+            draw_choices(self.recipe, len(labels), self.side, seed=self.seeds, epoch=epoch, shard=shard)
             for shard, labels in zip(self.shards, self.labels, strict=True)
         ]
 
@@ -274,7 +283,7 @@ class TrainBatches:
         size = self.recipe.local_batch_size
         parts = []
         for shard, part, target in zip(self.shards, images.split(size), labels.split(size), strict=True):
-            generator = _generator(2, self.seed, 0, epoch, number, shard)
+            generator = _generator(2, self.seeds.augmentation, 0, epoch, number, shard)
             parts.append(_require_batch(self.augment(part, target, generator), size))
         images, labels = (torch.cat(each) for each in zip(*parts, strict=True))
         memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format

@@ -1,7 +1,8 @@
 """The result of a training run: `RunResult` in memory, a run folder on disk.
 
 A run folder holds `recipe.json`, `environment.json`, and the logs `epochs.jsonl` and `timing_log.tsv`, which grow by a
-line an epoch, so an interrupted run keeps them. A finished run adds `result.json` and `weights.safetensors`. A run with
+line an epoch, so an interrupted run keeps them. A finished run adds `result.json` and `weights.safetensors`, and
+`logits.safetensors` if its logits are kept. A run on a part of a training set has `train_indices.npy`. A run with
 tricks keeps their source in `tricks.py`, to be read: nothing ever executes it.
 """
 
@@ -11,10 +12,11 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -25,7 +27,11 @@ from cifar_fast.files import write_text, written_whole
 from cifar_fast.hardware.numerics import Numerics
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.model import Network, build_network
+from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
+
+LOGITS = "logits.safetensors"
+INDICES = "train_indices.npy"
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,11 @@ class RunResult:
 
     recipe: Recipe
     dataset: dict[str, Any]
-    """`name`, `fingerprint`, `n_train`, `n_test`, `classes`."""
+    """`name`, `fingerprint`, `n_train`, `n_test`, `classes`; of a subset also `subset`."""
     environment: dict[str, Any]
     """Hardware, versions, numerics, step mode and processes, from `Setup.environment`."""
-    seed: int
+    seed: int | Seeds
+    """One number if all random choices had the same seed."""
     epochs: list[EpochResult]
     train_seconds: float
     evaluate_seconds: float
@@ -68,6 +75,13 @@ class RunResult:
     """The network that was evaluated: the averaged one if the recipe averages."""
     warm_up_seconds: float = 0.0
     """Compiling and capturing the step, before anything is learned; in `total_seconds`, not in `train_seconds`."""
+    logits: Tensor | None = field(default=None, repr=False)
+    """float16 (n_test, classes) on the CPU, in the order of the test set, with the recipe's test-time augmentation, as
+    `halved` returns them; None unless the run was asked to keep them."""
+    test_labels: Tensor | None = field(default=None, repr=False)
+    """int64 (n_test,): the labels that belong to the logits, kept with them."""
+    train_indices: Tensor | None = field(default=None, repr=False)
+    """int64 (n_train,): the images of the full training set that the run was trained on; None for all."""
     tricks: dict[str, Any] = field(default_factory=dict)
     """Name, fingerprint and source of the reader's own parts, from `Tricks.describe`; empty if there are none."""
 
@@ -82,7 +96,7 @@ class RunResult:
         return self.epochs[-1].test_loss
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the weights as plain values, ready for JSON."""
+        """Return everything but tensors (weights, logits, indices) as plain values, ready for JSON."""
         return {
             "accuracy": self.accuracy,
             "loss": self.loss,
@@ -92,7 +106,7 @@ class RunResult:
             "first_step_seconds": self.first_step_seconds,
             "warm_up_seconds": self.warm_up_seconds,
             "peak_memory_gb": self.peak_memory_gb,
-            "seed": self.seed,
+            "seed": Seeds.of(self.seed).plain(),
             "dataset": self.dataset,
             "environment": self.environment,
             "recipe": self.recipe.to_dict(),
@@ -111,6 +125,38 @@ def save_weights(model: Network, path: Path | str) -> None:
     save_file({name: value.clone().contiguous().cpu() for name, value in model.state_dict().items()}, path)
 
 
+def halved(logits: Tensor) -> Tensor:
+    """Return `logits` (N, classes) as float16, each row shifted so that its largest is 0.
+
+    The shift changes no probability. Near 0 float16 is finest, so the likeliest class stays the likeliest: unshifted,
+    two logits of about 8 that differ by less than 0.008 would round to a tie.
+    """
+    half = torch.finfo(torch.float16)
+    return (logits - logits.max(1, keepdim=True).values).clamp(min=half.min).to(torch.float16)
+
+
+def save_logits(result: RunResult, path: Path) -> None:
+    """Write the logits of `result` and their labels to a safetensors file, completely or not at all."""
+    assert result.logits is not None and result.test_labels is not None
+    with written_whole(path) as temporary:
+        save_file({"logits": result.logits.contiguous(), "labels": result.test_labels.contiguous()}, temporary)
+        temporary.chmod(0o644)  # safetensors lets only the owner read its files
+
+
+def load_logits(path: Path) -> tuple[Tensor, Tensor]:
+    """Read logits, float16 (n_test, classes), and labels, int64 (n_test,), from a file of `save_logits`.
+
+    Raises `RunError` if the file cannot be read.
+    """
+    try:
+        tensors = load_file(path)
+        return tensors["logits"], tensors["labels"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise RunError(f"the logits in {path} cannot be read: {error}; remove the file, or train the run again") from (
+            error
+        )
+
+
 class RunFolder:
     """The folder of one run, created before training starts and filled while it runs."""
 
@@ -121,6 +167,7 @@ class RunFolder:
         dataset: Mapping[str, Any],
         environment: Mapping[str, Any],
         tricks: Mapping[str, Any],
+        train_indices: Tensor | None = None,
     ) -> None:
         """Create the folder; `tricks` is from `Tricks.describe`. Raise `RunError` if it exists or cannot be written."""
         self.path = Path(path)
@@ -129,6 +176,9 @@ class RunFolder:
             write_json(self.path / "recipe.json", recipe.to_dict())
             write_json(self.path / "environment.json", {"dataset": dict(dataset), **environment})
             (self.path / "timing_log.tsv").write_text("epoch\thours\ttop1Accuracy\n")
+            if train_indices is not None:
+                with written_whole(self.path / INDICES) as temporary, temporary.open("wb") as file:
+                    np.save(file, train_indices.numpy())
             if tricks:
                 write_text(self.path / "tricks.py", tricks_file(tricks))
         except FileExistsError as error:
@@ -160,8 +210,10 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def finish(self, result: RunResult) -> None:
-        """Write the weights and the result, each completely or not at all."""
+        """Write the logits if there are any, the weights and the result, each completely or not at all."""
         try:
+            if result.logits is not None:
+                save_logits(result, self.path / LOGITS)
             with written_whole(self.path / "weights.safetensors") as temporary:
                 save_weights(result.model, temporary)
                 temporary.chmod(0o644)  # safetensors lets only the owner read its files
@@ -175,7 +227,7 @@ class RunFolder:
 
 def save_run(result: RunResult, path: Path | str) -> None:
     """Write a finished run to the new folder `path`; raise `RunError` if it exists or cannot be written."""
-    folder = RunFolder(path, result.recipe, result.dataset, result.environment, result.tricks)
+    folder = RunFolder(path, result.recipe, result.dataset, result.environment, result.tricks, result.train_indices)
     for epoch in result.epochs:
         folder.log(epoch)
     folder.finish(result)
@@ -227,22 +279,26 @@ def load_run(path: Path | str, *, tricks: Tricks | None = None) -> RunResult:
     try:
         values = json.loads((folder / "result.json").read_text())
         weights = load_file(folder / "weights.safetensors")
+        indices = torch.from_numpy(np.load(folder / INDICES)) if (folder / INDICES).exists() else None
     except FileNotFoundError as error:
         raise RunError(f"{folder} is not a finished run ({error}); train it again to another folder") from error
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except (OSError, EOFError, ValueError, SafetensorError) as error:  # also what is not JSON or no array
         raise RunError(f"the run in {folder} cannot be read: {error}; train it again") from error
+    logits, labels = load_logits(folder / LOGITS) if (folder / LOGITS).exists() else (None, None)
     try:
         own_model = values["tricks"]["parts"].get("model") if "tricks" in values else None
         if own_model and (tricks is None or not tricks.model):
-            return _without_weights(values, MissingModel(own_model["function"], path))
-        if own_model and tricks and own_model["fingerprint"] != tricks.code("model").fingerprint:
-            warnings.warn(
-                f"the run in {folder} was trained with another source of `model` (fingerprint "
-                f"{own_model['fingerprint']}); its weights fit, but may mean something else",
-                stacklevel=2,
-            )
-        return run_from_dict(values, weights, tricks or NO_TRICKS)
-    except (KeyError, TypeError) as error:
+            run = _without_weights(values, MissingModel(own_model["function"], path))
+        else:
+            run = run_from_dict(values, weights, tricks or NO_TRICKS)
+            if own_model and tricks and own_model["fingerprint"] != tricks.code("model").fingerprint:
+                warnings.warn(
+                    f"the run in {folder} was trained with another source of `model` (fingerprint "
+                    f"{own_model['fingerprint']}); its weights fit, but may mean something else",
+                    stacklevel=2,
+                )
+        return replace(run, logits=logits, test_labels=labels, train_indices=indices)
+    except (KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"result.json in {folder} was written by another version (field {error}); train the run again"
         ) from error
@@ -288,7 +344,7 @@ def _without_weights(values: Mapping[str, Any], model: Any) -> RunResult:
         recipe=Recipe.from_dict(values["recipe"]),
         dataset=values["dataset"],
         environment=values["environment"],
-        seed=values["seed"],
+        seed=Seeds.of(values["seed"]).simplest,
         epochs=[EpochResult(**epoch) for epoch in values["epochs"]],
         model=model,
         warm_up_seconds=values.get("warm_up_seconds", 0.0),  # older results did not count it

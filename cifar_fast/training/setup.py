@@ -14,7 +14,7 @@ from torch import Tensor
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.errors import UserError
 from cifar_fast.hardware.cuda_graph import EAGER, StepMode, choose_step_mode
-from cifar_fast.hardware.device import environment
+from cifar_fast.hardware.device import environment, has_float64
 from cifar_fast.hardware.numerics import Capabilities, Numerics, capabilities, choose_numerics
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.alone import ALONE, Alone
@@ -22,6 +22,7 @@ from cifar_fast.training.averaging import EMA, Lookahead
 from cifar_fast.training.batches import TrainBatches, pixel_statistics
 from cifar_fast.training.gradients import flat_gradients
 from cifar_fast.training.model import Network, build_network, whiten_first_layer
+from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.step import Loss, TrainingStep, Update
 from cifar_fast.training.tricks import NO_TRICKS, Tricks, require_optimizers
 
@@ -60,14 +61,19 @@ class _Report:
 
 
 def agree_on_execution(
-    recipe: Recipe, data: Dataset, seed: int, device: torch.device, ranks: Alone, tricks: Tricks = NO_TRICKS
+    recipe: Recipe, data: Dataset, seed: int | Seeds, device: torch.device, ranks: Alone, tricks: Tricks = NO_TRICKS
 ) -> Execution:
     """Have all ranks check that they train the same thing, and choose how, in one exchange.
 
     Raises `UserError` on every rank if one was started with another recipe, data set, seed or other tricks than rank 0.
     Warns if the recipe asks for a precision that cannot be had.
     """
-    mine = {"recipe": recipe.to_dict(), "data set": data.describe(), "seed": seed, "tricks": tricks.fingerprint()}
+    mine = {
+        "recipe": recipe.to_dict(),
+        "data set": data.describe(),
+        "seed": Seeds.of(seed).plain(),
+        "tricks": tricks.fingerprint(),
+    }
     chosen = choose_execution(recipe, device, ranks.backend, tricks) if ranks.is_main else None
     # Asking for them compiles the C kernels, which a GPU never uses.
     can = capabilities() if device.type == "cpu" else Capabilities({}, fused_norm=True)
@@ -156,7 +162,7 @@ def set_up(
     execution: Execution,
     *,
     device: torch.device,
-    seed: int = 0,
+    seed: int | Seeds = 0,
     ranks: Alone = ALONE,
     tricks: Tricks = NO_TRICKS,
 ) -> Setup:
@@ -167,7 +173,7 @@ def set_up(
         data: its images and labels; the ranks share the training set.
         execution: how it is computed.
         device: where.
-        seed: of the weights and of every random choice.
+        seed: of the weights and of every random choice; `Seeds` to give each kind of choice its own.
         ranks: the processes that share the work; all start from rank 0's weights.
         tricks: the reader's own parts; those that are missing are the recipe's.
 
@@ -175,14 +181,20 @@ def set_up(
         RecipeError: the recipe does not fit the data.
         TricksError: a part of the reader's own does not fit.
     """
+    seeds = Seeds.of(seed)
     parts, fitted = tricks.completed(recipe, execution.numerics), tricks.fitted(recipe)
     assert parts.model and parts.optimizers and parts.loss and parts.schedule
     images = data.train_images.to(device) if recipe.preload else data.train_images
-    mean, std = pixel_statistics(images)
-    model = build_network(parts.model, recipe, data.n_classes, mean, std, memory_format=tricks.memory_format, seed=seed)
+    # Pixel statistics and whitening filters take float64: without it, the CPU computes them.
+    exact = device if has_float64(device) else torch.device("cpu")
+    exact_images = images if has_float64(device) else data.train_images
+    mean, std = pixel_statistics(exact_images)
+    model = build_network(
+        parts.model, recipe, data.n_classes, mean, std, memory_format=tricks.memory_format, seed=seeds.start
+    )
     # Weights stay in float32: a format with fewer digits would lose the small steps.
     dtype = torch.float64 if execution.numerics.dtype == torch.float64 else torch.float32
-    model = model.to(device, dtype)
+    model = model.to(exact, dtype)
     model = model.to(memory_format=torch.channels_last if fitted.channels_last else torch.preserve_format)
     batches = TrainBatches(
         images,
@@ -192,12 +204,13 @@ def set_up(
         dtype=dtype,
         mean=mean,
         std=std,
-        seed=seed,
+        seed=seeds,
         rank=ranks.rank,
         world_size=ranks.world_size,
         augment=parts.augment,
     )
-    whiten_first_layer(model, recipe, images[:WHITENING_IMAGES].to(device))
+    whiten_first_layer(model, recipe, exact_images[:WHITENING_IMAGES].to(exact))
+    model = model.to(device)
     ranks.copy_from_main(model)
     optimizers = require_optimizers(parts.optimizers(model.layers, recipe), model.layers)
     return Setup(
