@@ -67,6 +67,13 @@ def is_installed(module: str) -> bool:
     )
 
 
+def unwrapped(function: FunctionType) -> FunctionType:
+    """Return what an installed package's wrapper wraps: torch puts one around every optimiser's step on first use."""
+    while is_installed(function.__globals__.get("__name__", "")) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
 def references(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """Yield what a function refers to, by name: globals, variables of the functions around it, default values."""
     for name in sorted(_global_names(function.__code__)):
@@ -102,7 +109,7 @@ def _parts(value: object) -> Iterator[tuple[str, Any]]:
     """Yield what any object consists of, by name; nothing for one whose insides are not known."""
     if isinstance(value, FunctionType):
         if not is_installed(value.__module__ or "__main__"):
-            yield from references(value)
+            yield from references(unwrapped(value))
     elif isinstance(value, MethodType):
         yield from (("self", value.__self__), ("function", value.__func__))
     elif isinstance(value, functools.partial):
@@ -182,6 +189,8 @@ class _Reader:
         if isinstance(value, PLAIN):
             self._feed(type(value).__name__, repr(value))
             return
+        if isinstance(value, FunctionType):
+            value = unwrapped(value)
         if id(value) in self._seen:
             self._feed("again", self._seen[id(value)])
             return
