@@ -100,8 +100,8 @@ class Network(nn.Module):
 
 
 def tensors(model: nn.Module) -> list[Tensor]:
-    """Return all parameters and buffers of `model`, each once however many modules share it."""
-    return [*model.parameters(), *model.buffers()]
+    """Return all parameters and buffers of `model`, each once however many modules share it, outside of autograd."""
+    return [value.detach() for value in (*model.parameters(), *model.buffers())]
 
 
 def build_network(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -125,9 +124,15 @@ class Update:
             optimizer.zero_grad(set_to_none=True)
 
 
-def cross_entropy(recipe: Recipe) -> Loss:
-    """Return the recipe's loss: the cross entropy of each image with its label, smoothed as the recipe says."""
-    return partial(F.cross_entropy, reduction="none", label_smoothing=recipe.label_smoothing)
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The recipe's loss: the cross entropy of each image with its label, of which smoothing gives a share to all."""
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, logits: Tensor, labels: Tensor, reduction: str = "none") -> Tensor:
+        """Return the loss of each image, (N,), or with `reduction="sum"` their sum, which takes fewer kernels."""
+        return F.cross_entropy(logits, labels, reduction=reduction, label_smoothing=self.label_smoothing)
 
 
 def forward_backward(
@@ -147,12 +152,12 @@ def forward_backward(
         recipe: `micro_batch_size`: that many images' activations exist at a time, and the gradients of all of them add
             up to the same.
         dtype: the number format of the convolutions.
-        loss_function: from logits and labels to each image's loss, or to their mean; None: `cross_entropy(recipe)`.
+        loss_function: from logits and labels to each image's loss, or to their mean; None: the recipe's.
 
     Returns:
         The mean loss and the number of correct predictions, two scalars on the device.
     """
-    loss_function = loss_function or cross_entropy(recipe)
+    loss_function = loss_function or CrossEntropy(recipe.label_smoothing)
     size = recipe.micro_batch_size or len(images)
     # A mean loss has gradients too small for float16; those of the sum, which the original recipes took, are not.
     loss_scale = len(images) if dtype == torch.float16 else 1
@@ -162,7 +167,7 @@ def forward_backward(
         expect_part(model, number, len(parts))
         with torch.autocast(images.device.type, dtype, enabled=dtype in HALF):
             logits = at_least_float32(model(part))
-        part_loss = summed(loss_function(logits, target), len(part)) / len(images)
+        part_loss = summed(loss_function, logits, target) / len(images)
         (part_loss * loss_scale).backward()
         loss += part_loss.detach()
         correct += (logits.detach().argmax(1) == likeliest(target)).sum()
@@ -171,8 +176,11 @@ def forward_backward(
     return loss, correct
 
 
-def summed(losses: Tensor, n_images: int) -> Tensor:
-    """Return the sum over the images of `losses`, which is each image's loss, (N,), or their mean, a scalar."""
+def summed(loss_function: Loss, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the sum of the images' losses; raise `TricksError` if the function gives neither these nor their mean."""
+    if isinstance(loss_function, CrossEntropy):
+        return loss_function(logits, labels, reduction="sum")
+    losses, n_images = loss_function(logits, labels), len(logits)
     if not isinstance(losses, Tensor) or losses.shape not in ((), (n_images,)):
         got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise TricksError(

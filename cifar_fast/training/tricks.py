@@ -24,7 +24,7 @@ from cifar_fast.recipe import Recipe
 from cifar_fast.training.model import ModelFunction, recipe_layers
 from cifar_fast.training.optim import lr_schedule, recipe_optimizers
 from cifar_fast.training.own_code import Code, name_of, obstacle, raised_by, read_code
-from cifar_fast.training.step import Loss, cross_entropy
+from cifar_fast.training.step import CrossEntropy, Loss
 
 if TYPE_CHECKING:
     from cifar_fast.training.result import EpochResult
@@ -134,7 +134,7 @@ class Tricks:
             self,
             model=self.model or layers,
             optimizers=self.optimizers or recipe_optimizers,
-            loss=self.loss or cross_entropy(recipe),
+            loss=self.loss or CrossEntropy(recipe.label_smoothing),
             schedule=self.schedule or lr_schedule(recipe),
         )
 
