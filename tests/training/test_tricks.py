@@ -18,11 +18,13 @@ from torch import Tensor, nn
 import cifar_fast as cf
 from cifar_fast import recipes
 from cifar_fast.data.dataset import Dataset
+from cifar_fast.distributed.ranks import Ranks
 from cifar_fast.errors import RankError, RunError, TrainingError, TricksError
 from cifar_fast.hardware.cuda_graph import StepMode
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.batches import TrainBatches
 from cifar_fast.training.evaluate import predict_logits
+from cifar_fast.training.gradients import in_memory_order
 from cifar_fast.training.result import RunResult
 from cifar_fast.training.tricks import Tricks
 
@@ -369,3 +371,18 @@ def test_a_run_folder_keeps_the_source_and_the_network_needs_its_function(few: D
         cf.load_run(tmp_path / "run", tricks=edited)
     with pytest.raises(RunError, match="do not fit"):
         cf.load_run(tmp_path / "run", tricks=Tricks(model=wide))
+
+
+# --- what a stranger's network asks of the ranks ---
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 1, 0, 2), (1, 0, 3, 2)])
+def test_a_gradient_is_flattened_as_it_lies_in_memory_whatever_its_layout(order: tuple[int, ...]) -> None:
+    stored = torch.arange(2 * 1 * 3 * 4.0).view(2, 1, 3, 4)
+    gradient = stored.permute(order)
+    flat = in_memory_order(gradient)
+    assert torch.equal(flat, stored.view(-1)) and flat.data_ptr() == stored.data_ptr()
+
+
+def test_a_network_without_batch_norm_has_no_statistics_to_average() -> None:
+    Ranks(0, 2, "gloo").average_statistics(nn.Linear(2, 2))  # nobody else would answer
