@@ -386,3 +386,20 @@ def test_a_gradient_is_flattened_as_it_lies_in_memory_whatever_its_layout(order:
 
 def test_a_network_without_batch_norm_has_no_statistics_to_average() -> None:
     Ranks(0, 2, "gloo").average_statistics(nn.Linear(2, 2))  # nobody else would answer
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_own_parts_compute_what_they_do_on_a_cpu_and_a_loss_can_be_captured(few: Dataset) -> None:
+    for name in CELLS:
+        on_cpu, on_gpu = (
+            cf.train(SHARED, few, tricks=tricks_of(name), device=device, progress=False) for device in ("cpu", "cuda")
+        )
+        for one, other in zip(on_cpu.epochs, on_gpu.epochs, strict=True):
+            assert (one.train_loss, one.test_loss) == pytest.approx((other.train_loss, other.test_loss), rel=1e-6)
+    mixed = tricks_of("mixup").merged(Tricks(loss=lambda logits, labels: F.cross_entropy(logits, labels)))
+    runs = [
+        cf.train(replace(QUICK, epochs=2.0, cuda_graph=how), few, tricks=mixed, device="cuda", progress=False)
+        for how in ("auto", "on")
+    ]
+    assert [run.environment["step_mode"] for run in runs] == ["eager", "captured"]
+    assert runs[0].loss == pytest.approx(runs[1].loss, rel=1e-3)
