@@ -74,6 +74,7 @@ html_math_renderer = "mathml"
 html_copy_source = False
 html_show_copyright = False
 html_domain_indices = False
+html_use_index = False  # its two columns do not fit a phone, and the search finds the same
 html_theme_options = {"source_repository": "", "top_of_page_buttons": []}
 html_context = {"repository": REPOSITORY}
 

@@ -56,9 +56,7 @@ def prepared_output(output: dict[str, Any]) -> dict[str, Any] | None:
             names = [f"<code>{name}</code>" for name in re.findall(r"(\w+)=", explorer["values"])]
             names += ["more"] if text.endswith("…") else []
             listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-            note = (
-                f'<p class="explorer">Run this notebook to move {listed} with sliders and see the picture change.</p>'
-            )
+            note = f"Run this notebook to move {listed} with sliders and see the picture change."
             return output | {"data": {"text/html": f'<p class="explorer">{note}</p>'}}
     return output
 
