@@ -13,7 +13,7 @@ from cifar_fast.recipes import ladder
 
 if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast.data.dataset import Dataset
-    from cifar_fast.data.load import load_cifar10, load_or_synthetic
+    from cifar_fast.data.load import load_cifar10, load_cifar100, load_or_synthetic
     from cifar_fast.data.synthetic import synthetic
     from cifar_fast.distributed.launch import Trainer, launch
     from cifar_fast.experiments import gpu_report, plan
@@ -59,6 +59,7 @@ __all__ = [
     "launch",
     "load_benchmark",
     "load_cifar10",
+    "load_cifar100",
     "load_comparison",
     "load_or_synthetic",
     "load_run",
@@ -83,7 +84,7 @@ _MODULES = {
 }
 _NAMES = {
     "data.dataset": ("Dataset",),
-    "data.load": ("load_cifar10", "load_or_synthetic"),
+    "data.load": ("load_cifar10", "load_cifar100", "load_or_synthetic"),
     "data.synthetic": ("synthetic",),
     "distributed.launch": ("Trainer", "launch"),
     "experiments.ablation": ("Ablation", "ablation"),

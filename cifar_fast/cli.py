@@ -115,7 +115,7 @@ class Train:
         recipe, changes = self.fields, changed_fields(base, self.fields)
         seeds = self.seeds()
         world_size = choose_world_size(self.world_size, self.device, recipe)
-        if self.out and self.out.exists():
+        if self.out and self.out.exists() and not under_torchrun():  # its ranks must agree before one of them leaves
             raise UserError(f"--out {self.out} exists already: a run never overwrites another; name a new folder")
         data = open_data(self.data, self.mirror)
         if not self.quiet:

@@ -19,7 +19,19 @@ from cifar_fast.errors import DataError
 from cifar_fast.files import written_whole
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-IMAGE_SIZE = 32  # pixels, height and width
+CIFAR100_CLASSES = tuple(
+    """
+    apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+    castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+    elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard
+    lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear
+    pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark
+    shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone
+    television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm
+    """.split()
+)
+IMAGE_SIZE = 32  # pixels, height and width, of both CIFAR sets; the default for image folders
+MAX_IMAGE_SIZE = 256  # pixels; larger pictures belong to other networks
 SYNTHETIC = "synthetic"  # marks every table, log and file of a run without real data
 _CHUNK = 1000  # images compared at once, so that the working set stays in the processor's cache
 
@@ -47,18 +59,18 @@ class Selection:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test set of 32x32 RGB images."""
+    """A training and a test set of square RGB images. H is 32, unless an image folder was read at another size."""
 
     name: str
-    """"CIFAR-10", "synthetic", or the name of an image folder."""
+    """"CIFAR-10", "CIFAR-100", "synthetic", or the name of an image folder."""
     classes: tuple[str, ...]
     """The class names; a label is an index into them."""
     train_images: Tensor = field(repr=False)
-    """uint8, (n_train, 3, 32, 32)."""
+    """uint8, (n_train, 3, H, H)."""
     train_labels: Tensor = field(repr=False)
     """int64, (n_train,)."""
     test_images: Tensor = field(repr=False)
-    """uint8, (n_test, 3, 32, 32)."""
+    """uint8, (n_test, 3, H, H)."""
     test_labels: Tensor = field(repr=False)
     """int64, (n_test,)."""
     source: str
@@ -75,8 +87,15 @@ class Dataset:
         """The number of classes."""
         return len(self.classes)
 
+    @property
+    def image_size(self) -> int:
+        """Width and height of the images in pixels."""
+        return self.train_images.shape[-1]
+
     def describe(self) -> dict[str, Any]:
         """Return what a run records about its data set, as plain values; of a subset also which one it is."""
+        # Results that were saved before there were other sizes do not name it.
+        size = {} if self.image_size == IMAGE_SIZE else {"image_size": self.image_size}
         return {
             "name": self.name,
             "fingerprint": self.fingerprint,
@@ -84,6 +103,7 @@ class Dataset:
             "n_test": len(self.test_labels),
             "classes": list(self.classes),
             **({"subset": self.selection.describe()} if self.selection else {}),
+            **size,
         }
 
     def subset(self, indices: Sequence[int] | Tensor) -> Dataset:
@@ -162,7 +182,7 @@ def require_variation(data: Dataset) -> None:
 
     Such a set teaches nothing, and it has no variance: whitening and batch norm would amplify rounding errors.
     """
-    images = data.train_images.numpy()  # (n_train, 3, 32, 32)
+    images = data.train_images.numpy()  # (n_train, 3, H, H)
     first = images[0]
     # In chunks, so that ordinary data passes at the first one.
     if not all((images[start : start + _CHUNK] == first).all() for start in range(0, len(images), _CHUNK)):

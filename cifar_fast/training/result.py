@@ -298,7 +298,7 @@ def load_run(path: Path | str, *, tricks: Tricks | None = None) -> RunResult:
                     stacklevel=2,
                 )
         return replace(run, logits=logits, test_labels=labels, train_indices=indices)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"result.json in {folder} was written by another version (field {error}); train the run again"
         ) from error
