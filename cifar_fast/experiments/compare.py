@@ -8,8 +8,8 @@ for Gaussian means with unknown variance", 2024 (arXiv:2310.03722).
 
 Why this method: group-sequential boundaries (S. J. Pocock, 1977; P. C. O'Brien and T. R. Fleming, 1979; K. K. G. Lan
 and D. L. DeMets, 1983), adapted to t statistics, use up all of the 5 %, but for a number of pairs chosen beforehand.
-Where a difference is at least one standard deviation of a pair, as 0.2 points are on CIFAR-10, they save a pair at
-most; for half of one they save about a quarter of them. `benchmarks/compare_error.py` measures all of them.
+Where a difference is at least one standard deviation of a pair, as 0.2 points are on CIFAR-10, they save a pair or two;
+for half of one they save about a quarter of the pairs. `benchmarks/compare_error.py` simulates all of them.
 
 The intervals assume that differences are about normal. Heavy tails do no harm; strong skew does, but the differences of
 two arms that are equally good and equally noisy are symmetric. A difference found early is on average too large, since

@@ -67,6 +67,11 @@ def test_student_t_against_the_printed_table():
         student_t_quantile(0)
 
 
+def test_student_t_for_other_probabilities():
+    assert student_t_quantile(10, 0.99) == pytest.approx(3.1693, abs=5e-5)
+    assert student_t_quantile(1, 0.5) == pytest.approx(1.0)
+
+
 @given(st.integers(1, 2000))
 def test_student_t_holds_95_percent_of_the_density(degrees):
     """The density integrated by Simpson's rule, over the angle whose tangent is t / sqrt(degrees)."""
