@@ -174,8 +174,8 @@ def _named_roots(root: str | Path | None) -> list[tuple[str, Path]]:
 def _load(layout: Layout, image_size: int = IMAGE_SIZE) -> Dataset:
     """Return the decoded copy of a layout; write it first if it is missing or older than the files."""
     decoded = _decoded_file(layout, image_size)
-    with suppress(OSError, SafetensorError):  # not there yet, or cut short when the system crashed
-        return read_decoded(decoded)
+    if (kept := _decoded_copy(decoded)) is not None:
+        return kept
     data = decode(layout, image_size)
     try:
         write_decoded(data, decoded)
@@ -187,6 +187,13 @@ def _load(layout: Layout, image_size: int = IMAGE_SIZE) -> Dataset:
             stacklevel=3,
         )
         return data
+
+
+def _decoded_copy(decoded: Path) -> Dataset | None:
+    """Map a decoded file; None where it is not there yet, or was cut short when the system crashed."""
+    with suppress(OSError, SafetensorError):
+        return read_decoded(decoded)
+    return None
 
 
 def _decoded_file(layout: Layout, image_size: int = IMAGE_SIZE) -> Path:
@@ -217,33 +224,39 @@ class Place:
     """The decoded copy in the cache folder, if there is one."""
 
 
-def status(root: str | Path | None = None) -> list[Place]:
+def status(root: str | Path | None = None, *, data_set: str = "CIFAR-10", check: bool = True) -> list[Place]:
     """Look in every place where data may be, in the order of the search, and check what is there completely.
 
     Args:
-        root: as in `load_cifar10`.
+        root: as in `load_cifar10` and `load_cifar100`.
+        data_set: what is looked for, "CIFAR-10" (or whatever is in a named folder) or "CIFAR-100".
+        check: False trusts a decoded copy, and takes whatever else is there for usable: that takes no time.
 
     Returns:
         The places; data is taken from the first, whether usable or not.
     """
-    return [_look_at(origin, folder) for origin, folder in (*_named_roots(root), ("the cache folder", cache_folder()))]
+    places = (*_named_roots(root), ("the cache folder", cache_folder()))
+    return [_look_at(origin, folder, data_set, check) for origin, folder in places]
 
 
-def _look_at(origin: str, folder: Path) -> Place:
+def _look_at(origin: str, folder: Path, data_set: str, check: bool) -> Place:
     decoded = None
+    is_free = data_set == "CIFAR-10" and origin != "the cache folder"  # to hold anything
     try:
-        # The cache folder holds downloads; only CIFAR-10 is read from it without being asked for by name.
-        layout = find_layout(folder, "CIFAR-10") if folder == cache_folder() else find_layout(folder)
+        layout = find_layout(folder) if is_free else find_layout(folder, data_set, pictures=data_set == "CIFAR-10")
         if layout is None:
             n_kept = unfinished_bytes(folder)
             kept = f" An interrupted download left {megabytes(n_kept)} there." if n_kept else ""
-            return Place(origin, folder, False, nothing_in(folder) + kept, None)
+            return Place(origin, folder, False, nothing_in(folder, data_set) + kept, None)
         decoded = _decoded_file(layout)
-        data = decode(layout)
+        data = decode(layout) if check else _decoded_copy(decoded)
     except DataError as error:
         return Place(origin, folder, False, str(error), decoded if decoded is not None and decoded.exists() else None)
+    if data is None:
+        return Place(origin, folder, True, f"{layout.folder}, not yet read; `cifar-fast data` checks every file", None)
+    state = "complete and undamaged" if check else "decoded before"
     finding = (
-        f"{data.name}, {layout.kind} layout, complete and undamaged: {len(data.train_labels):,} training and "
+        f"{data.name}, {layout.kind} layout, {state}: {len(data.train_labels):,} training and "
         f"{len(data.test_labels):,} test images of {data.n_classes} classes, fingerprint {data.fingerprint}"
     )
     return Place(origin, folder, True, finding, decoded if decoded.exists() else None)

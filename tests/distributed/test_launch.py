@@ -65,17 +65,21 @@ def assert_same(a: RunResult, b: RunResult) -> None:
 @pytest.fixture(scope="module")
 def alone(tiny_data: Dataset) -> RunResult:
     """Twenty steps of `APPLE` in one process."""
-    return train(APPLE, tiny_data, device="cpu", progress=False)
+    return train(APPLE, tiny_data, device="cpu", progress=False, save_logits=True)
 
 
 @pytest.fixture(scope="module")
 def shared(tiny_data: Dataset) -> Iterator[Callable[[], Trainer]]:
-    """A function that returns a trainer of two processes for many tests, a new one if an earlier test has lost them."""
+    """A function that returns a trainer of two processes for many tests, a new one if an earlier test has lost them.
+
+    Its data are a subset, though one of all images, so that the indices have to reach the processes.
+    """
     started: list[Trainer] = []
+    everything = tiny_data.subset(range(len(tiny_data.train_labels)))
 
     def get() -> Trainer:
         if not started or not started[-1].pids:
-            started.append(Trainer(tiny_data, world_size=2, device="cpu", timeout=60.0))
+            started.append(Trainer(everything, world_size=2, device="cpu", timeout=60.0))
         return started[-1]
 
     yield get
@@ -88,9 +92,15 @@ def pair(shared) -> Trainer:
     return shared()
 
 
-def test_two_processes_compute_the_same_as_one(pair, alone):
-    result = pair.train(APPLE, progress=False)
+def test_two_processes_compute_the_same_as_one(pair, alone, tmp_path):
+    result = pair.train(APPLE, progress=False, save_logits=True, out=tmp_path / "run")
     assert_same(result, alone)
+    read = load_run(tmp_path / "run")  # rank 0 has written it
+    for run in (result, read):  # each rank has seen every other test image
+        torch.testing.assert_close(run.logits, alone.logits, rtol=0, atol=1e-3)  # one in the last digit of float16
+        assert torch.equal(run.test_labels, alone.test_labels)
+        assert torch.equal(run.train_indices, torch.arange(640))
+        assert run.dataset == pair.data.describe() != alone.dataset
     assert next(iter(weights(result).values())).dtype == torch.float64
     assert (result.environment["world_size"], result.environment["backend"]) == (2, "gloo")
 
