@@ -21,9 +21,9 @@ commit, and `speedrun`, `apple` and `recipes` add the runs that are missing:
     recipes   every other named recipe, the ladder first, in rounds of one run each
 
 After each part the script rewrites `gpu.json` in the folder, whole or not at all; `PART.log` has what the part printed.
-Notebooks 03, 11 and 12 show what is saved in benchmarks/results/gpu, and so does the README, which is rewritten after
-each part; a dry run (another device, recipe or data set) cannot be saved there. After copying results from another
-machine there, rewrite the README with `--out benchmarks/results/gpu --readme`.
+Notebooks 03, 11 and 12 show what is saved in benchmarks/results/gpu, and so does benchmarks/results/README.md, which is
+rewritten after each part; a dry run (another device, recipe or data set) cannot be saved there. After copying results
+from another machine there, rewrite that README with `--out benchmarks/results/gpu --readme`.
 
 Then check, in this order:
 
@@ -156,7 +156,7 @@ TARGET = 0.94
 REPOSITORY = needs.REPOSITORY
 SAVED = REPOSITORY / "benchmarks" / "results" / "gpu"
 """The README and the notebooks show what is saved here."""
-README = REPOSITORY / "README.md"
+README = SAVED.parent / "README.md"
 BEGIN, END = "<!-- gpu.json: begin -->\n", "\n<!-- gpu.json: end -->"
 """Around what this script writes in the README."""
 RESUMED = ("speedrun", "apple", "recipes")

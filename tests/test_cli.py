@@ -9,6 +9,7 @@ import json
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,11 @@ import cifar_fast
 from cifar_fast import cli, recipes
 from cifar_fast.data import download, load, synthetic
 from cifar_fast.data.dataset import Dataset
+from cifar_fast.distributed import launch as launching
 from cifar_fast.errors import DataNotFoundError
+from cifar_fast.experiments import forecast as forecasts
+from cifar_fast.experiments.forecast import Forecast, about
+from cifar_fast.hardware import numerics
 from cifar_fast.recipe import Recipe
 from cifar_fast.teaching import notebooks
 from cifar_fast.training import predict
@@ -69,8 +74,9 @@ def test_help_names_every_command_without_loading_torch():
     process = start("--help")
     out, err = process.communicate()
     assert process.returncode == 0 and not err
-    for command in ("train", "benchmark", "evaluate", "predict", "data", "doctor", "lab"):
-        assert re.search(rf"\b{command}\b", out)
+    for command in cli.COMMANDS:
+        assert re.search(rf"^  {command}  +[A-Z]", out, re.MULTILINE)
+    assert len(out.splitlines()) < 25 and max(map(len, out.splitlines())) <= 120
     code = "import sys, cifar_fast.cli; sys.exit(bool({'torch', 'matplotlib', 'numpy', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -122,7 +128,7 @@ def test_train_leaves_a_whole_run_folder(run_folder):
     names = {path.name for path in run_folder.iterdir()}
     assert names == {
         "recipe.json", "environment.json", "epochs.jsonl", "timing_log.tsv", "result.json", "weights.safetensors",
-        "learning_curve.png",
+        "learning_curve.png", "example.png",
     }  # fmt: skip
     result = cifar_fast.load_run(run_folder)
     assert result.dataset["name"] == "colours" and result.dataset["classes"] == list(CLASSES)
@@ -136,9 +142,12 @@ def test_train_prints_the_epochs_and_a_table(pictures, tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     arguments = ["train", "--recipe", "smoke", "--data", pictures, "--device", "cpu", "--seed", "7"]
     assert status_of(*arguments, *QUICK, "--epochs", "1", "--order-seed", "8", "--logits") == 0
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
     assert "recipe: smoke (asked for)" in out and "epochs: 2.0 -> 1.0" in out
     assert "data set: colours" in out and "epoch   1" in out
+    assert re.search(r"^time: about \d+ s \(.*, measured\)$", out, re.MULTILINE)
+    assert re.search(r"^smoke-changed on colours: 0%, epoch 1 of 1, 0:\d\d left, accuracy follows", err)
+    assert "\r" not in err
     rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(.*)$", out, re.MULTILINE))
     assert rows["data set"].startswith("colours") and "TTA: flip" in rows["accuracy"]
     assert rows["n"] == "1 run, seeds start 7, order 8, augmentation 7" and torch.__version__ in rows["versions"]
@@ -148,6 +157,18 @@ def test_train_prints_the_epochs_and_a_table(pictures, tmp_path, monkeypatch, ca
     result = cifar_fast.load_run(tmp_path / rows["run folder"])
     assert result.seed == cifar_fast.Seeds(start=7, order=8, augmentation=7)
     assert result.logits is not None and result.logits.shape == (30, 3)
+    assert (tmp_path / rows["run folder"] / "result.json").exists()
+    # The summary at the end: its files exist, and its commands work as they stand.
+    end = out[out.index("The network classifies ") :]
+    assert f"{rows['accuracy'].split(' (')[0]} of the 30 test images of the data set colours correctly" in end
+    assert "(train_seconds)" in end and "(total_seconds)" in end
+    for file in re.findall(r"^(?:picture|weights):  (.*)$", end, re.MULTILINE):
+        assert Path(file).is_file()
+    predict, lab = re.findall(r"^  (.*)$", end, re.MULTILINE)
+    called = [*shlex.split(cli.program())]
+    assert shlex.split(lab) == [*called, "lab"]
+    assert shlex.split(predict)[: len(called)] == called and status_of(*shlex.split(predict)[len(called) :]) == 0
+    assert "example.png" in capsys.readouterr().out
 
 
 def test_synthetic_data_is_never_silent(tiny_data, tmp_path, monkeypatch, capsys):
@@ -204,7 +225,7 @@ def test_help_of_train_is_the_fields_docstrings(capsys):
         (["--network", "vgg"], "vgg"),
         (["--warp", "9"], "Unrecognized.*--warp"),
         (["--ghost-batch-size", "7"], "ghost_batch_size=7 does not divide"),
-        (["--seed", "-1"], "seed=-1"),
+        (["--seed", "-1", "--precision", "float32", "--convolution", "direct"], "seed=-1"),
         (["--start-seed", "-2"], "start seed -2 must be at least 0"),
         (["--device", "tpu"], "'tpu'"),
         (["--data", "/nowhere/at/all"], "no folder /nowhere/at/all"),
@@ -253,6 +274,65 @@ def test_the_hardware_picks_the_recipe(monkeypatch, n_gpus, device, expected):
     assert picked.name == expected and why
     if n_gpus > 1 and device is None:
         assert f"of the {n_gpus} here" in why or f"there are {n_gpus}" in why
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "expected"),
+    [
+        ("CIFAR-10", {"laptop": 599}, "laptop"),
+        ("CIFAR-10", {"laptop": 601, "classroom": 70}, "classroom"),
+        ("synthetic", {"classroom": 89}, "classroom"),
+        ("synthetic", {"classroom": 91, "smoke": 30}, "smoke"),
+    ],
+)
+def test_a_cpu_trains_what_it_can_in_time_and_says_so(tiny_data, monkeypatch, capsys, name, seconds, expected):
+    asked = []
+
+    def forecast(recipe: Recipe, data: Dataset, *, device: str | None) -> Forecast:
+        return Forecast(recipe, seconds[recipe.name], "2 cores, AVX2")
+
+    def launched(recipe: Recipe, *_: object, expected_seconds: float, **options: object) -> None:
+        asked.append((recipe.name, expected_seconds))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forecasts, "forecast", forecast)
+    monkeypatch.setattr(launching, "launch", launched)
+    monkeypatch.setattr(load, "load_or_synthetic", lambda *_, **options: replace(tiny_data, name=name))
+    assert status_of("train", "--device", "cpu") == 130
+    out = capsys.readouterr().out
+    assert asked == [(expected, seconds[expected])]
+    assert f"recipe: {expected} (" in out and f"time: {about(seconds[expected])} (2 cores, AVX2, measured)" in out
+    hints = {"laptop": "train --recipe classroom", "classroom": "train --recipe laptop"}
+    hint = "data --download" if name == "synthetic" else hints[expected]
+    assert f"{cli.program()} {hint}" in out
+    if len(seconds) == 2:
+        assert f"would take {about(next(iter(seconds.values())))}" in out
+
+
+def test_whoever_names_a_recipe_or_a_field_gets_that_recipe():
+    for arguments, free in (
+        ([], True),
+        (["--seed", "3", "--data", "synthetic"], True),
+        (["--recipe", "laptop"], False),
+        (["--recipe=laptop"], False),
+        (["--epochs", "11"], False),  # as `laptop` has it: still somebody's wish
+        (["--label_smoothing=0.1"], False),
+    ):
+        command = cli.parse(["train", "--device", "cpu", *arguments])
+        assert isinstance(command, cli.Train) and command.free == free, arguments
+
+
+def test_the_program_is_named_as_the_shell_finds_it(tmp_path, monkeypatch):
+    script = tmp_path / "the bin" / "cifar-fast"
+    script.parent.mkdir()
+    script.touch(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script), "train"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shlex.split(cli.program()) == [str(script)]
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert cli.program() == "cifar-fast"
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "cifar_fast" / "__main__.py")])
+    assert shlex.split(cli.program()) == [sys.executable, "-m", "cifar_fast"]
 
 
 # --- benchmark ---
@@ -332,6 +412,74 @@ def test_ctrl_c_in_a_benchmark_keeps_the_finished_runs(benchmark_command, tmp_pa
     monkeypatch.setattr(Trainer, "train", train)
     assert status_of(*arguments) == 0
     assert [run["seed"] for run in cifar_fast.load_benchmark(tmp_path / "runs").runs] == [0, 1, 2]
+
+
+# --- compare ---
+
+
+@pytest.fixture(scope="module")
+def compare_command(pictures: Path) -> list[str]:
+    """A comparison of runs that take a moment each."""
+    return ["compare", "smoke", "--data", str(pictures), "--device", "cpu", *QUICK, "--epochs", "1", "--max-runs", "5"]
+
+
+def test_compare_says_what_it_may_take_then_the_verdict_and_resumes(compare_command, tmp_path, monkeypatch, capsys):
+    from cifar_fast.distributed.launch import Trainer
+
+    monkeypatch.chdir(tmp_path)
+    train, arguments = Trainer.train, [*compare_command, "--b", "label_smoothing=0.5", "flip=none"]
+
+    def interrupted(trainer, *args, seed, **options):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return train(trainer, *args, seed=seed, **options)
+
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    assert status_of(*arguments) == 130
+    printed = capsys.readouterr()
+    name = "smoke-changed, flip=none, label_smoothing=0.5"
+    assert f"A: smoke-changed\nB: {name}\n  flip: alternating -> none\n" in printed.out
+    assert printed.out.index("PREDICTION: pairs of runs") < printed.out.index("seed   0")
+    assert "VERDICT: Too early to say: it takes 5 pairs of runs for an interval, and there are 2." in printed.out
+    folder = Path("runs/compare-smoke-changed-smoke-changed_flip=none_label_smoothing=0.5")
+    assert f"interrupted: finished runs are kept in {folder}; the same command resumes" in printed.err
+    monkeypatch.setattr(Trainer, "train", train)
+    assert status_of(*arguments, "--quiet") == 0
+    printed = capsys.readouterr()
+    found = cifar_fast.load_comparison(folder)
+    assert "holds 2 pairs of at most 5: resuming" in printed.err
+    assert printed.out == f"\n{found.table()}\nfolder: {folder}\n" and found.pairs == 5
+    assert [(run["recipe"]["name"], run["recipe"]["flip"], run["recipe"]["epochs"]) for run in found.arms["b"]] == [
+        (name, "none", 1.0)
+    ] * 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--b", "flip"], "--b flip: write a field and its value, such as --b epochs=8"),
+        (["--a", "flop=none"], "unknown recipe field flop"),
+        (["--b", "freeze_bn_scale=1"], "freeze_bn_scale=1 must be true or false"),
+        ([], "both arms are smoke-changed: change a field"),
+        (["--b", "flip=none", "--resolution", "-1"], "resolution=-1 must be a width in percentage points"),
+        (["--b", "n_shards=3", "--world-size", "3"], "n_shards=1 cannot be divided among world_size=3"),
+    ],
+)
+def test_mistakes_of_compare(compare_command, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert status_of(*compare_command, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_arms_are_recipes_with_common_and_own_changes():
+    words = ["laptop", "classroom", "--epochs", "5", "--b", "resolutions=()", "freeze_bn_scale=true", "flip=random"]
+    command = cli.parse(["compare", *words, "--a", "widths=(8, 8, 8)"])
+    assert isinstance(command, cli.Compare)
+    a, b = command.arms()
+    assert (a.name, a.epochs, a.widths) == ("laptop-changed, widths=(8, 8, 8)", 5.0, (8, 8, 8))
+    assert (b.epochs, b.resolutions, b.freeze_bn_scale, b.flip) == (5.0, (), True, "random")
+    assert b.widths == recipes.classroom().widths and b.name.startswith("classroom-changed, ")
 
 
 # --- evaluate ---
@@ -566,18 +714,51 @@ def test_data_downloads_from_the_mirrors(tmp_path, monkeypatch, capsys):
     assert "`train --data cifar100` would download CIFAR-100" in capsys.readouterr().out
 
 
-def test_doctor_says_what_this_machine_would_get_and_why(capsys):
-    assert status_of("doctor") == 0
-    out = capsys.readouterr().out
-    rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(.*)$", out, re.MULTILINE))
-    for row in ("processor", "CPU capability", "memory", "GPUs", "torch", "jupyterlab", "data set"):
+def test_doctor_says_what_this_machine_would_get_and_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(numerics, "_rates_file", lambda: tmp_path / "rates.json")
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *words, flush=False, **_: printed.append((" ".join(words), flush)))
+    with monkeypatch.context() as patch:
+        patch.setattr(numerics, "convolution_rates", lambda: pytest.fail("measured without being asked"))
+        assert status_of("doctor", "--device", "cpu") == 0
+        assert all(flush for _, flush in printed)
+        rows = table_rows(printed)
+        assert rows["precision"] == rows["convolution"] == "not yet measured"
+        assert rows["because"].endswith("doctor --measure does so now")
+    numerics.convolution_rates.cache_clear()
+    monkeypatch.setattr(numerics, "TIMED_IMAGES", 4)
+    monkeypatch.setattr(numerics.convolution_rates.__wrapped__, "__defaults__", (4,))
+    assert status_of("doctor", "--device", "cpu", "--measure") == 0
+    measured = table_rows(printed)
+    numerics.convolution_rates.cache_clear()
+    assert status_of("doctor", "--device", "cpu") == 0
+    rows = table_rows(printed)
+    assert rows == measured and not numerics.convolution_rates.cache_info().currsize
+    for row in (
+        "processor",
+        "CPU capability",
+        "memory",
+        "GPUs",
+        "Apple GPU",
+        "Intel GPU",
+        "torch",
+        "jupyterlab",
+        "data set",
+    ):
         assert rows[row]
     for kernels in ("Winograd", "AMX", "norm and activation"):
         assert re.match("compiled$|none: .", rows[f"{kernels} kernels"])
-    assert rows["recipe"].split()[0] in ("laptop", "speedrun")
+    assert rows["recipe"].split()[0] == "laptop"
     assert rows["precision"] in ("float32", "float16", "bfloat16") and rows["because"]
     assert rows["convolution"] in ("direct", "winograd", "amx")
     assert rows["cifar_fast"] == cifar_fast.__version__
+
+
+def table_rows(printed: list[tuple[str, bool]]) -> dict[str, str]:
+    """Return the names and values that `doctor` has printed, and forget them."""
+    cells = [line.split("  ", 1) for line, _ in printed]
+    printed.clear()
+    return {name: value.strip() for name, value in cells}
 
 
 def test_lab_without_notebooks_or_jupyterlab(tmp_path, monkeypatch, capsys):

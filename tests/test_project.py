@@ -11,6 +11,7 @@ import sys
 import tomllib
 from operator import attrgetter
 from pathlib import Path
+from statistics import fmean, median
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cifar_fast"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SOURCES = sorted([*MODULES, *PACKAGE.rglob("*.c")])
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "CONTRIBUTING.md", "benchmarks/results/README.md")
+SHOWN = ("laptop", "apple_8gpu", "page_2019")
+"""Folders of `RESULTS` whose mean accuracy the README's table of recipes gives."""
+FULL = ("ablation", "ablation_without_tiles")
 # Where conda-forge calls a package otherwise than PyPI does.
 CONDA_NAMES = {"torch": "pytorch", "playwright": "playwright-python"}
 
@@ -28,11 +34,11 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def readme_blocks() -> list[tuple[str, list[str]]]:
-    """Each fenced block of the README, as the heading it stands under and its lines."""
+def code_blocks(page: Path = ROOT / "README.md") -> list[tuple[str, list[str]]]:
+    """Each fenced block of a page, as the heading it stands under and its lines."""
     blocks: list[tuple[str, list[str]]] = []
     heading, fenced = "", False
-    for line in (ROOT / "README.md").read_text().splitlines():
+    for line in page.read_text().splitlines():
         if line.startswith("```"):
             fenced = not fenced
             if fenced:
@@ -46,10 +52,22 @@ def readme_blocks() -> list[tuple[str, list[str]]]:
 
 def readme_command(word: str) -> str:
     """The first fenced block under a heading that starts with the word."""
-    for heading, lines in readme_blocks():
+    for heading, lines in code_blocks():
         if heading.startswith(word):
             return "\n".join(lines)
     raise AssertionError(f"README.md has no fenced code block under a heading that starts with {word!r}")
+
+
+def table_rows(page: Path) -> list[list[str]]:
+    """The cells of each row of all tables of a page."""
+    lines = [line for line in page.read_text().splitlines() if line.startswith("|") and not line.startswith("|---")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def specifiers(requirements: list[str]) -> dict[str, object]:
@@ -62,7 +80,7 @@ def specifiers(requirements: list[str]) -> dict[str, object]:
 
 def test_environment_yml_asks_for_the_same_packages_as_pyproject():
     extras = project()["optional-dependencies"]
-    wanted = specifiers([*project()["dependencies"], *extras["notebooks"], *extras["test"]])
+    wanted = specifiers([*project()["dependencies"], *extras["notebooks"], *extras["test"], *extras["docs"]])
     wanted = {CONDA_NAMES.get(name, name): specifier for name, specifier in wanted.items()}
     wanted["python"] = Requirement(f"python{project()['requires-python']}").specifier
 
@@ -146,8 +164,7 @@ def test_ci_checks_the_code_before_it_tests(tmp_path, check):
 def test_readme_python_uses_names_that_exist():
     import cifar_fast
 
-    lines = [line for _, block in readme_blocks() if "import cifar_fast as cf" in block for line in block]
-    names = re.findall(r"\bcf((?:\.\w+)+)", "\n".join(lines))
+    names = re.findall(r"\bcf((?:\.\w+)+)", (ROOT / "README.md").read_text())
     assert len(names) > 5
     for name in names:
         assert attrgetter(name[1:])(cifar_fast)
@@ -159,8 +176,135 @@ def test_readme_commands_use_what_pyproject_offers():
         assert command.startswith("python3 -m venv .venv && .venv/bin/pip install -e ")
     (script,) = project()["scripts"]
     assert train.endswith(f" && .venv/bin/{script} train")
-    assert "'.[all]'" in test and "cifar_fast[notebooks,test]" in project()["optional-dependencies"]["all"]
+    assert "'.[all]'" in test and "cifar_fast[notebooks,test,docs]" in project()["optional-dependencies"]["all"]
     assert test.endswith(" && .venv/bin/pytest")
+
+
+def test_readme_is_one_page():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", (ROOT / page).read_text()):
+        file, _, heading = link.partition("#")
+        target = ((ROOT / page).parent / file).resolve() if file else ROOT / page
+        assert target.exists(), link
+        assert not heading or heading in headings(target), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_on_a_page_are_commands_with_options_that_exist(page, capsys):
+    from cifar_fast import cli
+
+    assert cli.main(["--help"]) == 0
+    known = capsys.readouterr().out
+    lines = [line.partition("#")[0] for _, block in code_blocks(ROOT / page) for line in block]
+    lines += re.findall(r"`([^`\n]+)`", (ROOT / page).read_text())
+    for line in lines:
+        for found in re.findall(r"\bcifar-fast((?: [\w./=-]+)+)", line):
+            name, *options = found.split()
+            if "NN" in options or name == "--help":
+                continue
+            assert re.search(rf"\b{name}\b", known), found
+            assert cli.parse([name, *options]), found
+
+
+def test_readme_tables_name_every_notebook_and_every_recipe_outside_the_ladder():
+    from cifar_fast import recipes
+
+    text = (ROOT / "README.md").read_text()
+    assert re.findall(r"\(notebooks/(.*?)\)", text) == sorted(path.name for path in ROOT.glob("notebooks/*.ipynb"))
+    rungs = [rung.recipe.name for rung in recipes.ladder()]
+    (_, *rows) = text.partition("## The recipes")[2].partition("\n## ")[0].split("\n| `")
+    named = [name for row in rows for name in re.findall(r"`?(\w+)`", row.partition("|")[0])]
+    assert sorted(named) == sorted([*(set(recipes.names()) - set(rungs)), rungs[0], rungs[-1]])
+
+
+# --- figures, compared with the saved runs ---
+
+
+def figures(runs: list[dict]) -> str:
+    """Accuracy and time of runs, as the pages give them."""
+    accuracies, seconds = ([run[key] for run in runs] for key in ("accuracy", "train_seconds"))
+    spread = f" ({100 * min(accuracies):.2f} to {100 * max(accuracies):.2f})" if len(runs) > 1 else ""
+    pace = f" ({min(seconds):.0f} to {max(seconds):.0f})" if len(runs) > 1 else ""
+    return f"{100 * fmean(accuracies):.2f} %{spread} | {median(seconds):.0f}{{}}{pace}"
+
+
+def test_readme_expects_what_was_measured():
+    from cifar_fast.experiments.saved import saved_runs
+
+    with_amx = saved_runs("laptop")
+    without = [run for run in saved_runs("ablation_without_tiles") if run["arm"] == "as it is"]
+    rows = [" | ".join(row) for row in table_rows(ROOT / "README.md")]
+    for machine, runs in (("Intel Xeon with AMX", with_amx), ("Intel Xeon with AVX-512, no AMX", without)):
+        assert f"{machine} | {figures(runs).format(' s')} | {len(runs)}" in rows
+        assert {run["dataset"]["name"] for run in runs} == {"CIFAR-10"}
+        assert {(run["recipe"]["name"], run["environment"]["threads"]) for run in runs} == {("laptop", 2)}
+        assert {run["environment"]["torch"].partition("+")[0] for run in runs} == {"2.14.1"}
+    accuracy = {name: f"{100 * fmean(run['accuracy'] for run in saved_runs(name)):.2f} %" for name in SHOWN}
+    (laptop,) = [row for row in rows if row.startswith("`laptop`")]
+    assert f"{accuracy['laptop']}, n = {len(with_amx)}" in laptop
+    (apple,) = [row for row in rows if row.startswith("`apple_8gpu`")]
+    assert f"{accuracy['apple_8gpu']} on a CPU, n = 1" in apple
+    (page,) = [row for row in rows if row.startswith("`baseline_2018`")]
+    assert f"{accuracy['page_2019']} on a CPU, n = 1" in page
+
+
+def test_the_table_of_laptop_runs_says_what_was_measured():
+    from cifar_fast.experiments.saved import saved_runs
+
+    rows = [row for row in table_rows(RESULTS / "README.md") if re.match(r"\[`laptop\w*`\]", row[0]) and len(row) == 8]
+    assert len(rows) == 6
+    for link, machine, epochs, n, accuracy, at_target, seconds, _ in rows:
+        (name,) = re.findall(r"`(\w+)`", link)
+        runs = saved_runs(name)
+        reached = sum(round(run["accuracy"], 4) >= 0.94 for run in runs)
+        assert f"{accuracy} | {seconds}" == figures(runs).format("")
+        assert (int(n), at_target) == (len(runs), f"{reached} of {len(runs)}")
+        assert {run["recipe"]["epochs"] for run in runs} == {int(epochs)}
+        has_amx = {"AMX" in run["environment"]["cpu_capability"] for run in runs}
+        assert has_amx == {machine == "with AMX"}
+
+
+def test_the_table_of_tricks_says_what_was_measured():
+    from cifar_fast.experiments.ablation import points
+    from cifar_fast.experiments.saved import saved_ablation
+
+    (first, *rows) = [
+        row for row in table_rows(RESULTS / "README.md") if len(row) == 6 and re.fullmatch(r"[\d+ ]+", row[1])
+    ]
+    as_it_is = saved_ablation().arms["as it is"]
+    accuracy, seconds = (fmean(run[key] for run in as_it_is) for key in ("accuracy", "train_seconds"))
+    assert first[1:4] == [str(len(as_it_is)), f"{100 * accuracy:.2f} %", f"{seconds:.0f}"]
+    assert len(rows) == 12
+    for changed, n, accuracy, seconds, difference, verdict in rows:
+        (arm,) = re.findall(r"\(`(.*)`\)", changed)
+        machines = [found for name in FULL if (found := saved_ablation(arm, folder=RESULTS / name))]
+        runs = machines[0].arms[arm]
+        assert n == " + ".join(str(len(machine.differences(arm))) for machine in machines), arm
+        assert accuracy == f"{100 * fmean(run['accuracy'] for run in runs):.2f} %", arm
+        assert seconds == (f"{fmean(run['train_seconds'] for run in runs):.0f}" if "tta" not in arm else "the same"), (
+            arm
+        )
+        pooled = [each for machine in machines for each in machine.differences(arm)]
+        assert f"{difference.removesuffix(' points')} points: {verdict}" == points(pooled), arm
+
+
+# --- CITATION.cff ---
+
+
+def test_the_citation_is_valid_and_names_this_version():
+    yaml = pytest.importorskip("yaml", reason="needs PyYAML: pip install -e '.[test]'")
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)  # what the format requires
+    known = {"cff-version", "message", "type", "title", "abstract", "authors", "version", "license", "keywords"}
+    assert set(citation) <= known
+    assert (citation["cff-version"], citation["type"], citation["title"]) == ("1.2.0", "software", project()["name"])
+    assert citation["version"] == project()["version"] and citation["license"] == project()["license"]
+    assert [author["name"] for author in citation["authors"]] == [author["name"] for author in project()["authors"]]
+    assert all(isinstance(word, str) for word in citation["keywords"])
 
 
 # --- how the tests run ---
@@ -211,12 +355,12 @@ def test_the_longest_files_are_there(pytestconfig):
     assert set(conftest.LONGEST) <= {path.name for path in there}
 
 
-# --- the tree in README.md ---
+# --- the tree in CONTRIBUTING.md ---
 
 
-def test_readme_tree_says_one_line_about_every_source_file():
+def test_the_tree_says_one_line_about_every_source_file():
     """The tree is drawn by indentation: `folder/   what it is`, and below it `file.py   what it is`."""
-    (tree,) = [lines for _, lines in readme_blocks() if lines[:1] == ["cifar_fast/"]]
+    (tree,) = [lines for _, lines in code_blocks(ROOT / "CONTRIBUTING.md") if lines[:1] == ["cifar_fast/"]]
     drawn, room = [], ""
     for line in tree[1:]:
         if found := re.fullmatch(r"(  |    )([\w.]+/?) +\w.*", line):

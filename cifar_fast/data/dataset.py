@@ -102,8 +102,8 @@ class Dataset:
             "n_train": len(self.train_labels),
             "n_test": len(self.test_labels),
             "classes": list(self.classes),
-            **size,
             **({"subset": self.selection.describe()} if self.selection else {}),
+            **size,
         }
 
     def subset(self, indices: Sequence[int] | Tensor) -> Dataset:

@@ -1,4 +1,15 @@
-"""Joins processes that torchrun or Slurm has started."""
+"""Joins processes that torchrun or Slurm has started.
+
+On each of two machines with eight GPUs, with the number of the machine as `--node-rank`:
+
+    torchrun --nnodes 2 --nproc-per-node 8 --node-rank 0 --master-addr HOST \
+        -m cifar_fast train --recipe apple_8gpu --n-shards 16
+
+The same under Slurm:
+
+    srun --nodes 2 --ntasks-per-node 1 bash -c 'torchrun --nnodes 2 --nproc-per-node 8 --node-rank $SLURM_NODEID \
+        --master-addr $(scontrol show hostnames | head -n 1) -m cifar_fast train --recipe apple_8gpu --n-shards 16'
+"""
 
 from __future__ import annotations
 

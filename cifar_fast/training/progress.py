@@ -124,7 +124,7 @@ class Progress:
         self._work += self._evaluation_work[self._epochs]
         self._epochs += 1
         self._accuracy = f"test accuracy {epoch.test_accuracy:.2%}"
-        if self._bar is not None:
+        if self._bar is not None or (self._show and self._epochs == self._n_epochs):
             self._write()
         self.tick()
 
@@ -148,8 +148,9 @@ class Progress:
     def __str__(self) -> str:
         """Return epoch, time left and accuracy in words."""
         epoch = min(self._steps // self._steps_per_epoch, self._n_epochs - 1) + 1
-        left = self.seconds_left
-        return f"epoch {epoch} of {self._n_epochs}, {clock_time(left)} left, {self._accuracy}"
+        seconds = self.seconds_left
+        left = "" if seconds is None else f"{clock_time(seconds)} left, "
+        return f"epoch {epoch} of {self._n_epochs}, {left}{self._accuracy}"
 
     def _write(self) -> None:
         if self._bar is None:
@@ -162,10 +163,8 @@ class Progress:
             self._bar.set_postfix_str(str(self))
 
 
-def clock_time(seconds: float | None) -> str:
-    """Return a duration as minutes and seconds, 1:05, or with hours, 1:02:05; None is a time that nobody knows yet."""
-    if seconds is None:
-        return "?"
+def clock_time(seconds: float) -> str:
+    """Return a duration as minutes and seconds, 1:05, or with hours, 1:02:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -150,7 +151,9 @@ def test_a_recipe_that_does_not_fit_leaves_the_processes_alone(pair):
 def test_progress_arrives_in_the_caller(pair, capfd):
     pair.train(QUICK, progress=True)
     err = capfd.readouterr().err
-    assert "smoke on synthetic, 2 processes" in err and "epoch 1: test accuracy" in err and "10/10" in err
+    first, *_, last = err.splitlines()
+    assert first == "smoke on synthetic, 2 processes: 0%, epoch 1 of 1, accuracy follows after epoch 1"
+    assert re.fullmatch(r"smoke on synthetic, 2 processes: 100%, epoch 1 of 1, 0:0\d left, test accuracy .*%", last)
 
 
 def test_a_divergence_is_the_same_error_as_in_one_process(pair, tmp_path):
@@ -256,7 +259,7 @@ def four_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
 
-def test_all_gpus_are_used_that_can_share_the_shards(four_gpus):
+def test_all_gpus_are_used_that_can_share_the_shards(four_gpus, monkeypatch):
     assert choose_world_size(None, None) == 4
     assert choose_world_size(None, "cuda", APPLE) == 4
     assert choose_world_size(None, None, replace(QUICK, n_shards=3, global_batch_size=66)) == 3
@@ -264,6 +267,11 @@ def test_all_gpus_are_used_that_can_share_the_shards(four_gpus):
     assert choose_world_size(None, None, recipes.speedrun()) == 4
     assert choose_world_size(None, "cuda:1") == 1
     assert choose_world_size(8, "cpu") == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(launching, "select_device", torch.device)
+        assert choose_world_size(None, "mps") == 1
+        with pytest.raises(UserError, match="device='mps' is used by one process, not by world_size=2"):
+            choose_world_size(2, "mps")
     assert choose_world_size(None, "cpu") == 1
     assert choose_backend(torch.device("cuda", 0)) == ("nccl" if torch.distributed.is_nccl_available() else "gloo")
 

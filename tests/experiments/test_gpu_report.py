@@ -216,10 +216,15 @@ def test_figures_of_another_data_set_recipe_or_device_are_refused_with_the_reaso
 
 
 def test_the_readme_shows_what_is_saved_and_says_nothing_else_about_gpus(gpu):
-    before, begin, rest = (ROOT / "README.md").read_text().partition(gpu.BEGIN)
+    before, begin, rest = gpu.README.read_text().partition(gpu.BEGIN)
     block, end, after = rest.partition(gpu.END)
     assert begin and end and block == readme_block()
     assert MISSING.lower() not in (before + after).lower()  # or the two could contradict each other
+
+
+def test_the_front_page_says_that_no_gpu_has_been_timed_just_as_long_as_none_has():
+    """Once there is a measurement, its row in the table of expectations gets the figures."""
+    assert ("not yet timed on a GPU" in (ROOT / "README.md").read_text()) == (not saved_parts())
 
 
 def test_the_script_rewrites_the_readme_between_its_markers_from_the_folder_of_saved_results_only(
