@@ -13,7 +13,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -43,7 +43,9 @@ if TYPE_CHECKING:
     from cifar_fast.training.seeds import Seeds
 
 
-DataOption = Annotated[str | None, conf.arg(metavar="PATH|synthetic")]
+DataOption = Annotated[str | None, conf.arg(metavar="PATH|synthetic|cifar100")]
+PredictionsOption = Annotated[Path | None, conf.arg(metavar="FILE")]
+ImageSizeOption = Annotated[int, conf.arg(metavar="PIXELS")]
 MirrorOption = Annotated[tuple[str, ...], conf.arg(metavar="URL"), conf.UseAppendAction]
 DeviceOption = Annotated[str | None, conf.arg(metavar="cpu|cuda|cuda:N|mps|xpu")]
 SeedOption = Annotated[int | None, conf.arg(metavar="N")]
@@ -72,9 +74,12 @@ class Train:
     recipe: Annotated[str | None, conf.arg(metavar="NAME")] = None
     """Recipe to start from: laptop, classroom, speedrun, apple_8gpu, smoke, or a rung of the ladder like page_2019."""
     data: DataOption = None
-    """Folder of the data set, or `synthetic` (embedded). Default: CIFAR_FAST_DATA, the cache folder, or a download."""
+    """Folder of the data set, `synthetic` (embedded) or `cifar100`. Default: CIFAR_FAST_DATA, the cache folder, or a
+    download of CIFAR-10."""
+    image_size: ImageSizeOption = 32
+    """Side to which the pictures of an image folder are resized."""
     mirror: MirrorOption = ()
-    """Another URL to download CIFAR-10 from. Can be repeated."""
+    """Another URL to download the data set from. Can be repeated."""
     seed: int = 0
     """Seed of all random choices."""
     start_seed: SeedOption = None
@@ -117,7 +122,7 @@ class Train:
         world_size = choose_world_size(self.world_size, self.device, recipe)
         if self.out and self.out.exists() and not under_torchrun():  # its ranks must agree before one of them leaves
             raise UserError(f"--out {self.out} exists already: a run never overwrites another; name a new folder")
-        data = open_data(self.data, self.mirror)
+        data = open_data(self.data, self.mirror, self.image_size)
         if not self.quiet:
             print(f"data set: {data.name} ({data.source})", flush=True)
         expected: Forecast | None = None
@@ -206,9 +211,11 @@ class Benchmark:
     first_seed: int = 0
     """Seed of the first run; each run takes the next one."""
     data: DataOption = None
-    """Folder of the data set, or `synthetic` (embedded). Default: as for `train`."""
+    """Folder of the data set, `synthetic` (embedded) or `cifar100`. Default: as for `train`."""
+    image_size: ImageSizeOption = 32
+    """Side to which the pictures of an image folder are resized."""
     mirror: MirrorOption = ()
-    """Another URL to download CIFAR-10 from. Can be repeated."""
+    """Another URL to download the data set from. Can be repeated."""
     out: Annotated[Path | None, conf.arg(metavar="FOLDER")] = None
     """Folder of the runs: a new one, or one to resume. Default: runs/benchmark-NAME-RUNS."""
     logits: Switch = False
@@ -246,7 +253,7 @@ class Benchmark:
         world_size = choose_world_size(self.world_size, self.device, recipe)
         if not self.quiet:
             print_recipe(base, why, changed_fields(base, recipe), world_size)
-        data = open_data(self.data, self.mirror)
+        data = open_data(self.data, self.mirror, self.image_size)
         if not self.quiet:
             print(f"data set: {data.name} ({data.source})\nfolder: {out}", flush=True)
 
@@ -405,122 +412,193 @@ class Compare:
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Evaluate a trained network: its accuracy, its loss, and which classes it confuses."""
+    """Evaluate a trained network: its accuracy, its loss, and which classes it confuses.
+
+    It is evaluated on the test set of a data set, or on the pictures that you name.
+    """
 
     run_folder: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
     """Folder of a finished run."""
+    images: Annotated[conf.Positional[tuple[Path, ...]], conf.arg(metavar="[PICTURE|FOLDER ...]")] = ()
+    """Pictures, or folders of them, in place of a data set. The class of a picture is the name of its folder."""
     data: DataOption = None
-    """Folder of the data set, or `synthetic`. Default: as for `train`, but `synthetic` for a run trained on it."""
+    """Folder of the data set, `synthetic` or `cifar100`. Default: what the run was trained on if it has such a name,
+    otherwise as for `train`."""
     mirror: MirrorOption = ()
-    """Another URL to download CIFAR-10 from. Can be repeated."""
+    """Another URL to download the data set from. Can be repeated."""
     tta: Literal["none", "flip", "flip_shift"] | None = None
     """Test-time augmentation. Default: the recipe's."""
     device: DeviceOption = None
     """Where to compute. Default: the first CUDA GPU, or else the CPU."""
+    out: PredictionsOption = None
+    """File for the prediction of each image: CSV or JSON, by its suffix."""
+    all: Switch = False
+    """Write the probability of every class to --out."""
 
     def run(self) -> int:
-        """Evaluate and print two tables."""
-        from cifar_fast.data.dataset import SYNTHETIC
-        from cifar_fast.data.load import load_cifar10
-        from cifar_fast.data.synthetic import synthetic
+        """Evaluate and print two tables; the exit status is 1 if a picture could not be read."""
         from cifar_fast.hardware.device import select_device
-        from cifar_fast.training.evaluate import evaluate
+        from cifar_fast.training.evaluate import evaluate, score
+        from cifar_fast.training.predict import Predictions, check_target, labels_of, write_predictions
         from cifar_fast.training.result import load_run
 
+        if self.images and (self.data or self.mirror):
+            raise UserError("name either pictures or a data set (--data), not both")
+        if self.all and not self.out:
+            raise UserError("--all says what is written to --out: name a file with --out")
+        if self.out:
+            check_target(self.out)
         result = load_run(self.run_folder)
-        trained_on = result.dataset
-        use_synthetic = self.data == SYNTHETIC or (self.data is None and trained_on["name"] == SYNTHETIC)
-        data = synthetic() if use_synthetic else load_cifar10(self.data, mirrors=self.mirror)
-        n_known = len(trained_on["classes"])
-        if data.n_classes != n_known:
-            raise UserError(
-                f"the network in {self.run_folder} knows {n_known} classes and {data.name} has {data.n_classes}; "
-                f"name the data set it was trained on ({trained_on['name']}) with --data"
-            )
-        tta = self.tta or result.recipe.tta
-        device = select_device(self.device)
-        found = evaluate(result.model.to(device), data.test_images, data.test_labels, tta=tta)
+        classes, tta = result.dataset["classes"], self.tta or result.recipe.tta
+        result.model.to(select_device(self.device))
+        unreadable: dict[Path, str] = {}
+        notes: list[str] = []
+        if self.images:
+            import torch
+
+            for path in self.images:
+                if (path / "train").is_dir() and (path / "test").is_dir():
+                    raise UserError(f"{path} has pictures to train on, too: name {path / 'test'}, or --data {path}")
+            paths = named_pictures(self.images)
+            known = dict(zip(paths, labels_of(paths, classes), strict=True))
+            logits, unreadable = predict_named(result, paths, tta)
+            names = [str(path) for path in paths if path not in unreadable]
+            labels = torch.tensor([label for path, label in known.items() if path not in unreadable])
+            found, what = score(logits, labels), f"{len(names):,} picture{'s' if len(names) != 1 else ''}"
+        else:
+            data = self.data_of(result)
+            names, labels = [f"test[{index}]" for index in range(len(data.test_labels))], data.test_labels
+            found = evaluate(result.model, data.test_images, labels, tta=tta)
+            what = f"{data.name}, {len(labels):,} test images"
+            notes = differences(data, result.dataset)
         then = f"{percent(result.accuracy)} (TTA: {result.recipe.tta})"
         rows = [
             ("run", str(self.run_folder)),
             ("recipe", result.recipe.name),
-            ("data set", f"{data.name}, {len(data.test_labels):,} test images"),
+            ("data set", what),
             ("accuracy", f"{percent(found.accuracy)} (TTA: {tta})"),
             ("loss", f"{found.loss:.4f}"),
             ("when trained", f"{then} in {result.environment['precision']}; here in float32"),
         ]
         print(table(rows))
-        if data.fingerprint != trained_on["fingerprint"]:
-            print(
-                f"note: these are not the data of the run: {data.name} has the fingerprint {data.fingerprint}, "
-                f"the run's {trained_on['name']} has {trained_on['fingerprint']}"
+        for note in notes:
+            print(f"note: {note}")
+        shown = classes if self.images else data.classes
+        print("\n" + class_table(found, shown))
+        if self.out:
+            truth = [shown[label] for label in labels.tolist()]
+            predictions = Predictions(names, shown, found.logits.softmax(1).cpu(), truth)
+            write_predictions(predictions, self.out, with_all=self.all)
+            print(f"\npredictions: {self.out}")
+        return report_unreadable(unreadable)
+
+    def data_of(self, result: RunResult) -> Dataset:
+        """Load the data set that was named, or the run's; raise `UserError` if it has another number of classes."""
+        from cifar_fast.data.dataset import IMAGE_SIZE, SYNTHETIC
+        from cifar_fast.data.load import load_cifar10, load_named
+
+        trained_on = result.dataset
+        image_size = trained_on.get("image_size", IMAGE_SIZE)
+        name = self.data or {SYNTHETIC: SYNTHETIC, "CIFAR-100": "cifar100"}.get(trained_on["name"])
+        if name is None:
+            data = load_cifar10(mirrors=self.mirror, image_size=image_size)
+        else:
+            data = load_named(name, self.mirror, image_size)
+        if data.n_classes != len(trained_on["classes"]):
+            raise UserError(
+                f"the network in {self.run_folder} knows {len(trained_on['classes'])} classes and {data.name} has "
+                f"{data.n_classes}; name the data set it was trained on ({trained_on['name']}) with --data"
             )
-        if list(data.classes) != trained_on["classes"]:
-            print(f"note: the network's classes have other names: {', '.join(trained_on['classes'])}")
-        print("\n" + class_table(found, data.classes))
-        return 0
+        return data
 
 
 @dataclass(kw_only=True)
 class Predict:
-    """Say what pictures show. They can have any size: the centre square is scaled to 32x32 pixels."""
+    """Say what pictures show. They can have any size: the centre square is resized to the size of the network's images.
+
+    A folder stands for all pictures in it and below it. The exit status is 1 if a picture could not be read.
+    """
 
     run_folder: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
     """Folder of a finished run."""
-    images: Annotated[conf.Positional[tuple[Path, ...]], conf.arg(metavar="IMAGE [IMAGE ...]")]
-    """Picture files."""
+    images: Annotated[conf.Positional[tuple[Path, ...]], conf.arg(metavar="PICTURE|FOLDER [...]")]
+    """Pictures, and folders of them."""
     top: int = 3
     """How many classes to print for each picture, the likeliest first."""
+    out: PredictionsOption = None
+    """File for the predictions: CSV or JSON, by its suffix. Without it, a line for each picture is printed."""
+    all: Switch = False
+    """Write the probability of every class to --out."""
 
     def run(self) -> int:
-        """Read all pictures, then predict and print a line for each."""
-        import torch
-
-        from cifar_fast.training.evaluate import predict_probabilities
+        """Predict the pictures, then print a line for each or write them all."""
+        from cifar_fast.training.predict import Predictions, check_target, write_predictions
         from cifar_fast.training.result import load_run
 
         if not self.images:
-            raise UserError("no picture is named: cifar-fast predict RUN IMAGE [IMAGE ...]")
+            raise UserError("no picture is named: cifar-fast predict RUN PICTURE|FOLDER [...]")
+        if self.all and not self.out:
+            raise UserError("--all says what is written to --out: name a file with --out")
+        if self.out:
+            check_target(self.out)
         result = load_run(self.run_folder)
         classes = result.dataset["classes"]
         if not 1 <= self.top <= len(classes):
             raise UserError(f"--top {self.top} must be from 1 to {len(classes)}, the number of classes")
-        pictures = torch.stack([read_picture(path) for path in self.images])  # (N, 3, 32, 32)
-        best = predict_probabilities(result.model, pictures, tta=result.recipe.tta).topk(self.top)
+        paths = named_pictures(self.images)
+        logits, unreadable = predict_named(result, paths)
+        predictions = Predictions([str(path) for path in paths if path not in unreadable], classes, logits.softmax(1))
         print(f"network: {result.recipe.name}, trained on data set: {result.dataset['name']}")
-        rows = []
-        for path, values, labels in zip(self.images, best.values.tolist(), best.indices.tolist(), strict=True):
-            guesses = [f"{classes[label]} {percent(value)}" for value, label in zip(values, labels, strict=True)]
-            rows.append((str(path), *guesses))
-        print(table(rows))
-        return 0
+        if self.out:
+            write_predictions(predictions, self.out, with_all=self.all)
+            counts = ", ".join(f"{name} {count:,}" for name, count in predictions.counts().most_common())
+            print(f"{len(predictions.names):,} pictures: {counts}\npredictions: {self.out}")
+        else:
+            best = predictions.probabilities.topk(self.top)
+            rows = []
+            for name, values, labels in zip(
+                predictions.names, best.values.tolist(), best.indices.tolist(), strict=True
+            ):
+                guesses = [f"{classes[label]} {percent(value)}" for value, label in zip(values, labels, strict=True)]
+                rows.append((name, *guesses))
+            print(table(rows))
+        return report_unreadable(unreadable)
 
 
 @dataclass(kw_only=True)
 class Data:
-    """Find the data sets on this machine and check every file, or download CIFAR-10 (--download)."""
+    """Find the data sets on this machine and check every file, or download one (--download)."""
 
     download: Switch = False
-    """Download CIFAR-10 into the cache folder, unless it is there already."""
-    data: Annotated[str | None, conf.arg(metavar="PATH")] = None
-    """A folder to look in first."""
+    """Download CIFAR-10, or CIFAR-100 with `--data cifar100`, into the cache folder, unless it is there already."""
+    data: Annotated[str | None, conf.arg(metavar="PATH|cifar100")] = None
+    """A folder to look in first, or `cifar100` to look for CIFAR-100."""
     mirror: MirrorOption = ()
-    """Another URL to download CIFAR-10 from. Can be repeated."""
+    """Another URL to download the data set from. Can be repeated."""
 
     def run(self) -> int:
         """Print the state; the exit status is 1 when `train` would find no usable data set on this machine."""
-        from cifar_fast.data.download import download_cifar10
+        from cifar_fast.data.download import download_cifar10, download_cifar100
         from cifar_fast.data.load import status
 
+        is_100 = self.data == "cifar100"
         if self.download:
-            print(f"downloaded: {download_cifar10(self.mirror)}")
+            print(f"downloaded: {(download_cifar100 if is_100 else download_cifar10)(self.mirror)}")
         elif self.mirror:
             raise UserError("--mirror is a place to download from: add --download")
-        places = status(self.data)
+        places = status(data_set="CIFAR-100") if is_100 else status(self.data)
         for place in places:
             print(f"{place.origin}: {place.path}\n  {place.finding}")
             if place.decoded:
                 print(f"  decoded copy: {place.decoded}")
+        if is_100:
+            usable = next((place for place in places if place.usable), None)
+            print(
+                f"`train --data cifar100` reads {usable.origin}."
+                if usable
+                else "`train --data cifar100` would download CIFAR-100; so does `data --data cifar100 --download`."
+            )
+            return 0 if usable else 1
         if places[0].usable:
             print(f"`train` reads {places[0].origin}.")
         elif len(places) == 1:
@@ -891,7 +969,8 @@ def print_alternative(recipe: Recipe, data: Dataset, seconds: float, *, chosen: 
         if chosen and data.name == SYNTHETIC:
             print(f"for CIFAR-10: {program()} data --download")
         elif chosen:
-            print(f"for 94 %: {program()} train --recipe laptop")
+            aim = "for 94 %" if data.name == "CIFAR-10" else "more accurate"
+            print(f"{aim}: {program()} train --recipe laptop")
     elif seconds > 60:
         print(f"quicker: {program()} train --recipe classroom (a smaller network), or a GPU")
 
@@ -927,46 +1006,56 @@ def silence_other_ranks() -> None:
         sys.stdout = open(os.devnull, "w")
 
 
-def open_data(path: str | None, mirrors: Sequence[str]) -> Dataset:
-    """Load the data to train on: a folder, `synthetic`, or what can be found, with a banner where that is synthetic."""
-    from cifar_fast.data.dataset import SYNTHETIC
-    from cifar_fast.data.load import load_or_synthetic
-    from cifar_fast.data.synthetic import synthetic
+def open_data(path: str | None, mirrors: Sequence[str], image_size: int = 32) -> Dataset:
+    """Load the data to train on: what `load_named` knows, or what can be found, with a banner where it is synthetic."""
+    from cifar_fast.data.load import load_named, load_or_synthetic
 
-    return synthetic() if path == SYNTHETIC else load_or_synthetic(path, mirrors=mirrors)
+    if path is None:
+        return load_or_synthetic(mirrors=mirrors, image_size=image_size)
+    data = load_named(path, mirrors, image_size)
+    if data.name == "CIFAR-100":
+        print("note: the recipes were tuned on CIFAR-10; none has been tried on CIFAR-100", file=sys.stderr)
+    return data
 
 
-def read_picture(path: Path) -> Tensor:
-    """Return a picture file as the networks take it, upright, its centre square scaled to 32x32 pixels.
+def differences(data: Dataset, trained_on: Mapping[str, Any]) -> list[str]:
+    """Say how a data set differs from the one that a run was trained on, as `Dataset.describe` returned it."""
+    notes = []
+    if data.fingerprint != trained_on["fingerprint"]:
+        notes.append(
+            f"these are not the data of the run: {data.name} has the fingerprint {data.fingerprint}, the run's "
+            f"{trained_on['name']} has {trained_on['fingerprint']}"
+        )
+    if list(data.classes) != trained_on["classes"]:
+        notes.append(f"the network's classes have other names: {', '.join(trained_on['classes'])}")
+    return notes
 
-    Args:
-        path: a picture in any format that Pillow reads, of any size.
 
-    Returns:
-        uint8 (3, 32, 32); what is transparent is white.
+def named_pictures(paths: Sequence[Path]) -> list[Path]:
+    """Return the picture files that a person named, each once, with folders searched."""
+    from cifar_fast.data.pictures import find_pictures
 
-    Raises:
-        UserError: the file is not there or is not a picture.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
+    return list(dict.fromkeys(find_pictures(paths)))
 
-    from cifar_fast.data.dataset import IMAGE_SIZE
 
-    try:
-        with Image.open(path) as opened:
-            upright = ImageOps.exif_transpose(opened).convert("RGBA")
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path} cannot be read as a picture: {error}; name a png, jpg or another image file"
-        ) from error
-    picture = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
-    # Lanczos widens its filter with the scale, so that nothing of a large picture is skipped.
-    square = ImageOps.fit(picture, (IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+def predict_named(result: RunResult, paths: Sequence[Path], tta: str | None = None) -> tuple[Tensor, dict[Path, str]]:
+    """Predict pictures with a progress bar, as `predict_pictures` does; raise `UserError` if none can be read."""
+    from tqdm.auto import tqdm
+
+    from cifar_fast.training.predict import predict_pictures
+
+    with tqdm(total=len(paths), unit="picture", disable=not sys.stderr.isatty(), leave=False) as bar:
+        logits, unreadable = predict_pictures(result, paths, tta=tta, on_batch=bar.update)
+    if len(unreadable) == len(paths):
+        raise UserError("\n".join(unreadable.values()))
+    return logits, unreadable
+
+
+def report_unreadable(unreadable: Mapping[Path, str]) -> int:
+    """Name the pictures that could not be read, and return the exit status: 1 if there is one."""
+    for reason in unreadable.values():
+        print(f"error: {reason}", file=sys.stderr)
+    return 1 if unreadable else 0
 
 
 def save_learning_curve(result: RunResult, folder: Path) -> None:

@@ -31,6 +31,9 @@ class Bounds:
         return " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
 
 
+CIFAR_SIDE = 32
+"""Width and height of CIFAR's images in pixels."""
+
 PositiveFloat = Annotated[float, Bounds(above=0)]
 NonNegativeFloat = Annotated[float, Bounds(at_least=0)]
 FloatBelowOne = Annotated[float, Bounds(at_least=0, below=1)]
@@ -96,7 +99,8 @@ class Recipe:
     """Largest random change of contrast (relative) and of brightness (in standard deviations); 0 turns it off."""
     # The networks halve an image three times, so smaller ones would vanish.
     resolutions: tuple[Annotated[int, Bounds(at_least=16)], ...] = ()
-    """Side in pixels of the training images, epoch by epoch; the last applies to the rest. Empty: their own size."""
+    """Side in pixels of the training images, epoch by epoch; the last applies to the rest. Empty: their own size.
+    They are meant for data sets of 32 pixels; larger images shrink in the same proportion."""
 
     # The loss and the optimiser
     label_smoothing: FloatBelowOne = 0.0
@@ -196,6 +200,15 @@ class Recipe:
     def norm_group_size(self) -> int:
         """Images whose batch-norm statistics are computed together; a group never crosses a shard."""
         return self.ghost_batch_size or self.local_batch_size
+
+    def resolution(self, epoch: int, side: int = CIFAR_SIDE) -> int:
+        """Return the side in pixels of the training images in `epoch`, counted from 0, in a data set of `side` pixels.
+
+        `resolutions` are meant for CIFAR's images; others shrink in the same proportion.
+        """
+        if not self.resolutions:
+            return side
+        return round(self.resolutions[min(epoch, len(self.resolutions) - 1)] * side / CIFAR_SIDE)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values, ready for JSON."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import errno
 import importlib
 import json
 import os
@@ -13,12 +15,10 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ from cifar_fast.experiments.forecast import Forecast, about
 from cifar_fast.hardware import numerics
 from cifar_fast.recipe import Recipe
 from cifar_fast.teaching import notebooks
+from cifar_fast.training import predict
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("blue", "green", "red")
@@ -185,7 +186,7 @@ def test_synthetic_data_is_never_silent(tiny_data, tmp_path, monkeypatch, capsys
     assert re.search(r"data set +synthetic", capsys.readouterr().out)
 
 
-def nothing_found(*_: object) -> Dataset:
+def nothing_found(*_: object, **__: object) -> Dataset:
     raise DataNotFoundError("no host answers")
 
 
@@ -548,50 +549,134 @@ def test_predict_takes_pictures_of_any_size_and_kind(run_folder, pictures, tmp_p
         assert re.search(rf"\.\w+ +{name} ", line)
 
 
-def test_predict_checks_every_file_first(run_folder, tmp_path, capsys):
+def test_predict_takes_folders_and_writes_csv_and_json(run_folder, pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pictures / "test", "mine")
+    Path("mine", "red", "bad.png").write_text("not a picture")
+    Path("mine", "notes.txt").touch()
+    single = colour_picture(Path("grey.bmp"), "grey", (7, 9))
+    missing = Path("missing.png")
+    arguments = ["predict", run_folder, "mine", single, missing, single]
+    assert status_of(*arguments, "--out", "predictions.csv") == 1
+    printed = capsys.readouterr()
+    assert "31 pictures: " in printed.out and "predictions: predictions.csv" in printed.out
+    assert "mine/red/bad.png cannot be read as a picture" in printed.err and "no file missing.png" in printed.err
+    with open("predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["path", "class", "probability"] and len(rows) == 31
+    assert [row["path"] for row in rows[:2]] == ["mine/blue/0.png", "mine/blue/1.png"]
+    assert rows[-1]["path"] == "grey.bmp"
+    right = [row["class"] == Path(row["path"]).parent.name for row in rows[:-1]]
+    assert sum(right) == round(30 * cifar_fast.load_run(run_folder).accuracy)
+    assert status_of(*arguments, "--out", "predictions.json", "--all") == 1
+    written = json.loads(Path("predictions.json").read_text())
+    assert [(row["path"], row["class"]) for row in written] == [(row["path"], row["class"]) for row in rows]
+    for row in written:
+        assert set(row["probabilities"]) == set(CLASSES) and abs(sum(row["probabilities"].values()) - 1) < 1e-5
+        assert row["probability"] == row["probabilities"][row["class"]] == max(row["probabilities"].values())
+    assert {path.name for path in Path().iterdir()} == {"mine", "grey.bmp", "predictions.csv", "predictions.json"}
+
+
+def test_mistakes_of_predict(run_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     good = colour_picture(tmp_path / "good.png", "red", (8, 8))
-    text, cut, empty = tmp_path / "text.png", tmp_path / "cut.png", tmp_path / "empty.png"
+    text, cut, empty, folder = (tmp_path / name for name in ("text.png", "cut.png", "empty.png", "folder"))
     text.write_text("not a picture")
     cut.write_bytes(colour_picture(tmp_path / "large.png", "red", (300, 300)).read_bytes()[:200])
     empty.touch()
-    for bad in (text, cut, empty, tmp_path, tmp_path / "missing.png"):
-        assert status_of("predict", run_folder, good, bad) == 2
-        printed = capsys.readouterr()
-        assert str(bad) in printed.err and not printed.out
-    assert status_of("predict", run_folder) == 2
-    assert status_of("predict", run_folder, good, "--top", "4") == 2
-    assert "the number of classes" in capsys.readouterr().err
+    folder.mkdir()
+    assert status_of("predict", run_folder, text, cut, empty) == 2  # nothing that could be done
+    printed = capsys.readouterr()
+    assert all(path.name in printed.err for path in (text, cut, empty)) and not printed.out
+    assert status_of("predict", run_folder, good, cut) == 1  # the rest is done
+    printed = capsys.readouterr()
+    assert "cut.png" in printed.err and re.search(r"good\.png +red ", printed.out)
+    for arguments, message in [
+        ([], "no picture is named"),
+        ([good, "--top", "4"], "the number of classes"),
+        ([folder], "folder holds no picture"),
+        ([good, "--all"], "name a file with --out"),
+        ([good, "--out", "x.txt"], "must end in .csv or .json"),
+        ([good, "--out", "nowhere/x.csv"], "there is no folder nowhere"),
+        ([good, "--out", tmp_path / "full.csv"], "cannot be written"),
+    ]:
+        if "cannot" in message:
+            monkeypatch.setattr(predict, "written_whole", full_disk)
+        assert status_of("predict", run_folder, *arguments) == 2, arguments
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.csv*"))
 
 
-def save_turned(path: Path, pixels: np.ndarray) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored turned by 90 degrees to the left; a viewer turns it back
-    Image.fromarray(np.rot90(pixels)).save(path, exif=exif)
+def full_disk(path: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def save_on_white(path: Path, pixels: np.ndarray) -> None:
-    alpha = np.full((32, 32, 1), 255, np.uint8)
-    hidden = pixels.copy()
-    alpha[:4], hidden[:4] = 0, 77
-    Image.fromarray(np.concatenate([hidden, alpha], axis=2), "RGBA").save(path)
+def test_evaluate_takes_pictures_labelled_by_their_folders(run_folder, pictures, tmp_path, capsys):
+    out = tmp_path / "predictions.csv"
+    assert status_of("evaluate", run_folder, "--data", pictures, "--out", tmp_path / "set.csv") == 0
+    of_set = capsys.readouterr().out
+    assert status_of("evaluate", run_folder, pictures / "test", "--out", out, "--all") == 0
+    printed = capsys.readouterr().out
+    tables = [re.findall(r"^((?:accuracy|loss|red|green|blue)  .*)$", text, re.MULTILINE) for text in (of_set, printed)]
+    assert tables[0] == tables[1] and "30 pictures" in printed and f"predictions: {out}" in printed
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ["path", "class", "probability", "label", "correct", "p_blue", "p_green", "p_red"]
+    assert list(rows[0]) == columns and len(rows) == 30
+    assert all(row["label"] == Path(row["path"]).parent.name for row in rows)
+    assert all((row["correct"] == "True") == (row["class"] == row["label"]) for row in rows)
+    with (tmp_path / "set.csv").open(newline="") as file:
+        assert sum(row["correct"] == "True" for row in csv.DictReader(file)) == sum(
+            row["correct"] == "True" for row in rows
+        )
+    single = colour_picture(tmp_path / "lost.png", "red", (9, 9))
+    for arguments, message in [
+        ([single], f"knows no class {tmp_path.name}; a picture's class is the name of its folder, one of blue, green"),
+        ([pictures], "has pictures to train on, too"),
+        ([single, "--data", pictures], "not both"),
+        (["--all"], "name a file with --out"),
+    ]:
+        assert status_of("evaluate", run_folder, *arguments) == 2
+        assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("save", [lambda path, pixels: Image.fromarray(pixels).save(path), save_turned, save_on_white])
-def test_read_picture_keeps_pixels_and_stands_upright(tmp_path, save: Callable[[Path, np.ndarray], None]):
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
-    if save is save_on_white:
-        pixels[:4] = 255
-    save(tmp_path / "picture.png", pixels)
-    assert np.array_equal(cli.read_picture(tmp_path / "picture.png").permute(1, 2, 0), pixels)
+def test_larger_pictures_are_trained_evaluated_and_predicted_at_their_size(pictures, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = [
+        "train",
+        "--recipe",
+        "smoke",
+        "--data",
+        pictures,
+        "--image-size",
+        "48",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+    ]
+    assert status_of(*arguments, *QUICK, "--epochs", "1", "--resolutions", "24", "32", "--quiet") == 0
+    assert "of 150 pictures (32x32 pixels) are resized to 48x48" in capsys.readouterr().err
+    result = cifar_fast.load_run(out)
+    assert result.dataset["image_size"] == 48
+    assert status_of("evaluate", out, "--data", pictures) == 0
+    printed = capsys.readouterr().out
+    assert f"accuracy      {100 * result.accuracy:.2f} %" in printed and "note" not in printed
+    assert status_of("predict", out, pictures / "test" / "red", "--top", "1") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 11
+    assert status_of("train", "--data", "synthetic", "--image-size", "48", "--recipe", "smoke") == 2
+    assert "is for folders of your own pictures" in capsys.readouterr().err
 
 
-def test_read_picture_takes_the_centre_square_and_skips_no_pixel(tmp_path):
-    wide = np.zeros((320, 1000, 3), np.uint8)
-    wide[:, 340:660] = 255 * (np.arange(320) % 2)[:, None, None]  # stripes a pixel wide: only averaging makes them grey
-    Image.fromarray(wide).save(tmp_path / "wide.png")
-    picture = cli.read_picture(tmp_path / "wide.png")
-    assert picture.shape == (3, 32, 32) and picture.dtype == torch.uint8
-    assert (picture.int() - 127).abs().max() <= 15  # the filter reaches a little over the edge of the square
+def test_cifar100_is_asked_for_by_name(tiny_data, tmp_path, monkeypatch, capsys):
+    fine = replace(tiny_data, name="CIFAR-100")
+    monkeypatch.setattr(load, "load_cifar100", lambda mirrors: fine)
+    out = tmp_path / "run"
+    arguments = ["train", "--recipe", "smoke", "--data", "cifar100", "--device", "cpu", "--out", out, "--quiet"]
+    assert status_of(*arguments, *QUICK, "--epochs", "1") == 0
+    assert "none has been tried on CIFAR-100" in capsys.readouterr().err
+    assert status_of("evaluate", out) == 0
+    assert re.search(r"^data set +CIFAR-100, 200 test", capsys.readouterr().out, re.MULTILINE)
 
 
 # --- data, doctor, lab ---
@@ -617,16 +702,16 @@ def test_data_without_any_and_with_damaged_data(tmp_path, monkeypatch, capsys):
 
 def test_data_downloads_from_the_mirrors(tmp_path, monkeypatch, capsys):
     asked = []
-
-    def downloaded(mirrors: tuple[str, ...]) -> Path:
-        asked.append(mirrors)
-        return tmp_path
-
-    monkeypatch.setattr(download, "download_cifar10", downloaded)
+    for name in ("download_cifar10", "download_cifar100"):
+        monkeypatch.setattr(download, name, lambda mirrors, name=name: asked.append((name, mirrors)) or tmp_path)
     monkeypatch.setenv("CIFAR_FAST_CACHE", str(tmp_path / "empty"))
-    assert status_of("data", "--download", "--mirror", "http://a/x", "--mirror", "http://b/x") == 1
-    assert asked == [("http://a/x", "http://b/x")]
+    mirrors = ["--mirror", "http://a/x", "--mirror", "http://b/x"]
+    assert status_of("data", "--download", *mirrors) == 1
     assert f"downloaded: {tmp_path}" in capsys.readouterr().out
+    assert status_of("data", "--download", "--data", "cifar100", *mirrors) == 1
+    assert [name for name, _ in asked] == ["download_cifar10", "download_cifar100"]
+    assert all(given == ("http://a/x", "http://b/x") for _, given in asked)
+    assert "`train --data cifar100` would download CIFAR-100" in capsys.readouterr().out
 
 
 def test_doctor_says_what_this_machine_would_get_and_why(tmp_path, monkeypatch, capsys):

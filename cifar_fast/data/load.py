@@ -224,29 +224,30 @@ class Place:
     """The decoded copy in the cache folder, if there is one."""
 
 
-def status(root: str | Path | None = None, *, check: bool = True) -> list[Place]:
+def status(root: str | Path | None = None, *, data_set: str = "CIFAR-10", check: bool = True) -> list[Place]:
     """Look in every place where data may be, in the order of the search, and check what is there completely.
 
     Args:
-        root: as in `load_cifar10`.
+        root: as in `load_cifar10` and `load_cifar100`.
+        data_set: what is looked for, "CIFAR-10" (or whatever is in a named folder) or "CIFAR-100".
         check: False trusts a decoded copy, and takes whatever else is there for usable: that takes no time.
 
     Returns:
         The places; data is taken from the first, whether usable or not.
     """
     places = (*_named_roots(root), ("the cache folder", cache_folder()))
-    return [_look_at(origin, folder, check) for origin, folder in places]
+    return [_look_at(origin, folder, data_set, check) for origin, folder in places]
 
 
-def _look_at(origin: str, folder: Path, check: bool) -> Place:
+def _look_at(origin: str, folder: Path, data_set: str, check: bool) -> Place:
     decoded = None
+    is_free = data_set == "CIFAR-10" and origin != "the cache folder"  # to hold anything
     try:
-        # The cache folder holds downloads; only CIFAR-10 is read from it without being asked for by name.
-        layout = find_layout(folder, "CIFAR-10") if folder == cache_folder() else find_layout(folder)
+        layout = find_layout(folder) if is_free else find_layout(folder, data_set, pictures=data_set == "CIFAR-10")
         if layout is None:
             n_kept = unfinished_bytes(folder)
             kept = f" An interrupted download left {megabytes(n_kept)} there." if n_kept else ""
-            return Place(origin, folder, False, nothing_in(folder) + kept, None)
+            return Place(origin, folder, False, nothing_in(folder, data_set) + kept, None)
         decoded = _decoded_file(layout)
         data = decode(layout) if check else _decoded_copy(decoded)
     except DataError as error:

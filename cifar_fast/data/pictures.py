@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -86,11 +86,6 @@ def is_picture(path: Path) -> bool:
 
 def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def stack_pictures(pictures: Sequence[Tensor], image_size: int = IMAGE_SIZE) -> Tensor:
-    """Return pictures (3, H, W) as one tensor (N, 3, H, W), also if there is none."""
-    return torch.stack(list(pictures)) if pictures else torch.zeros(0, 3, image_size, image_size, dtype=torch.uint8)
 
 
 def read_picture(path: Path, image_size: int = IMAGE_SIZE, conversions: Conversions | None = None) -> Tensor:

@@ -33,7 +33,7 @@ def train_flop(recipe: Recipe, n_train: int = 50_000, *, image_size: int = 32, n
     per_epoch = n_train // recipe.global_batch_size * recipe.global_batch_size
     total = 0.0
     for epoch in range(math.ceil(recipe.epochs)):
-        size = recipe.resolutions[min(epoch, len(recipe.resolutions) - 1)] if recipe.resolutions else image_size
+        size = recipe.resolution(epoch, image_size)
         share = min(1.0, recipe.epochs - epoch)
         learned = min(share, max(0.0, recipe.whitening_bias_epochs - epoch))
         for frozen, part in ((False, learned), (True, share - learned)):

@@ -217,8 +217,7 @@ class TrainBatches:
 
     def resolution(self, epoch: int) -> int:
         """Return the side in pixels of the training images in `epoch`, counted from 0."""
-        sides = self.recipe.resolutions
-        return sides[min(epoch, len(sides) - 1)] if sides else self.side
+        return self.recipe.resolution(epoch, self.side)
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of `epoch`, from 0: normalised images (B, C, side, side) and int64 labels (B,)."""

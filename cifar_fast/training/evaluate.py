@@ -170,6 +170,11 @@ def evaluate(
     logits = predict_logits(
         model, images, tta=tta, tta_margin=tta_margin, dtype=dtype, batch_size=batch_size, on_batch=on_batch
     )
+    return score(logits, labels)
+
+
+def score(logits: Tensor, labels: Tensor) -> Evaluation:
+    """Compare `logits` (N, classes) with int64 `labels` (N,)."""
     if not has_float64(logits.device):
         logits = logits.cpu()
     labels = labels.to(logits.device)

@@ -37,9 +37,7 @@ def step_work(recipe: Recipe, side: int, epoch: int) -> float:
     A forward and a backward pass together take three times as much as a forward pass; small images take less, in
     proportion to their pixels.
     """
-    sides = recipe.resolutions
-    now = sides[min(epoch, len(sides) - 1)] if sides else side
-    return 3 * recipe.global_batch_size * (now / side) ** 2
+    return 3 * recipe.global_batch_size * (recipe.resolution(epoch, side) / side) ** 2
 
 
 class Progress:

@@ -307,6 +307,17 @@ def test_resolutions_go_epoch_by_epoch_and_the_last_goes_on() -> None:
     assert TrainBatches(random_images(16), torch.arange(16), PLAIN, device=CPU).resolution(5) == 8
 
 
+def test_resolutions_of_larger_images_are_in_proportion() -> None:
+    """Otherwise the last epochs would train at 32 pixels what is evaluated at 64."""
+    laptop = recipes.laptop()
+    assert [laptop.resolution(epoch) for epoch in (0, 2, 4, 9)] == [18, 24, 32, 32]
+    assert [laptop.resolution(epoch, 64) for epoch in (0, 2, 4, 9)] == [36, 48, 64, 64]
+    assert [PLAIN.resolution(epoch, 48) for epoch in (0, 9)] == [48, 48]
+    recipe = replace(PLAIN, resolutions=(24, 32))
+    batches = TrainBatches(random_images(16, side=48), torch.arange(16), recipe, device=CPU)
+    assert [next(batches.epoch(epoch))[0].shape[-1] for epoch in range(3)] == [36, 48, 48]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_batches_have_the_type_and_the_memory_format_asked_for(dtype: torch.dtype) -> None:
     data = (random_images(16), torch.arange(16))
