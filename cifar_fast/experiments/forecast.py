@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ MOST_IMAGES = 512
 """Images of a timed step at most: a larger batch takes as much longer as it is larger."""
 TEST_IMAGES = 500
 """Test images that are timed: a batch of `evaluate`."""
-ENOUGH_SECONDS, MOST_REPEATS = 0.4, 6
-"""A step is repeated until it was timed for so long, or so often."""
+ENOUGH_SECONDS, MOST_REPEATS = 0.8, 6
+"""A step is repeated until it was timed for so many seconds, or so often."""
 
 
 @dataclass(frozen=True)
@@ -115,24 +114,24 @@ def _seconds_of_steps(setup: Setup) -> dict[int, float]:
     def work(side: int) -> None:
         step(*setup.batches.make(side, *chosen))
 
-    return {side: _typical_seconds(partial(work, side), setup) for side in sides}
+    return {side: _least_seconds(partial(work, side), setup) for side in sides}
 
 
 def _seconds_of_a_view(setup: Setup) -> float:
     images, labels = setup.test_set
     dtype = setup.execution.numerics.dtype
-    return _typical_seconds(lambda: evaluate(setup.model, images, labels, dtype=dtype), setup) / len(labels)
+    return _least_seconds(lambda: evaluate(setup.model, images, labels, dtype=dtype), setup) / len(labels)
 
 
-def _typical_seconds(work: Callable[[], object], setup: Setup) -> float:
-    """Return the median time of some work, repeated while that is quick; the first time is slower and then left out."""
+def _least_seconds(work: Callable[[], object], setup: Setup) -> float:
+    """Return the shortest time of some work, repeated while it is quick: the first time, and other programs, slow it down."""
     measured: list[float] = []
     while not measured or (sum(measured) < ENOUGH_SECONDS and len(measured) < MOST_REPEATS):
         clock = Clock(setup.device)
         with clock.running():
             work()
         measured.append(clock.seconds)
-    return median(measured[1:] or measured)
+    return min(measured)
 
 
 def _in_words(environment: dict[str, Any]) -> str:
