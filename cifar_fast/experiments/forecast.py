@@ -124,7 +124,7 @@ def _seconds_of_a_view(setup: Setup) -> float:
 
 
 def _least_seconds(work: Callable[[], object], setup: Setup) -> float:
-    """Return the shortest time of some work, repeated while it is quick: the first time, and other programs, slow it down."""
+    """Return the shortest time of some work, repeated while it is quick: other programs only slow it down."""
     measured: list[float] = []
     while not measured or (sum(measured) < ENOUGH_SECONDS and len(measured) < MOST_REPEATS):
         clock = Clock(setup.device)
