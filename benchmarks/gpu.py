@@ -1,55 +1,61 @@
-"""Measures everything that needs a GPU, in one command, and saves it in one JSON file.
+"""The first hour with a GPU: one command measures everything that needs one, and saves it in one JSON file.
 
-    python benchmarks/gpu.py --out benchmarks/results/gpu                            # every part, on the GPUs there are
-    python benchmarks/gpu.py --out benchmarks/results/gpu --parts speedrun airbench  # these two; the others are kept
-    python benchmarks/gpu.py --out /tmp/dry --device cpu --recipe smoke --data synthetic --runs 2 --parts speedrun
+    python benchmarks/gpu.py --out benchmarks/results/gpu --data FOLDER     # every part, half an hour in all
+    python benchmarks/gpu.py --out benchmarks/results/gpu --minutes 14      # fewer runs of each
+    python benchmarks/gpu.py --out benchmarks/results/gpu --only speedrun   # this part, again; the others are kept
+    python benchmarks/gpu.py --out /tmp/rehearsed --rehearse                # the same command, small, without a GPU
 
-Each part is a command of its own. It is ended after 8 minutes, and what it has finished is kept; run again, `speedrun`,
-`apple` and `recipes` add the runs that are missing:
+It first says which packages and data are missing here and how to bring them, and ends if it cannot do without. Each
+part is a process of its own that gets its share of `--minutes`; what an earlier part leaves over, the later ones
+share. A part that is ended keeps what it has finished. The same command again skips parts that are done at this
+commit, and `speedrun`, `apple` and `recipes` add the runs that are missing:
 
     tests     pytest -m gpu
-    profile   one step of speedrun: kernels by time, gaps, share of the matrix limit measured beside it; and what the
-              CUDA graph and torch.compile are each worth
-    speedrun  50 runs on one GPU, and 10 on all of them where there are several
-    airbench  50 runs of PyPI's airbench (train94), if installed, on the same data in the same hour
-    apple     50 runs of apple_8gpu with its 8 shards, on as many GPUs as can share them
+    speedrun  up to 50 runs on one GPU, and 10 on all of them where there are several
+    airbench  up to 50 runs of PyPI's airbench (train94), if installed, on the same data in the same hour
+    apple     up to 50 runs of apple_8gpu with its 8 shards, on as many GPUs as can share them
+    kernels   one step of speedrun: kernels by time, gaps, share of the matrix limit measured beside it
+    ways      what the CUDA graph and torch.compile are each worth
     start     two fresh commands, `cifar-fast train --recipe speedrun`: with nothing compiled, then with what the first
               has compiled
-    recipes   every other named recipe, in rounds of one run each
+    recipes   every other named recipe, the ladder first, in rounds of one run each
 
 After each part the script rewrites `gpu.json` in the folder, whole or not at all; `PART.log` has what the part printed.
 Notebooks 03, 11 and 12 show what is saved in benchmarks/results/gpu, and so does benchmarks/results/README.md, which is
 rewritten after each part; a dry run (another device, recipe or data set) cannot be saved there. After copying results
 from another machine there, rewrite that README with `--out benchmarks/results/gpu --readme`.
 
-In the first hour on a GPU, check in this order:
+Then check, in this order:
 
- 1. `--parts tests`. Look first at test_what_is_recorded_is_done_again_with_new_inputs, then at
+ 1. `tests`: look first at test_what_is_recorded_is_done_again_with_new_inputs, then at
     test_the_recorded_step_gives_the_eager_steps_weights (muon, then sgd), then at the compiled ones, NCCL last.
  2. `cifar-fast train --recipe speedrun --cuda-graph on --compile off`, then `--cuda-graph off --compile on`, then both:
     no warning, and `step_mode` in result.json as asked for. If there is a warning, deal with its reason first; it is
     in `step_mode_reason` too.
- 3. `--parts profile`: which of the two pays; the gaps (none above a few microseconds inside a graph); the slowest
+ 3. `ways`: which of the two pays. `kernels`: the gaps (none above a few microseconds inside a graph) and the slowest
     kernels. If batch norm or the augmentation is among them although compiled, they were not fused. If
     `orthogonalise_us` is lower by shape, use that (`optim.orthogonalise_all`). If a scatter in the max-pool's backward
     pass is slow, remove its decomposition from Inductor before the first compilation, with another
     TORCHINDUCTOR_CACHE_DIR:
     `torch._inductor.decomposition.decompositions.pop(torch.ops.aten.max_pool2d_with_indices_backward.default)`.
- 4. `--parts speedrun airbench`: mean accuracy at least 94.0 %, mean train_seconds at most 0.9, three times airbench's
+ 4. `speedrun` and `airbench`: mean accuracy at least 94.0 %, mean train_seconds at most 0.9, three times airbench's
     speed. If accuracy falls short: n_shards=1 (batch norm over all 1536 images, as in Hiverge's), then epochs=10. If
     there is accuracy to spare: fewer epochs. float16 against bfloat16 (`--precision bfloat16`) at the same epochs.
  5. `tta_margin=0.5` against 1: the same accuracy to 0.01 points over the runs' networks, or a larger margin.
- 6. `--parts apple`: Apple published 41 of 50 runs at 94 % and a median of 94.19 %.
- 7. `--parts start`: under 20 s the first time, under 12 s the second.
+ 6. `apple`: Apple published 41 of 50 runs at 94 % and a median of 94.19 %.
+ 7. `start`: under 20 s the first time, under 12 s the second.
  8. With several GPUs: the parallel tests, then speedrun and apple on all; each rank's graph holds the all-reduce.
- 9. `--parts recipes`, until there are three rounds; then `cifar-fast notebooks 03 11 12 --execute`.
+ 9. `--only recipes`, until there are three rounds; then `cifar-fast notebooks 03 11 12 --execute`.
 """
+
+# ruff: noqa: E402
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import io
+import itertools
 import json
 import os
 import signal
@@ -67,8 +73,64 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+import needs
 from revision import commit
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for gpu.json, logs and runs, new or to be continued")
+    add("--minutes", type=float, default=30.0, help="the most that all parts may take together")
+    add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"measure these again: {', '.join(PARTS)}")
+    add("--runs", type=int, default=50, help="the most runs of speedrun, apple and airbench")
+    add("--data", help="folder of CIFAR-10, or synthetic")
+    add("--device", help="cuda, or cpu for a dry run")
+    add("--recipe", help="train this recipe instead of all others, for a dry run")
+    add("--rehearse", action="store_true", help="run small on a simulated GPU, to see that the command works here")
+    add("--readme", action="store_true", help="measure nothing; write what is in --out into the README")
+    add("--child", choices=PARTS, help=argparse.SUPPRESS)
+    add("--seconds", type=float, help=argparse.SUPPRESS)  # what a child may take
+    return parser.parse_args(argv)
+
+
+MINUTES = {
+    "tests": 2.0, "speedrun": 3.0, "airbench": 3.0, "apple": 8.0, "kernels": 1.0, "ways": 2.0, "start": 1.0,
+    "recipes": 10.0,
+}  # fmt: skip
+"""The parts, in order, and how half an hour is shared among them; other budgets are shared in proportion."""
+PARTS = tuple(MINUTES)
+LEAST_SECONDS = {"tests": 120.0, "kernels": 60.0}
+"""What a part gets even where its share is smaller: it has nothing to save before its end."""
+
+
+def rehearse(argv: Sequence[str]) -> int:
+    """Run this command again on the simulated GPU; return its exit status."""
+    sys.path.insert(0, str(needs.REPOSITORY / "tests"))
+    from gpu_rehearsal.runtime import CannotBuild, build, environment
+
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            simulated = environment(build(Path(folder)), mode="numeric")
+        except CannotBuild as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return subprocess.run([sys.executable, str(Path(__file__).resolve()), *argv], env=simulated).returncode
+
+
+if __name__ == "__main__":
+    _options = parse(sys.argv[1:])
+    # In the first second, before anything that may be missing is imported.
+    if not (_options.child or _options.readme or "REHEARSAL_MODE" in os.environ):
+        _said, _enough = needs.report(needs.SYNTHETIC if _options.rehearse else _options.data)
+        print(_said or "no package is missing", flush=True)
+        if not _enough:
+            sys.exit(2)
+        if _options.rehearse:
+            sys.exit(rehearse(sys.argv[1:]))
+
+import torch
 
 import cifar_fast as cf
 from cifar_fast.data.dataset import SYNTHETIC, Dataset
@@ -86,16 +148,12 @@ from cifar_fast.training.model import build_model
 from cifar_fast.training.optim import orthogonalise_by_shape, orthogonalise_padded
 from cifar_fast.training.result import RunResult, write_json
 
-PARTS = ("tests", "profile", "speedrun", "airbench", "apple", "start", "recipes")
-PART_SECONDS = 480.0
-"""After which a part is ended; a part that can stop by itself does so `STOP_EARLY` seconds sooner."""
-STOP_EARLY = 30.0
 ROUNDS = 3
 """Runs of each recipe in `recipes`."""
 PROFILED_STEPS = 10
 KERNELS_SHOWN = 25
 TARGET = 0.94
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = needs.REPOSITORY
 SAVED = REPOSITORY / "benchmarks" / "results" / "gpu"
 """The README and the notebooks show what is saved here."""
 README = SAVED.parent / "README.md"
@@ -103,6 +161,7 @@ BEGIN, END = "<!-- gpu.json: begin -->\n", "\n<!-- gpu.json: end -->"
 """Around what this script writes in the README."""
 RESUMED = ("speedrun", "apple", "recipes")
 """Parts that add to the runs they find; the others start from nothing each time."""
+NO_TIME = "no time was left"
 OUT_OF_TIME = 75
 """The exit status of a part that stopped because its time was over."""
 BAD = ("failure", "error", "skipped")
@@ -117,38 +176,49 @@ class OutOfTime(UserError):
 # --- the parts: each runs in a process of its own and saves what it finds as it goes ---
 
 
-def part_profile(options: argparse.Namespace) -> None:
-    """Compare graph and compiler in turns, then look at the kernels of a few steps."""
+def part_kernels(options: argparse.Namespace) -> None:
+    """Measure the GPU's limit, then look at the kernels of a few steps."""
+    recipe, data = chosen("speedrun", options), load(options)
+    found: dict[str, Any] = {"about": {"recipe": recipe.name, "dataset": data.describe()}}
+    path = options.out / "kernels.json"
+    if select_device(options.device).type != "cuda":
+        write_json(path, found | {"left_out": "there is no GPU"})
+        return
+    device = torch.device(options.device or "cuda")
+    found["limit"] = matrix_limit(device, **({"side": 64, "repeats": 2} if options.rehearse else {}))
+    write_json(path, found)
+    for way in (recipe, replace(recipe, cuda_graph="off")):
+        try:
+            found["step"] = analyse(*profiled_kernels(way, data, options.device))
+            break
+        except UserError as error:  # in some versions of CUPTI a profiler started after the capture sees no kernel
+            found.setdefault("not_profiled", []).append(f"cuda_graph={way.cuda_graph}: {error}")
+            write_json(path, found)
+    if "step" in found:
+        best = max(found["limit"]["tflops"].values()) * 1e12
+        found["step"]["network_flops"] = flops = training_flops(recipe) * recipe.global_batch_size
+        found["step"]["share_of_limit"] = flops / (found["step"]["us_a_step"] * 1e-6) / best
+    write_json(path, found)
+
+
+def part_ways(options: argparse.Namespace) -> None:
+    """Compare graph and compiler in turns, and the ways to orthogonalise."""
     recipe, data = chosen("speedrun", options), load(options)
     found: dict[str, Any] = {"about": {"recipe": recipe.name, "dataset": data.describe()}, "ways": {}}
-    path = options.out / "profile.json"
-    for graph, compiler in (("auto", "auto"), ("auto", "off"), ("off", "auto"), ("off", "off")):
+    path = options.out / "ways.json"
+    compilers = ("off",) if options.rehearse else ("auto", "off")
+    for graph, compiler in itertools.product(("auto", "off"), compilers):
         way = replace(recipe, cuda_graph=graph, compile=compiler)
         runs = [cf.train(way, data, device=options.device, seed=seed, progress=False) for seed in range(2)]
         # The second run counts: in the first, everything is loaded, compiled and measured for the first time.
         found["ways"][f"cuda_graph={graph} compile={compiler}"] = [brief(run) for run in runs]
         write_json(path, found)
     if select_device(options.device).type != "cuda":
-        found["step"] = "not profiled: there is no GPU"
-        write_json(path, found)
         return
-    found["limit"] = matrix_limit(torch.device(options.device or "cuda"))
-    write_json(path, found)
     try:
         found["orthogonalise_us"] = orthogonalising(recipe, torch.device(options.device or "cuda"))
-    except RuntimeError as error:  # a failed capture must not cost the step its profile
+    except RuntimeError as error:  # a failed capture must not cost what has been measured
         found["orthogonalise_us"] = f"not measured: {error}".partition("\n")[0]
-    write_json(path, found)
-    try:
-        found["step"] = analyse(profiled_kernels(recipe, data, options.device), PROFILED_STEPS)
-    except UserError as error:  # in some versions of CUPTI a profiler started after the capture sees no kernel
-        found["not_profiled"] = f"the captured step: {error}"
-        write_json(path, found)
-        eager = replace(recipe, cuda_graph="off")
-        found["step"] = analyse(profiled_kernels(eager, data, options.device), PROFILED_STEPS)
-    best = max(found["limit"]["tflops"].values()) * 1e12
-    found["step"]["network_flops"] = flops = training_flops(recipe) * recipe.global_batch_size
-    found["step"]["share_of_limit"] = flops / (found["step"]["us_a_step"] * 1e-6) / best
     write_json(path, found)
 
 
@@ -171,11 +241,12 @@ def part_recipes(options: argparse.Namespace) -> None:
     names = (
         [options.recipe]
         if options.recipe
-        else [name for name in cf.recipes.names() if name not in gpu_report.OWN_PARTS]
+        else [name for name in reversed(cf.recipes.names()) if name not in gpu_report.OWN_PARTS]
     )
+    names = names[:1] if options.rehearse else names
     for round_ in range(1, ROUNDS + 1):
         for name in names:
-            recipe = cf.recipes.named(name)
+            recipe = chosen(name, options)
             repeat(recipe, options, options.out / "recipes" / name, min(round_, options.runs), world_size=None)
 
 
@@ -186,14 +257,14 @@ def part_airbench(options: argparse.Namespace) -> None:
     if importlib.util.find_spec("airbench") is None:
         write_json(path, found | {"left_out": "airbench is not installed: pip install airbench"})
         return
-    if select_device(options.device).type != "cuda":
+    if select_device(options.device).type != "cuda" or options.rehearse:
         write_json(path, found | {"left_out": "airbench needs a GPU"})
         return
     from importlib.metadata import version
 
     import airbench
 
-    data, end = load(options), time.monotonic() + options.seconds - STOP_EARLY
+    data, end = load(options), last_start(options)
     found["about"] = {"version": version("airbench"), "recipe": "train94", "dataset": data.describe()}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -235,10 +306,11 @@ def part_start(options: argparse.Namespace) -> None:
 
 
 WORK: dict[str, Callable[[argparse.Namespace], None]] = {
-    "profile": part_profile,
     "speedrun": part_speedrun,
     "airbench": part_airbench,
     "apple": part_apple,
+    "kernels": part_kernels,
+    "ways": part_ways,
     "start": part_start,
     "recipes": part_recipes,
 }
@@ -254,11 +326,17 @@ def about(run: Mapping[str, Any]) -> dict[str, Any]:
 
 def chosen(name: str, options: argparse.Namespace) -> Recipe:
     """Return the named recipe, or the one that a dry run trains instead."""
+    if options.rehearse:
+        from gpu_rehearsal.small import small
+
+        return small(name, cuda_graph="auto", precision="float32", tta="none")
     return cf.recipes.named(options.recipe or name)
 
 
 def load(options: argparse.Namespace) -> Dataset:
     """Return CIFAR-10, or what `--data` names."""
+    if options.rehearse:
+        return synthetic(96, 20)
     return synthetic() if options.data == SYNTHETIC else load_cifar10(options.data)
 
 
@@ -271,15 +349,14 @@ def brief(result: RunResult) -> dict[str, Any]:
 
 def repeat(recipe: Recipe, options: argparse.Namespace, out: Path, runs: int, world_size: int | None) -> None:
     """Benchmark a recipe, counting the runs in `out`; raise `OutOfTime` when another run would take too long."""
-    end, started, revision = options.end - STOP_EARLY, [time.monotonic()], commit()
+    end, revision = last_start(options), commit()
 
     def look(line: dict[str, Any]) -> None:
-        started.append(time.monotonic())
         if revision not in commits(out):  # a later call may add runs at another commit
             with (out / COMMITS).open("a") as file:
                 file.write(revision + "\n")
         print(f"{recipe.name}: run {line['run']}: {line['accuracy']:.2%} in {line['train_seconds']:.3f} s", flush=True)
-        if line["run"] + 1 < runs and started[-1] + (started[-1] - started[-2]) > end:
+        if line["run"] + 1 < runs and time.monotonic() + line["total_seconds"] > end:
             raise OutOfTime(f"{line['run'] + 1} of {runs} runs of {recipe.name} are saved; run the part again")
 
     if time.monotonic() > end:
@@ -288,6 +365,11 @@ def repeat(recipe: Recipe, options: argparse.Namespace, out: Path, runs: int, wo
         recipe, load(options), runs=runs, world_size=world_size, device=options.device, out=out, progress=False,
         on_run=look, target=TARGET,
     )  # fmt: skip
+
+
+def last_start(options: argparse.Namespace) -> float:
+    """Return when a part should have ended by itself: some time before it is ended."""
+    return options.end - min(30.0, options.seconds / 10)
 
 
 def commits(folder: Path) -> list[str]:
@@ -339,22 +421,26 @@ def orthogonalising(recipe: Recipe, device: torch.device, repeats: int = 50) -> 
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def profiled_kernels(recipe: Recipe, data: Dataset, device: str | None) -> list[tuple[str, float, float]]:
-    """Return what the GPU ran in `PROFILED_STEPS` steps: name, start and end in microseconds."""
+def profiled_kernels(recipe: Recipe, data: Dataset, device: str | None) -> tuple[list[tuple[str, float, float]], int]:
+    """Return what the GPU ran in a few steps, as name, start and end in microseconds, and the number of steps."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     profiler = profile(activities=[ProfilerActivity.CUDA])
-    first = steps_per_epoch(recipe, len(data.train_labels)) + 5  # when the whitening bias is frozen
+    an_epoch = steps_per_epoch(recipe, len(data.train_labels))
+    n_steps = min(PROFILED_STEPS, an_epoch - 1)
+    first = min(an_epoch + 5, 2 * an_epoch - n_steps)  # when the whitening bias is frozen, and before an evaluation
 
     def watch(done: int, total: int) -> None:
-        if done in (first, first + PROFILED_STEPS):
+        if done in (first, first + n_steps):
             torch.cuda.synchronize()
             (profiler.start if done == first else profiler.stop)()
 
+    recipe = replace(recipe, epochs=2.0, flat_epochs=0.0, tta="none")
     cf.train(recipe, data, device=device, progress=False, on_step=watch)
     events = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-    return [(event.name, float(event.time_range.start), float(event.time_range.end)) for event in events]
+    kernels = [(event.name, float(event.time_range.start), float(event.time_range.end)) for event in events]
+    return kernels, n_steps
 
 
 def analyse(kernels: Iterable[tuple[str, float, float]], n_steps: int) -> dict[str, Any]:
@@ -559,22 +645,27 @@ def run_part(command: Sequence[str], log: Path, seconds: float) -> tuple[str, fl
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a process and all that it has started: SIGTERM first, then SIGKILL."""
-    for how in (signal.SIGTERM, signal.SIGKILL):
+    """End a process and all that it has started: as Ctrl-C does first, so that pytest saves what it has found."""
+    for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, how)
-            process.wait(10)
-            return
-        except (ProcessLookupError, subprocess.TimeoutExpired):
+            process.wait(5)
+        except subprocess.TimeoutExpired:
             continue
+        except ProcessLookupError:
+            return
 
 
-def command_of(part: str, options: argparse.Namespace) -> list[str]:
+def command_of(part: str, options: argparse.Namespace, seconds: float) -> list[str]:
     """Return the command that does a part's work."""
     if part == "tests":
-        return [sys.executable, "-m", "pytest", "-v", "-m", "gpu", f"--junitxml={options.out / 'tests.xml'}"]
+        command = [sys.executable, "-m", "pytest", "-o", "addopts=-v", "-m", "gpu"]  # its own options need more plugins
+        command += [f"--junitxml={options.out / 'tests.xml'}", "-p", "no:cacheprovider"]
+        # On the simulated GPU all of them take minutes; tests/gpu_rehearsal runs them.
+        rehearsed = ["-p", "gpu_rehearsal.plugin", "tests/hardware/test_cuda_graph.py"]
+        return [*command, *(rehearsed if options.rehearse else ["tests"])]
     command = [sys.executable, str(Path(__file__).resolve()), "--child", part, "--out", str(options.out)]
-    command += ["--runs", str(options.runs), "--seconds", str(options.seconds)]
+    command += ["--runs", str(options.runs), "--seconds", str(seconds), *(["--rehearse"] if options.rehearse else [])]
     for name in ("device", "recipe", "data"):
         if value := getattr(options, name):
             command += [f"--{name}", value]
@@ -585,6 +676,7 @@ def dry_run(options: argparse.Namespace) -> list[str]:
     """Return how a call differs from measuring the recipes on CIFAR-10 on a GPU; nothing where it does not."""
     device = select_device(options.device).type
     return [
+        *(["rehearsed"] if options.rehearse else []),
         *([f"device {device}"] if device != "cuda" else []),
         *([f"recipe {options.recipe}"] if options.recipe else []),
         *([f"data {SYNTHETIC}"] if options.data == SYNTHETIC else []),
@@ -610,13 +702,25 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "environment": environment(select_device(options.device)),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
     }
-    states = {}
-    for part in options.parts:
-        print(f"{part}: at most {options.seconds:.0f} s, its output is in {options.out / part}.log", flush=True)
-        entry = attempt(part, options) | machine
+    states, end = {}, time.monotonic() + 60 * options.minutes
+    # `start` trains at full size, which no simulation does in a reasonable time.
+    parts = options.only or [part for part in PARTS if not (options.rehearse and part == "start")]
+    for place, part in enumerate(parts):
+        if not options.only and is_done(report["parts"].get(part), options):
+            print(f"{part}: is done already; --only {part} measures it again", flush=True)
+            states[part] = "done"
+            continue
+        seconds = allowance(part, parts[place + 1 :], end - time.monotonic())
+        if seconds <= 0:
+            print(f"{part}: no time is left; run the same command again", flush=True)
+            states[part] = NO_TIME
+            continue
+        print(f"{part}: at most {seconds:.0f} s, its output is in {options.out / part}.log", flush=True)
+        entry = attempt(part, options, seconds) | machine
         report["parts"][part] = keep_best(report["parts"].get(part), entry, part)
         # A dry run trains another recipe or other data than the verdicts are about.
-        report["verdicts"] = [] if options.recipe or options.data == SYNTHETIC else verdicts(report["parts"])
+        is_dry = options.rehearse or options.recipe or options.data == SYNTHETIC
+        report["verdicts"] = [] if is_dry else verdicts(report["parts"])
         write_json(path, report)
         if options.out == SAVED:
             try:
@@ -625,20 +729,32 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 print(f"warning: the README was not rewritten: {error}", file=sys.stderr, flush=True)
         print(f"{part}: {entry['state']}, {entry['seconds']:.0f} s", flush=True)
         states[part] = entry["state"]
-    return {"states": states, "verdicts": report["verdicts"]}
+    return {"states": states, "verdicts": report.get("verdicts", [])}
 
 
-def attempt(part: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Run one part; return how it ended and what it has found."""
+def allowance(part: str, later: Sequence[str], left: float) -> float:
+    """Return the seconds that a part may take of those that it and the later parts have left."""
+    share = left * MINUTES[part] / sum(MINUTES[name] for name in (part, *later))
+    return min(left, max(share, LEAST_SECONDS.get(part, 0.0)))
+
+
+def is_done(entry: Mapping[str, Any] | None, options: argparse.Namespace) -> bool:
+    """Return whether a part has nothing left to measure at this commit."""
+    return bool(entry) and entry["state"] == "done" and entry["commit"] == commit() and entry["runs"] >= options.runs
+
+
+def attempt(part: str, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """Run one part for at most so many seconds; return how it ended and what it has found."""
     for left in (f"{part}.json", f"{part}.xml"):  # by an earlier call; folders of runs stay
         (options.out / left).unlink(missing_ok=True)
-    state, seconds = run_part(command_of(part, options), options.out / f"{part}.log", options.seconds)
+    state, took = run_part(command_of(part, options, seconds), options.out / f"{part}.log", seconds)
     try:
         found = collect(part, options.out)
     except Exception as error:  # whatever one part has left behind, the others must be saved
         found, state = None, f"{state}, but its result cannot be read ({type(error).__name__})"
     ended = datetime.now(UTC).isoformat(timespec="seconds")
-    return {"state": state, "seconds": round(seconds, 1), "ended": ended, "commit": commit(), "found": found}
+    about = {"state": state, "seconds": round(took, 1), "ended": ended, "commit": commit(), "runs": options.runs}
+    return about | {"found": found}
 
 
 def keep_best(before: dict[str, Any] | None, entry: dict[str, Any], part: str) -> dict[str, Any]:
@@ -651,31 +767,14 @@ def keep_best(before: dict[str, Any] | None, entry: dict[str, Any], part: str) -
     return entry
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """Return the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for gpu.json, logs and runs, new or to be continued"
-    )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--runs", type=int, default=50, help="runs of speedrun, apple and airbench")
-    parser.add_argument("--seconds", type=float, default=PART_SECONDS, help="the most that a part may take")
-    parser.add_argument("--device", help="cuda, or cpu for a dry run")
-    parser.add_argument("--recipe", help="train this recipe instead of all others, for a dry run")
-    parser.add_argument("--data", help="folder of CIFAR-10, or synthetic")
-    parser.add_argument("--readme", action="store_true", help="measure nothing; write what is in --out into the README")
-    parser.add_argument("--child", choices=tuple(WORK), help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure; the exit status is 0 when every part ended well, 1 when one did not, 2 when there is no GPU."""
+    """Measure; the exit status is 0 when no part failed, 1 when one did, 2 when nothing can be measured here."""
     options = parse(sys.argv[1:] if argv is None else argv)
     options.out = options.out.resolve()
     if options.data and options.data != SYNTHETIC:
         options.data = str(Path(options.data).absolute())
-    options.end = time.monotonic() + options.seconds
     if options.child:
+        options.end = time.monotonic() + options.seconds
         try:
             WORK[options.child](options)
         except OutOfTime as note:
@@ -688,7 +787,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device is None and not torch.cuda.is_available():
         print(
             "error: there is no GPU that torch can use, so nothing was measured; a dry run of the machinery is "
-            "--device cpu --recipe smoke --data synthetic --runs 2 --parts speedrun",
+            "--device cpu --recipe smoke --data synthetic --runs 2 --only speedrun, and --rehearse simulates a GPU",
             file=sys.stderr,
         )
         return 2
@@ -699,11 +798,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    load(options)  # downloaded and decoded before any part's time begins; an error ends it here
     outcome = measure(options)
     for verdict in outcome["verdicts"]:
         word = "met" if verdict["met"] else "NOT met"
         print(f"{word}: {verdict['what']}: {verdict['found']:.4g}, required {verdict['required']:.4g}")
-    return 0 if set(outcome["states"].values()) == {"done"} else 1
+    return 0 if set(outcome["states"].values()) <= {"done", "out of time", NO_TIME} else 1
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "run"
             command = [sys.executable, "-m", "cifar_fast", "train", "--recipe", arguments.recipe, "--seed", str(seed)]
+            command.append("--quiet")  # otherwise `total_seconds` would count the timing of a few steps beforehand
             if arguments.world_size:
                 command += ["--world-size", str(arguments.world_size)]
             subprocess.run([*command, "--out", str(folder)], check=True)

@@ -13,33 +13,42 @@ from cifar_fast.recipes import ladder
 
 if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast.data.dataset import Dataset
-    from cifar_fast.data.load import load_cifar10, load_or_synthetic
+    from cifar_fast.data.load import load_cifar10, load_cifar100, load_or_synthetic
     from cifar_fast.data.synthetic import synthetic
     from cifar_fast.distributed.launch import Trainer, launch
     from cifar_fast.experiments import gpu_report, plan
     from cifar_fast.experiments.ablation import Ablation, ablation
     from cifar_fast.experiments.benchmark import Benchmark, benchmark, load_benchmark
+    from cifar_fast.experiments.compare import Comparison, compare, load_comparison
     from cifar_fast.experiments.saved import full_scale_tables, results_folder, saved_ablation, saved_runs
+    from cifar_fast.experiments.variance import Variance, variance
     from cifar_fast.teaching import concept_plots, exercises, image_grids, result_plots, scales
     from cifar_fast.teaching import widgets as widgets
     from cifar_fast.training.evaluate import evaluate
     from cifar_fast.training.loop import train
     from cifar_fast.training.result import RunResult, load_run, save_run
+    from cifar_fast.training.seeds import Seeds
+    from cifar_fast.training.tricks import Tricks
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Ablation",
     "Benchmark",
+    "Comparison",
     "Dataset",
     "Recipe",
     "RunResult",
+    "Seeds",
     "Trainer",
+    "Tricks",
     "UserError",
+    "Variance",
     "__version__",
     "ablation",
     "benchmark",
     "changed_fields",
+    "compare",
     "concept_plots",
     "evaluate",
     "exercises",
@@ -50,6 +59,8 @@ __all__ = [
     "launch",
     "load_benchmark",
     "load_cifar10",
+    "load_cifar100",
+    "load_comparison",
     "load_or_synthetic",
     "load_run",
     "plan",
@@ -63,6 +74,7 @@ __all__ = [
     "scales",
     "synthetic",
     "train",
+    "variance",
 ]
 
 # `widgets` is not in __all__: without the extra `notebooks` it cannot be imported, and says so.
@@ -72,15 +84,19 @@ _MODULES = {
 }
 _NAMES = {
     "data.dataset": ("Dataset",),
-    "data.load": ("load_cifar10", "load_or_synthetic"),
+    "data.load": ("load_cifar10", "load_cifar100", "load_or_synthetic"),
     "data.synthetic": ("synthetic",),
     "distributed.launch": ("Trainer", "launch"),
     "experiments.ablation": ("Ablation", "ablation"),
     "experiments.benchmark": ("Benchmark", "benchmark", "load_benchmark"),
+    "experiments.compare": ("Comparison", "compare", "load_comparison"),
     "experiments.saved": ("full_scale_tables", "results_folder", "saved_ablation", "saved_runs"),
+    "experiments.variance": ("Variance", "variance"),
     "training.evaluate": ("evaluate",),
     "training.loop": ("train",),
     "training.result": ("RunResult", "load_run", "save_run"),
+    "training.seeds": ("Seeds",),
+    "training.tricks": ("Tricks",),
 }
 
 

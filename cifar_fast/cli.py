@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
+from functools import reduce
 from importlib import metadata
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -30,65 +35,105 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cifar_fast.data.dataset import Dataset
+    from cifar_fast.experiments.forecast import Forecast
     from cifar_fast.training.evaluate import Evaluation
     from cifar_fast.training.result import EpochResult, RunResult
+    from cifar_fast.training.seeds import Seeds
 
 
 DataOption = Annotated[str | None, conf.arg(metavar="PATH|synthetic")]
 MirrorOption = Annotated[tuple[str, ...], conf.arg(metavar="URL"), conf.UseAppendAction]
-DeviceOption = Annotated[str | None, conf.arg(metavar="cpu|cuda|cuda:N")]
+DeviceOption = Annotated[str | None, conf.arg(metavar="cpu|cuda|cuda:N|mps|xpu")]
+SeedOption = Annotated[int | None, conf.arg(metavar="N")]
 WorldSizeOption = Annotated[int | None, conf.arg(metavar="N")]
 BackendOption = Annotated[Literal["nccl", "gloo"] | None, conf.arg(metavar="nccl|gloo")]
 Switch = Annotated[bool, conf.FlagCreatePairsOff]
 
+CURVE, EXAMPLE = "learning_curve.png", "example.png"
+"""Pictures that `train` leaves in a run's folder, besides what a run saves itself."""
+LONG_SECONDS = 600.0
+"""The longest that a CPU trains `laptop` unless somebody asks for it."""
+LONG_SYNTHETIC_SECONDS = 90.0
+"""The longest that a CPU trains `classroom` on the embedded set unless somebody asks for it."""
+
 
 @dataclass(kw_only=True)
 class Train:
-    """Train a network and say how well and how fast; every field of the recipe is an option.
+    """Train a network, with a recipe that fits this machine unless you name one.
 
-    Without --recipe the hardware decides: `apple_8gpu` with 2, 4 or 8 GPUs, `speedrun` with one, `laptop` without.
+    By default 2, 4 or 8 GPUs train `apple_8gpu`, and one trains `speedrun`. A CPU trains `laptop`, or `classroom` where
+    `laptop` would take over ten minutes or there is only the embedded data set. How long it will take is measured and
+    said before it starts. Every field of the recipe is an option.
     """
 
     recipe: Annotated[str | None, conf.arg(metavar="NAME")] = None
-    """Recipe to start from: laptop, speedrun, apple_8gpu, smoke, or a rung of the ladder such as page_2019."""
+    """Recipe to start from: laptop, classroom, speedrun, apple_8gpu, smoke, or a rung of the ladder like page_2019."""
     data: DataOption = None
-    """Folder of the data set, or `synthetic` (embedded). Default: CIFAR_FAST_DATA, the cache folder, a download."""
+    """Folder of the data set, or `synthetic` (embedded). Default: CIFAR_FAST_DATA, the cache folder, or a download."""
     mirror: MirrorOption = ()
-    """Another place to download CIFAR-10 from; may be given more than once."""
+    """Another URL to download CIFAR-10 from. Can be repeated."""
     seed: int = 0
     """Seed of all random choices."""
+    start_seed: SeedOption = None
+    """Another seed for the weights before training. Default: --seed."""
+    order_seed: SeedOption = None
+    """Another seed for the order of the images. Default: --seed."""
+    augmentation_seed: SeedOption = None
+    """Another seed for crops, mirroring, cutout and colour jitter. Default: --seed."""
     out: Annotated[Path | None, conf.arg(metavar="FOLDER")] = None
     """New folder for logs, result and weights. Default: runs/NAME-seedN-DATE-TIME."""
+    logits: Switch = False
+    """Keep the test logits in the run folder."""
     device: DeviceOption = None
-    """Where to train. Default: all GPUs, else the CPU."""
+    """Where to train. Default: all CUDA GPUs, or else the CPU."""
     world_size: WorldSizeOption = None
     """Number of processes that share the recipe's shards. Default: one for each GPU, or one on a CPU."""
     backend: BackendOption = None
-    """What the processes talk over. Default: nccl on GPUs, gloo on a CPU."""
+    """How the processes communicate. Default: nccl on GPUs, gloo on a CPU."""
     timeout: float = 10.0
-    """Seconds within which a process that died or no longer answers has ended all of them."""
+    """Stop all processes when one has died or gone silent for this many seconds."""
     quiet: Switch = False
-    """Print the result alone."""
+    """Print only the result."""
+    free: conf.Suppress[bool] = False
+    """Whether neither a recipe nor a field of one was named, so that the recipe may be chosen."""
     fields: Annotated[Recipe, conf.arg(name=""), conf.FlagConversionOff]
 
     def run(self) -> int:
-        """Train, save, print a table."""
+        """Choose a recipe, say how long it will take, train, save, and say what to do next."""
         from tqdm.auto import tqdm
 
-        from cifar_fast.distributed.launch import choose_world_size, launch
+        from cifar_fast.distributed.launch import check_fit, choose_world_size, launch
+        from cifar_fast.distributed.torchrun import under_torchrun
         from cifar_fast.hardware.clock import process_start
+        from cifar_fast.hardware.device import select_device
 
         silence_other_ranks()
         base, why = base_recipe(self.recipe, self.device)
-        recipe, changes = renamed_if_changed(self.fields, base), changed_fields(base, self.fields)
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        out = self.out or Path("runs") / f"{recipe.name}-seed{self.seed}-{stamp}"
+        recipe, changes = self.fields, changed_fields(base, self.fields)
+        seeds = self.seeds()
         world_size = choose_world_size(self.world_size, self.device, recipe)
-        if not self.quiet:
-            print_recipe(base, why, changes, world_size)
+        if self.out and self.out.exists() and not under_torchrun():  # its ranks must agree before one of them leaves
+            raise UserError(f"--out {self.out} exists already: a run never overwrites another; name a new folder")
         data = open_data(self.data, self.mirror)
         if not self.quiet:
-            print(f"data set: {data.name} ({data.source})\nrun folder: {out}", flush=True)
+            print(f"data set: {data.name} ({data.source})", flush=True)
+        expected: Forecast | None = None
+        on = select_device(self.device).type
+        if on != "cuda" and not under_torchrun():  # a CUDA GPU may compile first, and then be done within seconds
+            if self.free and on == "cpu":
+                recipe, why, expected = fitting_recipe(data, self.device, quiet=self.quiet)
+                base = recipe
+            elif not self.quiet:
+                check_fit(recipe, world_size, data)
+                expected = time_steps(recipe, data, self.device)
+        recipe = renamed_if_changed(recipe, base)
+        out = self.out or Path("runs") / f"{recipe.name}-seed{self.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if not self.quiet:
+            print_recipe(base, why, changes, world_size)
+            if expected:
+                print(f"time: {expected}")
+                print_alternative(base, data, expected.seconds, chosen=self.free)
+            print(f"run folder: {out}", flush=True)
 
         logged: list[EpochResult] = []
 
@@ -107,9 +152,11 @@ class Train:
                 device=self.device,
                 backend=self.backend,
                 timeout=self.timeout,
-                seed=self.seed,
+                seed=seeds,
                 out=out,
-                progress=not self.quiet and sys.stderr.isatty(),  # in a log file each epoch's line is enough
+                save_logits=self.logits,
+                progress=not self.quiet,
+                expected_seconds=expected.seconds if expected else None,
                 started=process_start(),
                 on_epoch=on_epoch,
             )
@@ -123,43 +170,56 @@ class Train:
         print(result_table(result, out))
         if is_main_rank():
             save_learning_curve(result, out)
+            save_example(data, out)
+        if not self.quiet:
+            print(f"\n{summary(result, out)}")
         return 0
+
+    def seeds(self) -> Seeds:
+        """Return the seed of each kind of random choice."""
+        from cifar_fast.training.seeds import Seeds
+
+        separate = {"start": self.start_seed, "order": self.order_seed, "augmentation": self.augmentation_seed}
+        return replace(Seeds.of(self.seed), **{name: seed for name, seed in separate.items() if seed is not None})
 
 
 @dataclass(kw_only=True)
 class Benchmark:
-    """Train a recipe many times, each time with another seed, and set the runs beside the published 50.
+    """Train a recipe many times, each with its own seed, and compare the runs with the 50 published ones.
 
-    Runs are kept as they finish: interrupted or killed, the same command goes on after the last of them. Every field
-    of the recipe is an option, as for `train`.
+    Every finished run is saved: after an interruption, the same command resumes. Every field of the recipe is an
+    option, as for `train`.
     """
 
     recipe: Annotated[str | None, conf.arg(metavar="NAME")] = None
-    """Recipe to start from: apple_8gpu is the published one. Default: by the hardware, as for `train`."""
+    """Recipe to start from; apple_8gpu is the published one. Default: apple_8gpu on 2, 4 or 8 GPUs, speedrun on one,
+    laptop on a CPU."""
     runs: int = 50
-    """Number of runs; those that are in the folder already count."""
+    """Number of runs, including those already in the folder."""
     target: Annotated[float, conf.arg(metavar="PERCENT")] = 94.0
-    """Test accuracy, in per cent, that counts as reached."""
+    """Target test accuracy in per cent."""
     until_confident: Switch = False
-    """Stop when the 95 % interval of the mean accuracy (of 3 runs at least) leaves out the target."""
+    """Stop as soon as the 95 % interval of the mean accuracy, from at least 3 runs, excludes the target."""
     first_seed: int = 0
     """Seed of the first run; each run takes the next one."""
     data: DataOption = None
     """Folder of the data set, or `synthetic` (embedded). Default: as for `train`."""
     mirror: MirrorOption = ()
-    """Another place to download CIFAR-10 from; may be given more than once."""
+    """Another URL to download CIFAR-10 from. Can be repeated."""
     out: Annotated[Path | None, conf.arg(metavar="FOLDER")] = None
-    """Folder of the runs, new or to go on with. Default: runs/benchmark-NAME-RUNS."""
+    """Folder of the runs: a new one, or one to resume. Default: runs/benchmark-NAME-RUNS."""
+    logits: Switch = False
+    """Keep the test logits of each run in the folder, and say what part of the spread a finite test set explains."""
     device: DeviceOption = None
-    """Where to train. Default: all GPUs, else the CPU."""
+    """Where to train. Default: all CUDA GPUs, or else the CPU."""
     world_size: WorldSizeOption = None
     """Number of processes that share the recipe's shards. Default: one for each GPU, or one on a CPU."""
     backend: BackendOption = None
-    """What the processes talk over. Default: nccl on GPUs, gloo on a CPU."""
+    """How the processes communicate. Default: nccl on GPUs, gloo on a CPU."""
     timeout: float = 10.0
-    """Seconds within which a process that died or no longer answers has ended all of them."""
+    """Stop all processes when one has died or gone silent for this many seconds."""
     quiet: Switch = False
-    """Print the result alone."""
+    """Print only the result."""
     fields: Annotated[Recipe, conf.arg(name=""), conf.FlagConversionOff]
 
     def run(self) -> int:
@@ -203,6 +263,7 @@ class Benchmark:
                 target=self.target / 100,
                 until_confident=self.until_confident,
                 first_seed=self.first_seed,
+                save_logits=self.logits,
                 progress=not self.quiet and sys.stderr.isatty(),
                 timeout=self.timeout,
                 on_run=on_run,
@@ -216,6 +277,13 @@ class Benchmark:
         if len(found.runs) < self.runs:
             print(f"stopped: the 95 % interval of the mean accuracy leaves out {percent(found.target)}")
         print(f"\n{comparison_table(found.summary())}\nfolder: {out}")
+        if self.logits and len(found.runs) > 1 and is_main_rank():
+            from cifar_fast.experiments.variance import variance
+
+            try:
+                print(f"\n{variance(out)}")
+            except UserError as error:  # earlier calls may have kept none; the runs are whole without them
+                print(f"note: {error}", file=sys.stderr)
         if is_main_rank():
             from cifar_fast.teaching.result_plots import accuracy_and_time
 
@@ -225,18 +293,18 @@ class Benchmark:
 
 @dataclass(kw_only=True)
 class Evaluate:
-    """Evaluate a trained network: accuracy, loss, and which classes it takes for which."""
+    """Evaluate a trained network: its accuracy, its loss, and which classes it confuses."""
 
     run_folder: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
     """Folder of a finished run."""
     data: DataOption = None
-    """Folder of the data set, or `synthetic`. Default: as for `train`; `synthetic` where the run was trained on it."""
+    """Folder of the data set, or `synthetic`. Default: as for `train`, but `synthetic` for a run trained on it."""
     mirror: MirrorOption = ()
-    """Another place to download CIFAR-10 from; may be given more than once."""
+    """Another URL to download CIFAR-10 from. Can be repeated."""
     tta: Literal["none", "flip", "flip_shift"] | None = None
     """Test-time augmentation. Default: the recipe's."""
     device: DeviceOption = None
-    """Where to compute. Default: the first GPU, else the CPU."""
+    """Where to compute. Default: the first CUDA GPU, or else the CPU."""
 
     def run(self) -> int:
         """Evaluate and print two tables."""
@@ -283,14 +351,14 @@ class Evaluate:
 
 @dataclass(kw_only=True)
 class Predict:
-    """Say what is in pictures of any size: the centre square is scaled down to 32x32 pixels."""
+    """Say what pictures show. They can have any size: the centre square is scaled to 32x32 pixels."""
 
     run_folder: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
     """Folder of a finished run."""
     images: Annotated[conf.Positional[tuple[Path, ...]], conf.arg(metavar="IMAGE [IMAGE ...]")]
     """Picture files."""
     top: int = 3
-    """Number of classes to print for each picture."""
+    """How many classes to print for each picture, the likeliest first."""
 
     def run(self) -> int:
         """Read all pictures, then predict and print a line for each."""
@@ -318,14 +386,14 @@ class Predict:
 
 @dataclass(kw_only=True)
 class Data:
-    """Say which data sets are there and check every file of them; download CIFAR-10 with --download."""
+    """Find the data sets on this machine and check every file, or download CIFAR-10 (--download)."""
 
     download: Switch = False
-    """Download CIFAR-10 into the cache folder, unless it is there."""
+    """Download CIFAR-10 into the cache folder, unless it is there already."""
     data: Annotated[str | None, conf.arg(metavar="PATH")] = None
-    """A folder to look at before the others."""
+    """A folder to look in first."""
     mirror: MirrorOption = ()
-    """Another place to download from; may be given more than once."""
+    """Another URL to download CIFAR-10 from. Can be repeated."""
 
     def run(self) -> int:
         """Print the state; the exit status is 1 when `train` would find no usable data set on this machine."""
@@ -352,79 +420,99 @@ class Data:
 
 @dataclass(kw_only=True)
 class Doctor:
-    """Say what this machine has, which recipe and precision it would get, and why."""
+    """List this machine's hardware and software, the recipe and precision it would train with, and why."""
+
+    device: DeviceOption = None
+    """The device to ask about. Default: the first CUDA GPU, or else the CPU."""
+    measure: Switch = False
+    """Measure which convolution is fastest on this CPU, even if that was saved before (two seconds)."""
 
     def run(self) -> int:
-        """Print the table."""
-        import torch
+        """Print each line as soon as it is known."""
+        import platform
 
         from cifar_fast import __version__
+
+        show_row("system", platform.platform())
+        show_row("python", platform.python_version())
+        show_row("cifar_fast", __version__)
+        for name in ("torch", "torchvision", "numpy", "matplotlib", "jupyterlab"):
+            show_row(name, version(name))
+        self._show_hardware()
+        self._show_choices()
+        return 0
+
+    def _show_hardware(self) -> None:
+        import torch
+
+        from cifar_fast.hardware import device as devices
+
+        machine = devices.environment(torch.device("cpu"))
+        cores = f"{machine['cores']} cores for this process, {machine['threads']} threads"
+        show_row("processor", f"{machine['cpu']}, {cores}")
+        show_row("CPU capability", machine["cpu_capability"])
+        show_row("memory", f"{machine['memory_gb']} GB")
+        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        show_row("GPUs", ", ".join(gpus) or "none that torch can use with CUDA")
+        for kind, name in devices.OTHER_GPUS.items():
+            there = devices.count_other_gpus(kind)
+            used = f"there, used only with --device {kind}: its speed and accuracy are unmeasured"
+            show_row(name, used if there else f"none: {devices.why_no_other_gpu(kind)}")
+
+    def _show_choices(self) -> None:
         from cifar_fast.data.load import status
         from cifar_fast.hardware.cuda_graph import choose_step_mode
-        from cifar_fast.hardware.device import environment, select_device
-        from cifar_fast.hardware.numerics import choose_numerics
+        from cifar_fast.hardware.device import select_device
+        from cifar_fast.hardware.numerics import choose_numerics, needs_measuring, saved_rates
         from cifar_fast.kernels import amx, fused, winograd
 
-        device = select_device()
-        machine = environment(device)
-        recipe, why = base_recipe(None, None)
-        numerics = choose_numerics(recipe, device)
+        device = select_device(self.device)
+        place = status(check=False)[0]
+        show_row("data set", f"{place.origin}: {place.finding}")
+        recipe, why = base_recipe(None, self.device)
+        unless = f"; `train` takes classroom if {recipe.name} needs over ten minutes" if device.type == "cpu" else ""
+        show_row("recipe", f"{recipe.name} ({why}{unless})")
         mode = choose_step_mode(recipe, device)
-        kernels = {
-            "Winograd": winograd.available(),
-            "AMX": amx.available(),
-            "norm and activation": fused.available(),
-        }
-        gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        place = status()[0]
-        rows = [
-            ("processor", f"{machine['cpu']}, {machine['cores']} cores for this process, {machine['threads']} threads"),
-            ("CPU capability", machine["cpu_capability"]),
-            ("memory", f"{machine['memory_gb']} GB"),
-            ("GPUs", ", ".join(gpus) or "none that torch can use"),
-            ("system", machine["platform"]),
-            ("python", machine["python"]),
-            ("cifar_fast", __version__),
-            *((name, version(name)) for name in ("torch", "torchvision", "numpy", "matplotlib", "jupyterlab")),
-            ("recipe", f"{recipe.name} ({why})"),
-            ("precision", f"{numerics.dtype}".removeprefix("torch.")),
-            ("convolution", numerics.convolution),
-            ("because", numerics.reason),
-            ("step", "; ".join([mode.describe()["step_mode"], *mode.reasons])),
-            *(
-                (f"{name} kernels", "compiled" if compiled else f"none: {detail}")
-                for name, (compiled, detail) in kernels.items()
-            ),
-            ("data set", f"{place.origin}: {place.finding}"),
-        ]
-        print(table(rows))
-        return 0
+        show_row("step", "; ".join([mode.describe()["step_mode"], *mode.reasons]))
+        if device.type == "cpu":
+            for name, kernels in (("Winograd", winograd), ("AMX", amx), ("norm and activation", fused)):
+                usable, detail = kernels.available()
+                show_row(f"{name} kernels", "compiled" if usable else f"none: {detail}")
+        if needs_measuring(recipe, device) and not self.measure:
+            for name in ("precision", "convolution"):
+                show_row(name, "not yet measured")
+            show_row("because", f"training measures which is fastest here; {program()} doctor --measure does so now")
+            return
+        numerics = choose_numerics(recipe, device, None if self.measure else saved_rates())
+        show_row("precision", f"{numerics.dtype}".removeprefix("torch."))
+        show_row("convolution", numerics.convolution)
+        show_row("because", numerics.reason)
 
 
 @dataclass(kw_only=True)
 class Plan:
-    """Predict how long a recipe would train on 1 to 64 workers, from steps measured on this machine.
+    """Predict how long a recipe would train on 1 to 64 workers, from steps timed on this machine.
 
-    A prediction, not a measurement: time to compute and to launch is measured here, and the all-reduce among the
-    processes that this machine has room for; that among others is taken from published measurements.
+    The result is a prediction. Computing and launching a step are timed here, and so is an all-reduce among as many
+    processes as this machine has GPUs (or two on a CPU). For more workers, published all-reduce times are used.
     """
 
     recipe: Annotated[str, conf.arg(metavar="NAME")] = "apple_8gpu"
-    """Recipe to plan."""
+    """Recipe to predict."""
     world_size: Annotated[int | None, conf.arg(metavar="N")] = None
-    """A number of workers to predict, beside those of 1, 2, 4, ... 64 that the recipe allows."""
+    """One more number of workers, besides 1, 2, 4, ... 64 as far as the recipe allows them."""
     n_shards: Annotated[int | None, conf.arg(metavar="N")] = None
-    """Cut the training set in so many shards, so that so many workers can share it. Default: the recipe's."""
+    """Split the training set into N shards, which up to N workers can share. Default: the recipe's."""
     link: Literal["nvlink_nccl", "nvlink_multicast"] = "nvlink_nccl"
-    """What joins the workers; the published figures are those of 8 H100."""
+    """How the workers are connected. The published figures are for 8 H100 GPUs."""
     n_train: int = 50_000
-    """Training images."""
+    """Number of training images."""
     n_test: int = 10_000
-    """Test images."""
+    """Number of test images."""
     device: DeviceOption = None
-    """Where to measure. Default: the first GPU, else the CPU."""
+    """Where to measure. Default: the first CUDA GPU, or else the CPU."""
     out: Annotated[Path | None, conf.arg(metavar="PNG")] = None
-    """File for a picture of the prediction."""
+    """Save a chart of the prediction in this file."""
 
     def run(self) -> int:
         """Measure, then print the table."""
@@ -466,7 +554,7 @@ class Lab:
     """Open the notebooks in JupyterLab."""
 
     options: conf.Positional[tuple[str, ...]] = ()
-    """Options for JupyterLab, after `--`: cifar-fast lab -- --no-browser."""
+    """Options for JupyterLab, after `--`. Example: cifar-fast lab -- --no-browser."""
 
     def run(self) -> int:
         """Start JupyterLab in this process, which it leaves when it is shut down."""
@@ -481,14 +569,14 @@ class Lab:
 
 @dataclass(kw_only=True)
 class Notebooks:
-    """List the notebooks, or execute them and store their outputs."""
+    """List the notebooks, or run them and store their outputs (--execute)."""
 
     names: conf.Positional[tuple[str, ...]] = ()
-    """How the names of some of them start: 04 11; without it all."""
+    """The first letters of their names, for example 04 11. Default: all of them."""
     execute: Switch = False
-    """Run each from top to bottom and store it; a cell that fails leaves the file as it was."""
+    """Run each from top to bottom and store its outputs. If a cell fails, the file stays as it was."""
     scale: str = "smoke"
-    """Scale at which they run: smoke (seconds, what is stored), laptop, gpu or 8gpu."""
+    """How much to train: smoke (seconds a run; the stored outputs), classroom, laptop, gpu or 8gpu."""
 
     def run(self) -> int:
         """Go through them in order."""
@@ -504,13 +592,29 @@ class Notebooks:
         return 0
 
 
-Command = Notebooks | Plan | Train | Benchmark | Evaluate | Predict | Data | Doctor | Lab
+Command = Train | Predict | Lab | Evaluate | Benchmark | Plan | Data | Doctor | Notebooks
+COMMANDS: dict[str, type[Command]] = {
+    "train": Train,
+    "predict": Predict,
+    "lab": Lab,
+    "evaluate": Evaluate,
+    "benchmark": Benchmark,
+    "plan": Plan,
+    "data": Data,
+    "doctor": Doctor,
+    "notebooks": Notebooks,
+}
+"""In the order in which the help lists them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (default: this process's) and return the exit status: 2 a mistake, 130 Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        status = parse(sys.argv[1:] if argv is None else argv).run()
+        if not argv or argv[0] in ("-h", "--help"):
+            print(overview(), file=sys.stdout if argv else sys.stderr)
+            return 0 if argv else 2
+        status = parse(argv).run()
         sys.stdout.flush()
         return status
     except UserError as error:
@@ -540,26 +644,47 @@ def main_and_exit() -> NoReturn:
     raise SystemExit(status)
 
 
+def overview() -> str:
+    """Return the help of the whole program: what it does, and a line for each command."""
+    rows = [(f"  {name}", first_sentence(command)) for name, command in COMMANDS.items()]
+    return f"""\
+usage: cifar-fast COMMAND [OPTIONS]
+
+Train a network on CIFAR-10 as fast as this machine can, and see which tricks make it fast.
+
+{table(rows)}
+
+Start with `cifar-fast train`. `cifar-fast COMMAND --help` lists the options of a command."""
+
+
+def first_sentence(command: type) -> str:
+    """Return the first sentence of a command's help, without its full stop."""
+    assert command.__doc__ is not None
+    return " ".join(command.__doc__.partition("\n\n")[0].split()).partition(". ")[0].removesuffix(".")
+
+
 def parse(argv: Sequence[str]) -> Command:
     """Return the command in `argv`; where its options are a recipe's fields, the recipe is looked for first."""
 
-    def with_recipe(command: type[Train | Benchmark], name: str) -> Any:
-        if argv[:1] != [name]:
+    def subcommand(name: str) -> Any:
+        command = COMMANDS[name]
+        if argv[:1] != [name] or command not in (Train, Benchmark):
             return Annotated[command, conf.subcommand(name)]
         first = argparse.ArgumentParser(prog=f"cifar-fast {name}", add_help=False, allow_abbrev=False)
         first.add_argument("--recipe")
         first.add_argument("--device")
-        named, _ = first.parse_known_args(argv[1:])
+        named, rest = first.parse_known_args(argv[1:])
         base, _ = base_recipe(named.recipe, named.device)
-        return Annotated[command, conf.subcommand(name, default=command(fields=base))]
+        if command is Benchmark:
+            return Annotated[command, conf.subcommand(name, default=Benchmark(fields=base))]
+        options = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
+        free = named.recipe is None and options.isdisjoint(field.name for field in fields(Recipe))
+        return Annotated[command, conf.subcommand(name, default=Train(fields=base, free=free))]
 
-    commands = with_recipe(Train, "train") | with_recipe(Benchmark, "benchmark")
-    commands = commands | Annotated[Evaluate, conf.subcommand("evaluate")]
-    commands = commands | Annotated[Predict, conf.subcommand("predict")]
-    commands = commands | Annotated[Data, conf.subcommand("data")] | Annotated[Doctor, conf.subcommand("doctor")]
-    commands = commands | Annotated[Notebooks, conf.subcommand("notebooks")]
-    commands = commands | Annotated[Plan, conf.subcommand("plan")] | Annotated[Lab, conf.subcommand("lab")]
-    return tyro.cli(commands, args=argv, prog="cifar-fast", description="Train a CIFAR-10 network to 94 % in seconds.")
+    commands = reduce(or_, [subcommand(name) for name in COMMANDS])
+    return tyro.cli(
+        commands, args=argv, prog="cifar-fast", description="Train a CIFAR-10 network, and see why it is fast."
+    )
 
 
 def base_recipe(name: str | None, device: str | None) -> tuple[Recipe, str]:
@@ -568,10 +693,13 @@ def base_recipe(name: str | None, device: str | None) -> tuple[Recipe, str]:
         return recipes.named(name), "asked for"
     import torch
 
-    from cifar_fast.hardware.device import select_device
+    from cifar_fast.hardware.device import OTHER_GPUS, select_device
     from cifar_fast.training.batches import allowed_world_sizes
 
-    if select_device(device).type == "cpu":
+    on = select_device(device).type
+    if on in OTHER_GPUS:
+        return recipes.speedrun(), f"the recipe for one GPU; its speed on an {OTHER_GPUS[on]} is unmeasured"
+    if on == "cpu":
         return recipes.laptop(), "the recipe for a CPU" + ("" if device else ": torch can use no GPU here")
     n_gpus = torch.cuda.device_count() if device in (None, "cuda") else 1
     if n_gpus > 1 and n_gpus in allowed_world_sizes(recipes.apple_8gpu()):
@@ -592,6 +720,58 @@ def print_recipe(base: Recipe, why: str, changes: dict[str, tuple[Any, Any]], wo
         print(f"processes: {world_size}")
     for field, (before, after) in changes.items():
         print(f"  {field}: {before} -> {after}")
+
+
+def fitting_recipe(data: Dataset, device: str | None, *, quiet: bool) -> tuple[Recipe, str, Forecast]:
+    """Return the recipe that a CPU trains unless somebody names one, why, and how long it will take.
+
+    The first of two is taken if it is quick enough here, otherwise the second.
+    """
+    from cifar_fast.data.dataset import SYNTHETIC
+    from cifar_fast.experiments.forecast import about
+
+    if data.name == SYNTHETIC:
+        whole, quick, most = recipes.classroom(), recipes.smoke(), LONG_SYNTHETIC_SECONDS
+        why, where = "a small recipe for the embedded data set", " on the embedded data set"
+    else:
+        whole, quick, most = recipes.laptop(), recipes.classroom(), LONG_SECONDS
+        why, where = "the recipe for a CPU", ""
+    expected = time_steps(whole, data, device, quiet=quiet)
+    if expected.seconds <= most:
+        return whole, why, expected
+    why = f"{whole.name} would take {about(expected.seconds)}{where} here"
+    return quick, why, time_steps(quick, data, device, quiet=quiet)
+
+
+def time_steps(recipe: Recipe, data: Dataset, device: str | None, *, quiet: bool = False) -> Forecast:
+    """Measure how long a recipe will train here, and say so first: it takes seconds."""
+    from cifar_fast.experiments.forecast import forecast
+
+    if not quiet:
+        print(f"timing a few steps of {recipe.name} ...", flush=True)
+    return forecast(recipe, data, device=device)
+
+
+def print_alternative(recipe: Recipe, data: Dataset, seconds: float, *, chosen: bool) -> None:
+    """Say what would be quicker than `recipe`; or more accurate, where it was `chosen` for its time."""
+    from cifar_fast.data.dataset import SYNTHETIC
+
+    if recipe.name in ("classroom", "smoke"):
+        if chosen and data.name == SYNTHETIC:
+            print(f"for CIFAR-10: {program()} data --download")
+        elif chosen:
+            print(f"for 94 %: {program()} train --recipe laptop")
+    elif seconds > 60:
+        print(f"quicker: {program()} train --recipe classroom (a smaller network), or a GPU")
+
+
+def program() -> str:
+    """Return how this program was called, as a shell takes it: its own name where that is on the path."""
+    called = Path(sys.argv[0])
+    if called.stem != "cifar-fast":
+        return f"{shlex.quote(sys.executable)} -m cifar_fast"
+    found = shutil.which("cifar-fast")
+    return "cifar-fast" if found and Path(found).samefile(called) else shlex.quote(str(called))
 
 
 def finished_runs(folder: Path) -> str:
@@ -662,7 +842,15 @@ def save_learning_curve(result: RunResult, folder: Path) -> None:
     """Draw the run into its folder."""
     from cifar_fast.teaching.result_plots import learning_curve
 
-    save_figure(lambda: learning_curve(result), folder / "learning_curve.png")
+    save_figure(lambda: learning_curve(result), folder / CURVE)
+
+
+def save_example(data: Dataset, folder: Path) -> None:
+    """Save the first test image as a picture into the run's folder, so that there is one to predict."""
+    from PIL import Image
+
+    with suppress(OSError):  # the summary then names no picture
+        Image.fromarray(data.test_images[0].permute(1, 2, 0).numpy()).save(folder / EXAMPLE)
 
 
 def save_figure(draw: Callable[[], Figure], path: Path) -> None:
@@ -690,10 +878,46 @@ def result_table(result: RunResult, folder: Path) -> str:
         ("peak memory", f"{result.peak_memory_gb:.2f} GB"),
         ("hardware", f"{hardware(machine)}; {machine['precision']}, {machine['convolution']} convolution"),
         ("versions", f"cifar_fast {__version__}, torch {machine['torch']}, Python {machine['python']}"),
-        ("n", f"1 run, seed {result.seed}"),
+        ("n", f"1 run, seed{'' if isinstance(result.seed, int) else 's'} {result.seed}"),
         ("run folder", str(folder)),
     ]
     return table(rows)
+
+
+def summary(result: RunResult, folder: Path) -> str:
+    """Return in a few lines what a run came to, where its files are, and what to try next."""
+    from cifar_fast.data.dataset import SYNTHETIC
+
+    data, curve = result.dataset, folder / CURVE
+    lines = [
+        f"The network classifies {percent(result.accuracy)} of the {data['n_test']:,} test images of the data set "
+        f"{data['name']} correctly.",
+        f"Training took {in_words(result.train_seconds)} (train_seconds), and everything since the command "
+        f"{in_words(result.total_seconds)} (total_seconds).",
+    ]
+    if data["name"] == SYNTHETIC:
+        lines.insert(1, "A program has drawn these images: this accuracy says nothing about CIFAR-10.")
+    if curve.exists():
+        lines.append(f"picture:  {curve}")
+    picture = folder / EXAMPLE
+    return "\n".join(
+        [
+            *lines,
+            f"weights:  {folder / 'weights.safetensors'}",
+            "Try next:",
+            f"  {program()} predict {shlex.quote(str(folder))} "
+            + (shlex.quote(str(picture)) if picture.exists() else "IMAGE"),
+            f"  {program()} lab",
+        ]
+    )
+
+
+def in_words(seconds: float) -> str:
+    """Return a duration in seconds, or in minutes and seconds: 7.2 s, 45 s, 2 min 31 s."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def class_table(found: Evaluation, classes: Sequence[str]) -> str:
@@ -708,6 +932,11 @@ def class_table(found: Evaluation, classes: Sequence[str]) -> str:
         share = percent(counts[label] / sum(counts)) if sum(counts) else "-"
         rows.append((classes[label], f"{sum(counts):,}", share, mistakes))
     return table(rows)
+
+
+def show_row(name: str, value: object) -> None:
+    """Print a line of `doctor` now, because the next may take a second."""
+    print(f"{name:27}  {value}", flush=True)
 
 
 def version(package: str) -> str:

@@ -25,5 +25,9 @@ class TrainingError(UserError):
     """Training cannot continue, for instance because the loss is no longer a number."""
 
 
+class TricksError(UserError):
+    """A function of the reader's own does not fit into a training run, or cannot travel to other processes."""
+
+
 class RankError(RuntimeError):
     """A process of a parallel run raised an error, died or hung; the message names its rank and has its traceback."""

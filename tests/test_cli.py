@@ -7,6 +7,7 @@ import json
 import os
 import pkgutil
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,11 @@ import cifar_fast
 from cifar_fast import cli, recipes
 from cifar_fast.data import download, load, synthetic
 from cifar_fast.data.dataset import Dataset
+from cifar_fast.distributed import launch as launching
 from cifar_fast.errors import DataNotFoundError
+from cifar_fast.experiments import forecast as forecasts
+from cifar_fast.experiments.forecast import Forecast, about
+from cifar_fast.hardware import numerics
 from cifar_fast.recipe import Recipe
 from cifar_fast.teaching import notebooks
 
@@ -68,8 +73,9 @@ def test_help_names_every_command_without_loading_torch():
     process = start("--help")
     out, err = process.communicate()
     assert process.returncode == 0 and not err
-    for command in ("train", "benchmark", "evaluate", "predict", "data", "doctor", "lab"):
-        assert re.search(rf"\b{command}\b", out)
+    for command in cli.COMMANDS:
+        assert re.search(rf"^  {command}  +[A-Z]", out, re.MULTILINE)
+    assert len(out.splitlines()) < 25 and max(map(len, out.splitlines())) <= 120
     code = "import sys, cifar_fast.cli; sys.exit(bool({'torch', 'matplotlib', 'numpy', 'PIL'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
@@ -121,7 +127,7 @@ def test_train_leaves_a_whole_run_folder(run_folder):
     names = {path.name for path in run_folder.iterdir()}
     assert names == {
         "recipe.json", "environment.json", "epochs.jsonl", "timing_log.tsv", "result.json", "weights.safetensors",
-        "learning_curve.png",
+        "learning_curve.png", "example.png",
     }  # fmt: skip
     result = cifar_fast.load_run(run_folder)
     assert result.dataset["name"] == "colours" and result.dataset["classes"] == list(CLASSES)
@@ -134,17 +140,34 @@ def test_train_leaves_a_whole_run_folder(run_folder):
 def test_train_prints_the_epochs_and_a_table(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ["train", "--recipe", "smoke", "--data", pictures, "--device", "cpu", "--seed", "7"]
-    assert status_of(*arguments, *QUICK, "--epochs", "1") == 0
-    out = capsys.readouterr().out
+    assert status_of(*arguments, *QUICK, "--epochs", "1", "--order-seed", "8", "--logits") == 0
+    out, err = capsys.readouterr()
     assert "recipe: smoke (asked for)" in out and "epochs: 2.0 -> 1.0" in out
     assert "data set: colours" in out and "epoch   1" in out
+    assert re.search(r"^time: about \d+ s \(.*, measured\)$", out, re.MULTILINE)
+    assert re.search(r"^smoke-changed on colours: 0%, epoch 1 of 1, 0:\d\d left, accuracy follows", err)
+    assert "\r" not in err
     rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(.*)$", out, re.MULTILINE))
     assert rows["data set"].startswith("colours") and "TTA: flip" in rows["accuracy"]
-    assert rows["n"] == "1 run, seed 7" and torch.__version__ in rows["versions"]
+    assert rows["n"] == "1 run, seeds start 7, order 8, augmentation 7" and torch.__version__ in rows["versions"]
     for clock in ("train_seconds", "evaluate_seconds", "total_seconds", "first step", "hardware"):
         assert rows[clock]
     assert re.fullmatch(r"runs/smoke-changed-seed7-\d{8}-\d{6}", rows["run folder"])
+    result = cifar_fast.load_run(tmp_path / rows["run folder"])
+    assert result.seed == cifar_fast.Seeds(start=7, order=8, augmentation=7)
+    assert result.logits is not None and result.logits.shape == (30, 3)
     assert (tmp_path / rows["run folder"] / "result.json").exists()
+    # The summary at the end: its files exist, and its commands work as they stand.
+    end = out[out.index("The network classifies ") :]
+    assert f"{rows['accuracy'].split(' (')[0]} of the 30 test images of the data set colours correctly" in end
+    assert "(train_seconds)" in end and "(total_seconds)" in end
+    for file in re.findall(r"^(?:picture|weights):  (.*)$", end, re.MULTILINE):
+        assert Path(file).is_file()
+    predict, lab = re.findall(r"^  (.*)$", end, re.MULTILINE)
+    called = [*shlex.split(cli.program())]
+    assert shlex.split(lab) == [*called, "lab"]
+    assert shlex.split(predict)[: len(called)] == called and status_of(*shlex.split(predict)[len(called) :]) == 0
+    assert "example.png" in capsys.readouterr().out
 
 
 def test_synthetic_data_is_never_silent(tiny_data, tmp_path, monkeypatch, capsys):
@@ -201,7 +224,8 @@ def test_help_of_train_is_the_fields_docstrings(capsys):
         (["--network", "vgg"], "vgg"),
         (["--warp", "9"], "Unrecognized.*--warp"),
         (["--ghost-batch-size", "7"], "ghost_batch_size=7 does not divide"),
-        (["--seed", "-1"], "seed=-1"),
+        (["--seed", "-1", "--precision", "float32", "--convolution", "direct"], "seed=-1"),
+        (["--start-seed", "-2"], "start seed -2 must be at least 0"),
         (["--device", "tpu"], "'tpu'"),
         (["--data", "/nowhere/at/all"], "no folder /nowhere/at/all"),
         (["--global-batch-size", "4000"], "4000 images cannot be drawn"),
@@ -251,6 +275,65 @@ def test_the_hardware_picks_the_recipe(monkeypatch, n_gpus, device, expected):
         assert f"of the {n_gpus} here" in why or f"there are {n_gpus}" in why
 
 
+@pytest.mark.parametrize(
+    ("name", "seconds", "expected"),
+    [
+        ("CIFAR-10", {"laptop": 599}, "laptop"),
+        ("CIFAR-10", {"laptop": 601, "classroom": 70}, "classroom"),
+        ("synthetic", {"classroom": 89}, "classroom"),
+        ("synthetic", {"classroom": 91, "smoke": 30}, "smoke"),
+    ],
+)
+def test_a_cpu_trains_what_it_can_in_time_and_says_so(tiny_data, monkeypatch, capsys, name, seconds, expected):
+    asked = []
+
+    def forecast(recipe: Recipe, data: Dataset, *, device: str | None) -> Forecast:
+        return Forecast(recipe, seconds[recipe.name], "2 cores, AVX2")
+
+    def launched(recipe: Recipe, *_: object, expected_seconds: float, **options: object) -> None:
+        asked.append((recipe.name, expected_seconds))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(forecasts, "forecast", forecast)
+    monkeypatch.setattr(launching, "launch", launched)
+    monkeypatch.setattr(load, "load_or_synthetic", lambda *_, **options: replace(tiny_data, name=name))
+    assert status_of("train", "--device", "cpu") == 130
+    out = capsys.readouterr().out
+    assert asked == [(expected, seconds[expected])]
+    assert f"recipe: {expected} (" in out and f"time: {about(seconds[expected])} (2 cores, AVX2, measured)" in out
+    hints = {"laptop": "train --recipe classroom", "classroom": "train --recipe laptop"}
+    hint = "data --download" if name == "synthetic" else hints[expected]
+    assert f"{cli.program()} {hint}" in out
+    if len(seconds) == 2:
+        assert f"would take {about(next(iter(seconds.values())))}" in out
+
+
+def test_whoever_names_a_recipe_or_a_field_gets_that_recipe():
+    for arguments, free in (
+        ([], True),
+        (["--seed", "3", "--data", "synthetic"], True),
+        (["--recipe", "laptop"], False),
+        (["--recipe=laptop"], False),
+        (["--epochs", "11"], False),  # as `laptop` has it: still somebody's wish
+        (["--label_smoothing=0.1"], False),
+    ):
+        command = cli.parse(["train", "--device", "cpu", *arguments])
+        assert isinstance(command, cli.Train) and command.free == free, arguments
+
+
+def test_the_program_is_named_as_the_shell_finds_it(tmp_path, monkeypatch):
+    script = tmp_path / "the bin" / "cifar-fast"
+    script.parent.mkdir()
+    script.touch(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script), "train"])
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert shlex.split(cli.program()) == [str(script)]
+    monkeypatch.setenv("PATH", str(script.parent))
+    assert cli.program() == "cifar-fast"
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "cifar_fast" / "__main__.py")])
+    assert shlex.split(cli.program()) == [sys.executable, "-m", "cifar_fast"]
+
+
 # --- benchmark ---
 
 
@@ -274,10 +357,14 @@ def test_benchmark_goes_on_prints_the_comparison_and_draws_it(benchmark_command,
         "results.jsonl", "run_log.txt", "summary.json", "timing_log.tsv", "weights.safetensors", "result.json",
         "accuracy_and_time.png",
     }  # fmt: skip
-    assert status_of(*benchmark_command, "--runs", "3", "--quiet", "--out", folder) == 0
+    assert status_of(*benchmark_command, "--runs", "3", "--quiet", "--out", folder, "--logits") == 0
     printed = capsys.readouterr()
     assert "resuming with run 2" in printed.err and "run   2" not in printed.out
-    assert len(cifar_fast.load_benchmark(folder).runs) == 3
+    assert "note: a variance needs the logits of at least two runs, not of 1" in printed.err
+    assert status_of(*benchmark_command, "--runs", "4", "--quiet", "--out", folder, "--logits") == 0
+    words = capsys.readouterr().out
+    assert re.search(r"^runs +2 \(2 more without logits\), each tested on the same 30 images$", words, re.MULTILINE)
+    assert len(cifar_fast.load_benchmark(folder).runs) == 4
     with Image.open(folder / "accuracy_and_time.png") as picture:
         assert picture.width > 1000
     assert status_of("evaluate", folder, "--data", benchmark_command[4]) == 0  # the first run, as `train` leaves one
@@ -474,18 +561,51 @@ def test_data_downloads_from_the_mirrors(tmp_path, monkeypatch, capsys):
     assert f"downloaded: {tmp_path}" in capsys.readouterr().out
 
 
-def test_doctor_says_what_this_machine_would_get_and_why(capsys):
-    assert status_of("doctor") == 0
-    out = capsys.readouterr().out
-    rows = dict(re.findall(r"^(\S+(?: \S+)*)  +(.*)$", out, re.MULTILINE))
-    for row in ("processor", "CPU capability", "memory", "GPUs", "torch", "jupyterlab", "data set"):
+def test_doctor_says_what_this_machine_would_get_and_why(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(numerics, "_rates_file", lambda: tmp_path / "rates.json")
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *words, flush=False, **_: printed.append((" ".join(words), flush)))
+    with monkeypatch.context() as patch:
+        patch.setattr(numerics, "convolution_rates", lambda: pytest.fail("measured without being asked"))
+        assert status_of("doctor", "--device", "cpu") == 0
+        assert all(flush for _, flush in printed)
+        rows = table_rows(printed)
+        assert rows["precision"] == rows["convolution"] == "not yet measured"
+        assert rows["because"].endswith("doctor --measure does so now")
+    numerics.convolution_rates.cache_clear()
+    monkeypatch.setattr(numerics, "TIMED_IMAGES", 4)
+    monkeypatch.setattr(numerics.convolution_rates.__wrapped__, "__defaults__", (4,))
+    assert status_of("doctor", "--device", "cpu", "--measure") == 0
+    measured = table_rows(printed)
+    numerics.convolution_rates.cache_clear()
+    assert status_of("doctor", "--device", "cpu") == 0
+    rows = table_rows(printed)
+    assert rows == measured and not numerics.convolution_rates.cache_info().currsize
+    for row in (
+        "processor",
+        "CPU capability",
+        "memory",
+        "GPUs",
+        "Apple GPU",
+        "Intel GPU",
+        "torch",
+        "jupyterlab",
+        "data set",
+    ):
         assert rows[row]
     for kernels in ("Winograd", "AMX", "norm and activation"):
         assert re.match("compiled$|none: .", rows[f"{kernels} kernels"])
-    assert rows["recipe"].split()[0] in ("laptop", "speedrun")
+    assert rows["recipe"].split()[0] == "laptop"
     assert rows["precision"] in ("float32", "float16", "bfloat16") and rows["because"]
     assert rows["convolution"] in ("direct", "winograd", "amx")
     assert rows["cifar_fast"] == cifar_fast.__version__
+
+
+def table_rows(printed: list[tuple[str, bool]]) -> dict[str, str]:
+    """Return the names and values that `doctor` has printed, and forget them."""
+    cells = [line.split("  ", 1) for line, _ in printed]
+    printed.clear()
+    return {name: value.strip() for name, value in cells}
 
 
 def test_lab_without_notebooks_or_jupyterlab(tmp_path, monkeypatch, capsys):

@@ -14,28 +14,37 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from cifar_fast.data.dataset import Dataset, read_decoded, write_decoded
-from cifar_fast.data.download import WHAT_NEXT, download_cifar10, megabytes, unfinished_bytes
+from cifar_fast.data.dataset import IMAGE_SIZE, SYNTHETIC, Dataset, read_decoded, write_decoded
+from cifar_fast.data.download import download_cifar10, download_cifar100, megabytes, unfinished_bytes, what_next
 from cifar_fast.data.layouts import Layout, decode, file_states, find_layout, nothing_in
 from cifar_fast.data.synthetic import synthetic
 from cifar_fast.errors import DataError, DataNotFoundError
 from cifar_fast.files import cache_folder
 
-_CACHE_FORMAT = 1  # one more whenever the decoded file changes, so that older ones are not read
+_CACHE_FORMAT = 2  # one more whenever the decoded file changes, so that older ones are not read
 
 
-def load_cifar10(root: str | Path | None = None, download: bool = True, mirrors: Sequence[str] = ()) -> Dataset:
+def load_cifar10(
+    root: str | Path | None = None,
+    download: bool = True,
+    mirrors: Sequence[str] = (),
+    *,
+    image_size: int = IMAGE_SIZE,
+) -> Dataset:
     """Load CIFAR-10, or a folder of your own pictures; download CIFAR-10 if there is neither.
 
     Args:
         root: the folder to read. Default: the folder that CIFAR_FAST_DATA names, else the user's cache folder. It may
-            hold torchvision's cifar-10-batches-py, the binary cifar-10-batches-bin, or train/<class>/ and test/<class>/
-            with 32x32 pictures (png, jpg).
+            hold torchvision's cifar-10-batches-py, the binary cifar-10-batches-bin, CIFAR-100 in either layout, or
+            train/<class>/ and test/<class>/ with pictures of any size and mode.
         download: whether to download CIFAR-10 when no folder is named and the cache folder is empty.
-        mirrors: further URLs of cifar-10-python.tar.gz, tried after the official host.
+        mirrors: further URLs of cifar-10-python.tar.gz, tried before the built-in ones.
+        image_size: side in pixels, from 32 to 256, to which the centre squares of an image folder's pictures are
+            resized.
 
     Returns:
-        The data set, memory-mapped from its decoded copy in the cache folder.
+        The data set, memory-mapped from its decoded copy in the cache folder. The images of an image folder are in a
+        fixed shuffled order.
 
     Raises:
         DataError: a named folder does not hold a usable data set, or the cache folder is damaged or cannot be written.
@@ -44,17 +53,86 @@ def load_cifar10(root: str | Path | None = None, download: bool = True, mirrors:
     for origin, folder in _named_roots(root):
         layout = find_layout(folder)
         if layout is None:
-            raise DataError(f"{nothing_in(folder)} It was named by {origin}. {WHAT_NEXT}")
-        return _load(layout)
-    layout = find_layout(cache_folder())
+            raise DataError(f"{nothing_in(folder)} It was named by {origin}. {what_next('CIFAR-10')}")
+        return _load(layout, image_size)
+    layout = find_layout(cache_folder(), "CIFAR-10")
     if layout is None and download:
-        layout = find_layout(download_cifar10(mirrors))
+        layout = find_layout(download_cifar10(mirrors), "CIFAR-10")
     if layout is None:
-        raise DataNotFoundError(f"{nothing_in(cache_folder())} Downloading is switched off. {WHAT_NEXT}")
+        raise DataNotFoundError(f"{nothing_in(cache_folder())} Downloading is switched off. {what_next('CIFAR-10')}")
+    return _load(layout, image_size)
+
+
+def load_cifar100(root: str | Path | None = None, download: bool = True, mirrors: Sequence[str] = ()) -> Dataset:
+    """Load CIFAR-100 with its 100 fine classes; download it if it is not there.
+
+    Args:
+        root: the folder to read. Default: the folder that CIFAR_FAST_DATA names, if CIFAR-100 is in it, else the
+            user's cache folder. It may hold torchvision's cifar-100-python, the binary cifar-100-binary, or
+            train/<class>/ and test/<class>/ with pictures.
+        download: whether to download CIFAR-100 when no folder is named and the cache folder is empty.
+        mirrors: further URLs of cifar-100-python.tar.gz, tried before the built-in ones.
+
+    Returns:
+        The data set, memory-mapped from its decoded copy in the cache folder.
+
+    Raises:
+        DataError: the named folder does not hold CIFAR-100, or the cache folder is damaged or cannot be written.
+        DataNotFoundError: no folder is named, the cache folder is empty, and nothing was downloaded.
+    """
+    if root:
+        layout = find_layout(Path(root).expanduser(), "CIFAR-100")
+        if layout is None:
+            raise DataError(f"{nothing_in(Path(root), 'CIFAR-100')} {what_next('CIFAR-100')}")
+        return _load(layout)
+    # CIFAR_FAST_DATA usually names CIFAR-10's folder, which is no reason to stop.
+    folders = [folder for _, folder in _named_roots(None)] + [cache_folder()]
+    layouts = [find_layout(folder, "CIFAR-100", pictures=False) for folder in folders]
+    layout = next((layout for layout in layouts if layout), None)
+    if layout is None and download:
+        layout = find_layout(download_cifar100(mirrors), "CIFAR-100")
+    if layout is None:
+        raise DataNotFoundError(
+            f"{nothing_in(cache_folder(), 'CIFAR-100')} Downloading is switched off. {what_next('CIFAR-100')}"
+        )
     return _load(layout)
 
 
-def load_or_synthetic(root: str | Path | None = None, download: bool = True, mirrors: Sequence[str] = ()) -> Dataset:
+NAMED = (SYNTHETIC, "cifar100")
+"""The words that `load_named` knows; a folder of that name is `./cifar100`."""
+
+
+def load_named(name: str, mirrors: Sequence[str] = (), image_size: int = IMAGE_SIZE) -> Dataset:
+    """Load the data set that a person named: `synthetic`, `cifar100`, or a folder.
+
+    Args:
+        name: one of these words, or the path of a folder as in `load_cifar10`.
+        mirrors: as in `load_cifar10` and `load_cifar100`.
+        image_size: as in `load_cifar10`.
+
+    Raises:
+        DataError: it cannot be used, or an official or synthetic set was asked for at another size than 32.
+        DataNotFoundError: it is not on this machine and was not downloaded.
+    """
+    if name in NAMED and image_size != IMAGE_SIZE:
+        raise DataError(
+            f"The images of {name} have {IMAGE_SIZE} pixels; an image size of {image_size} is for folders of your own "
+            "pictures. Leave it out."
+        )
+    if name == SYNTHETIC:
+        return synthetic()
+    if name == "cifar100":
+        return load_cifar100(mirrors=mirrors)
+    return load_cifar10(name, mirrors=mirrors, image_size=image_size)
+
+
+def load_or_synthetic(
+    root: str | Path | None = None,
+    download: bool = True,
+    mirrors: Sequence[str] = (),
+    *,
+    image_size: int = IMAGE_SIZE,
+) -> Dataset:
     """Load real data as `load_cifar10` does; if there is none, say so loudly and return the synthetic set.
 
     A named folder that cannot be used is still an error: whoever names a data set does not want another one.
@@ -63,6 +141,7 @@ def load_or_synthetic(root: str | Path | None = None, download: bool = True, mir
         root: as in `load_cifar10`.
         download: as in `load_cifar10`.
         mirrors: as in `load_cifar10`.
+        image_size: as in `load_cifar10`.
 
     Returns:
         The real data set, or `synthetic()`.
@@ -71,7 +150,7 @@ def load_or_synthetic(root: str | Path | None = None, download: bool = True, mir
         DataError: a named folder does not hold a usable data set, or the cache folder is damaged or cannot be written.
     """
     try:
-        return load_cifar10(root, download, mirrors)
+        return load_cifar10(root, download, mirrors, image_size=image_size)
     except DataNotFoundError as error:
         rule = "!" * 100
         print(
@@ -92,12 +171,12 @@ def _named_roots(root: str | Path | None) -> list[tuple[str, Path]]:
 # --- the decoded copy ---
 
 
-def _load(layout: Layout) -> Dataset:
+def _load(layout: Layout, image_size: int = IMAGE_SIZE) -> Dataset:
     """Return the decoded copy of a layout; write it first if it is missing or older than the files."""
-    decoded = _decoded_file(layout)
-    with suppress(OSError, SafetensorError):  # not there yet, or cut short when the system crashed
-        return read_decoded(decoded)
-    data = decode(layout)
+    decoded = _decoded_file(layout, image_size)
+    if (kept := _decoded_copy(decoded)) is not None:
+        return kept
+    data = decode(layout, image_size)
     try:
         write_decoded(data, decoded)
         return read_decoded(decoded)  # mapped, so that processes share it and the system may drop its pages
@@ -110,9 +189,17 @@ def _load(layout: Layout) -> Dataset:
         return data
 
 
-def _decoded_file(layout: Layout) -> Path:
-    """Name the decoded copy after the folder, symbolic links resolved, and after the state of every file in it."""
-    where = hashlib.sha256(str(layout.folder.resolve()).encode()).hexdigest()[:16]
+def _decoded_copy(decoded: Path) -> Dataset | None:
+    """Map a decoded file; None where it is not there yet, or was cut short when the system crashed."""
+    with suppress(OSError, SafetensorError):
+        return read_decoded(decoded)
+    return None
+
+
+def _decoded_file(layout: Layout, image_size: int = IMAGE_SIZE) -> Path:
+    """Name the decoded copy after the folder (symbolic links resolved), the image size, and each file's state."""
+    place = f"{layout.folder.resolve()}" + (f" at {image_size}" if image_size != IMAGE_SIZE else "")
+    where = hashlib.sha256(place.encode()).hexdigest()[:16]
     state = json.dumps([_CACHE_FORMAT, layout.kind, file_states(layout)])
     what = hashlib.sha256(state.encode()).hexdigest()[:16]
     return cache_folder() / "decoded" / f"{where}-{what}.safetensors"
@@ -137,32 +224,38 @@ class Place:
     """The decoded copy in the cache folder, if there is one."""
 
 
-def status(root: str | Path | None = None) -> list[Place]:
+def status(root: str | Path | None = None, *, check: bool = True) -> list[Place]:
     """Look in every place where data may be, in the order of the search, and check what is there completely.
 
     Args:
         root: as in `load_cifar10`.
+        check: False trusts a decoded copy, and takes whatever else is there for usable: that takes no time.
 
     Returns:
         The places; data is taken from the first, whether usable or not.
     """
-    return [_look_at(origin, folder) for origin, folder in (*_named_roots(root), ("the cache folder", cache_folder()))]
+    places = (*_named_roots(root), ("the cache folder", cache_folder()))
+    return [_look_at(origin, folder, check) for origin, folder in places]
 
 
-def _look_at(origin: str, folder: Path) -> Place:
+def _look_at(origin: str, folder: Path, check: bool) -> Place:
     decoded = None
     try:
-        layout = find_layout(folder)
+        # The cache folder holds downloads; only CIFAR-10 is read from it without being asked for by name.
+        layout = find_layout(folder, "CIFAR-10") if folder == cache_folder() else find_layout(folder)
         if layout is None:
             n_kept = unfinished_bytes(folder)
             kept = f" An interrupted download left {megabytes(n_kept)} there." if n_kept else ""
             return Place(origin, folder, False, nothing_in(folder) + kept, None)
         decoded = _decoded_file(layout)
-        data = decode(layout)
+        data = decode(layout) if check else _decoded_copy(decoded)
     except DataError as error:
         return Place(origin, folder, False, str(error), decoded if decoded is not None and decoded.exists() else None)
+    if data is None:
+        return Place(origin, folder, True, f"{layout.folder}, not yet read; `cifar-fast data` checks every file", None)
+    state = "complete and undamaged" if check else "decoded before"
     finding = (
-        f"{data.name}, {layout.kind} layout, complete and undamaged: {len(data.train_labels):,} training and "
+        f"{data.name}, {layout.kind} layout, {state}: {len(data.train_labels):,} training and "
         f"{len(data.test_labels):,} test images of {data.n_classes} classes, fingerprint {data.fingerprint}"
     )
     return Place(origin, folder, True, finding, decoded if decoded.exists() else None)

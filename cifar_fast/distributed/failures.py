@@ -27,10 +27,12 @@ class Failure:
     traceback: str
     waiting: bool
     """Whether the rank was waiting for others at that moment."""
+    notes: str = ""
+    """Whose function raised it, if it was the reader's own."""
 
     def exception(self, rank: int) -> Exception:
         """Return the exception to raise in the caller."""
-        return self.error or RankError(f"rank {rank} failed:\n{self.traceback}")
+        return self.error or RankError(f"rank {rank} failed{self.notes and f' ({self.notes})'}:\n{self.traceback}")
 
 
 @dataclass

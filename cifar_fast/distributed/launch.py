@@ -12,19 +12,21 @@ from typing import Any, TypeVar
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
 
 from cifar_fast.data.dataset import Dataset, read_decoded, write_decoded
 from cifar_fast.distributed.processes import WatchedProcesses
 from cifar_fast.distributed.ranks import Ranks, choose_backend
 from cifar_fast.distributed.torchrun import join_torchrun, torchrun_world_size, under_torchrun
 from cifar_fast.errors import RecipeError, RunError, UserError
-from cifar_fast.hardware.device import select_device
+from cifar_fast.hardware.device import OTHER_GPUS, select_device
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.alone import Alone
 from cifar_fast.training.batches import allowed_world_sizes, steps_per_epoch
 from cifar_fast.training.loop import train
-from cifar_fast.training.result import EpochResult, RunResult, run_from_dict, save_weights
+from cifar_fast.training.progress import Progress
+from cifar_fast.training.result import EpochResult, RunResult, load_logits, run_from_dict, save_logits, save_weights
+from cifar_fast.training.seeds import Seeds
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 T = TypeVar("T")
 
@@ -108,20 +110,23 @@ class Trainer:
         """The numbers of the processes started here, by rank; empty if this process trains by itself."""
         return self._processes.pids if self._processes else []
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise `RecipeError` unless this many processes can train the recipe on this data."""
+    def check(self, recipe: Recipe, tricks: Tricks = NO_TRICKS) -> None:
+        """Raise `RecipeError` unless this many processes can train the recipe on this data, `TricksError` unless the
+        tricks can be sent to them."""
         check_fit(recipe, self.world_size, self.data)
+        if self._processes:
+            tricks.require_travel()
 
     def agree(self, value: T) -> T:
         """Return rank 0's `value` on every rank under torchrun, where each runs the same code; else `value` itself."""
         return self._ranks.agree(value)
 
-    def warm_up(self, recipe: Recipe) -> None:
+    def warm_up(self, recipe: Recipe, tricks: Tricks = NO_TRICKS) -> None:
         """Train a few steps and evaluate on random data, so that no clock counts what is compiled, loaded or measured
-        once."""
-        self.check(recipe)
+        once. Callbacks are not called."""
+        self.check(recipe, tricks)
         side = self.data.train_images.shape[-1]
-        arguments = (recipe, side, self.data.n_classes)
+        arguments = (recipe, side, self.data.n_classes, tricks.without_callbacks())
         if self._processes:
             self._processes.run(warm_up_task, *arguments)
         else:
@@ -131,18 +136,22 @@ class Trainer:
         self,
         recipe: Recipe,
         *,
-        seed: int = 0,
+        tricks: Tricks = NO_TRICKS,
+        seed: int | Seeds = 0,
         out: Path | str | None = None,
+        save_logits: bool = False,
         progress: bool = True,
+        expected_seconds: float | None = None,
         started: float | None = None,
         on_epoch: Callable[[EpochResult], None] | None = None,
     ) -> RunResult:
         """Train `recipe` on all processes; arguments, result and errors are those of `training.loop.train`.
 
         The clocks are those of rank 0, `peak_memory_gb` is the sum over the processes, and `model` is on the CPU if
-        other processes trained it. An exception, Ctrl-C included, ends the processes.
+        other processes trained it. An exception, Ctrl-C included, ends the processes; only what is refused before they
+        begin leaves them alone.
         """
-        self.check(recipe)
+        self.check(recipe, tricks)
         started = time.time() if started is None else started
         if self.agree(out is not None and Path(out).exists()):
             raise RunError(f"{out} exists already; choose another --out, or remove it: a run never overwrites another")
@@ -151,34 +160,40 @@ class Trainer:
             return train(
                 recipe,
                 self.data,
+                tricks=tricks,
                 device=str(self._ranks.device),
                 seed=seed,
                 out=out if main else None,
+                save_logits=save_logits,
                 progress=progress and main,
+                expected_seconds=expected_seconds,
                 started=started,
                 on_epoch=on_epoch if main else None,
                 ranks=self._ranks,
             )
         weights = self._processes.folder / "weights.safetensors"
         folder = str(Path(out).absolute()) if out is not None else None
-        description = f"{recipe.name} on {self.data.name}, {self.world_size} processes"
-        with tqdm(desc=description, unit="step", disable=not progress) as bar:
+        title = f"{tricks.titled(recipe)} on {self.data.name}, {self.world_size} processes"
+        with Progress(recipe, self.data, title=title, show=progress, expected_seconds=expected_seconds) as shown:
 
             def show_progress(rank: int, message: tuple[str, Any]) -> None:
                 kind, content = message
                 if kind == "step":
-                    done, bar.total = content
-                    bar.update(done - bar.n)
+                    shown.step(content[0])
                 elif kind == "epoch":
                     epoch = EpochResult(**content)
-                    bar.set_postfix_str(f"epoch {epoch.epoch}: test accuracy {epoch.test_accuracy:.2%}")
+                    shown.evaluated(epoch)
                     if on_epoch:
                         on_epoch(epoch)
 
-            arguments = (recipe, str(self._file), seed, folder, started, str(weights))
+            arguments = (recipe, str(self._file), seed, folder, save_logits, started, str(weights), tricks)
             values = self._processes.run(train_task, *arguments, on_message=show_progress)[0]
-        result = run_from_dict(values, load_file(weights))
+        result = run_from_dict(values, load_file(weights), tricks)
         weights.unlink()
+        result.train_indices = self.data.selection.indices if self.data.selection else None
+        if save_logits:
+            result.logits, result.test_labels = load_logits(logits_beside(weights))
+            logits_beside(weights).unlink()
         return result
 
     def close(self) -> None:
@@ -197,13 +212,16 @@ def launch(
     recipe: Recipe,
     data: Dataset,
     *,
+    tricks: Tricks = NO_TRICKS,
     world_size: int | None = None,
     device: str | None = None,
     backend: str | None = None,
     timeout: float = 10.0,
-    seed: int = 0,
+    seed: int | Seeds = 0,
     out: Path | str | None = None,
+    save_logits: bool = False,
     progress: bool = True,
+    expected_seconds: float | None = None,
     started: float | None = None,
     on_epoch: Callable[[EpochResult], None] | None = None,
 ) -> RunResult:
@@ -215,8 +233,19 @@ def launch(
     if not under_torchrun():
         world_size = choose_world_size(world_size, device, recipe)
         check_fit(recipe, world_size, data)
+        require_travel(tricks, world_size)
     with Trainer(data, world_size=world_size, device=device, backend=backend, timeout=timeout) as trainer:
-        return trainer.train(recipe, seed=seed, out=out, progress=progress, started=started, on_epoch=on_epoch)
+        return trainer.train(
+            recipe,
+            tricks=tricks,
+            seed=seed,
+            out=out,
+            save_logits=save_logits,
+            progress=progress,
+            expected_seconds=expected_seconds,
+            started=started,
+            on_epoch=on_epoch,
+        )
 
 
 def choose_world_size(world_size: int | None, device: str | None, recipe: Recipe | None = None) -> int:
@@ -243,6 +272,8 @@ def choose_world_size(world_size: int | None, device: str | None, recipe: Recipe
         return max(n for n in allowed if n <= usable)
     if world_size < 1:
         raise UserError(f"world_size={world_size} must be at least 1 process")
+    if on.type in OTHER_GPUS and world_size > 1:
+        raise UserError(f"device={device!r} is used by one process, not by world_size={world_size} of them")
     if n_gpus and world_size > 1 and on.index is not None:
         raise UserError(f"device={device!r} is one GPU, but world_size={world_size} processes need one each: use cuda")
     if n_gpus and world_size > n_gpus:
@@ -273,6 +304,12 @@ def check_fit(recipe: Recipe, world_size: int, data: Dataset) -> None:
         raise RecipeError(f"{len(data.test_labels)} test images cannot be shared by world_size={world_size} processes")
 
 
+def require_travel(tricks: Tricks, world_size: int) -> None:
+    """Raise `TricksError` if `tricks` have to travel to other processes and cannot."""
+    if world_size > 1 and not under_torchrun():
+        tricks.require_travel()
+
+
 # --- tasks of every process; top-level functions, so that other processes can import them ---
 
 
@@ -291,12 +328,14 @@ def train_task(
     ranks: Ranks,
     recipe: Recipe,
     file: str,
-    seed: int,
+    seed: int | Seeds,
     out: str | None,
+    keep_logits: bool,
     started: float,
     weights: str,
+    tricks: Tricks,
 ) -> dict[str, Any] | None:
-    """Train with the other ranks; rank 0 reports progress, writes the weights to a file and returns the rest."""
+    """Train with the other ranks; rank 0 reports progress, writes weights and logits to files and returns the rest."""
     last_report = 0.0
 
     def on_step(done: int, total: int) -> None:
@@ -306,26 +345,39 @@ def train_task(
             last_report = time.monotonic()
             ranks.report(("step", (done, total)))
 
-    result = train(
-        recipe,
-        open_mapped(file),
-        device=str(ranks.device),
-        seed=seed,
-        out=out if ranks.is_main else None,
-        progress=False,
-        started=started,
-        on_epoch=(lambda epoch: ranks.report(("epoch", asdict(epoch)))) if ranks.is_main else None,
-        on_step=on_step,
-        ranks=ranks,
-    )
+    try:
+        result = train(
+            recipe,
+            open_mapped(file),
+            tricks=tricks,
+            device=str(ranks.device),
+            seed=seed,
+            out=out if ranks.is_main else None,
+            save_logits=keep_logits,
+            progress=False,
+            started=started,
+            on_epoch=(lambda epoch: ranks.report(("epoch", asdict(epoch)))) if ranks.is_main else None,
+            on_step=on_step,
+            ranks=ranks,
+        )
+    except Exception as error:
+        tricks.blame(error)
+        raise
     if not ranks.is_main:
         return None
     with ranks.slow_work():
         save_weights(result.model, weights)
+        if keep_logits:
+            save_logits(result, logits_beside(Path(weights)))
     return result.to_dict()
 
 
-def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int) -> None:
+def logits_beside(weights: Path) -> Path:
+    """Return the file in which rank 0 hands over the logits of a run whose weights are in `weights`."""
+    return weights.with_name("logits.safetensors")
+
+
+def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int, tricks: Tricks = NO_TRICKS) -> None:
     """Train `WARM_UP_STEPS` steps on random images of `side` pixels and random labels, and evaluate."""
     random = torch.Generator().manual_seed(0)
     n = WARM_UP_STEPS * recipe.global_batch_size
@@ -341,4 +393,4 @@ def warm_up_task(ranks: Alone, recipe: Recipe, side: int, n_classes: int) -> Non
     data = Dataset("random", classes, images(n), labels(n), images(n_test), labels(n_test), "warm-up", "")
     shorter = min(1.0, recipe.epochs)
     brief = replace(recipe, epochs=shorter, flat_epochs=min(recipe.flat_epochs, shorter * (1 - recipe.warmup_fraction)))
-    train(brief, data, device=str(ranks.device), progress=False, ranks=ranks)
+    train(brief, data, tricks=tricks, device=str(ranks.device), progress=False, ranks=ranks)

@@ -33,6 +33,7 @@ from cifar_fast.distributed.failures import Failure, Progress, RankState, find_f
 from cifar_fast.distributed.ranks import PATIENCE, Ranks, rank_device, set_threads
 from cifar_fast.errors import RankError, UserError
 from cifar_fast.hardware.cuda_graph import release_captures
+from cifar_fast.training.own_code import obstacle, pack
 
 HEARTBEAT_SECONDS = 0.5
 LOOK_SECONDS = 0.25
@@ -107,7 +108,7 @@ class WatchedProcesses:
         When this raises, Ctrl-C included, no process is left.
 
         Args:
-            function: a top-level function of an importable module; its first argument is the rank's `Ranks`.
+            function: its first argument is the rank's `Ranks`. It may be defined in a notebook cell or a script.
             args: its other arguments, which must be picklable.
             on_message: called in this process as `on_message(rank, message)` with what the ranks `report`.
 
@@ -115,17 +116,16 @@ class WatchedProcesses:
             What each rank returned, by rank.
 
         Raises:
-            UserError: the function cannot be imported by other processes, or it raised a `UserError` itself.
+            UserError: the function or an argument cannot travel to other processes, or it raised a `UserError` itself.
             RankError: a rank raised anything else, died, no longer answers or has hung; or the processes have ended.
         """
         if not self._processes:
             raise RankError("these processes have ended; start new ones")
-        if function.__module__ == "__main__":
-            raise UserError(
-                f"{function.__qualname__} is defined in a notebook cell or a script, which other processes cannot "
-                "import; put it into a module"
-            )
-        task = pickle.dumps((function, args))
+        try:
+            task = pack((function, args))
+        except Exception as error:  # pickling fails in as many ways as there are objects
+            found = obstacle((function, args))
+            raise UserError(f"{function.__qualname__} cannot be sent to other processes: it holds {found}") from error
         try:
             for connection in self._connections:
                 with suppress(OSError):  # that process has ended; `_watch` says which one and why
@@ -325,7 +325,8 @@ def _work(rank: int, ends: list[Connection], device: str, backend: str, folder: 
         release_captures()
         dist.destroy_process_group()
     except BaseException as error:
-        send("failed", Failure(_portable(error), traceback.format_exc(), ranks.waiting))
+        notes = "; ".join(getattr(error, "__notes__", ()))
+        send("failed", Failure(_portable(error), traceback.format_exc(), ranks.waiting, notes))
         # Its sockets stay open until the caller knows, so that those that wait for this rank do not fail first.
         threading.Event().wait()
     sys.stdout.flush()

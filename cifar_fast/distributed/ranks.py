@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from cifar_fast.errors import UserError
 from cifar_fast.hardware.device import cores
 from cifar_fast.training.alone import Alone
 from cifar_fast.training.gradients import in_memory_order
+from cifar_fast.training.model import tensors
 
 T = TypeVar("T")
 
@@ -114,7 +115,7 @@ class Ranks(Alone):
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of `values`, of any shape, over the ranks: float64, on the CPU."""
         if self.world_size == 1:
-            return values.double().cpu()
+            return super().sum(values)
         total = values.to(self.device, torch.float64)
         with self._collective():
             dist.all_reduce(total)
@@ -125,7 +126,7 @@ class Ranks(Alone):
         """Give every rank the weights and buffers of rank 0."""
         if self.world_size == 1:
             return
-        for value in model.state_dict().values():
+        for value in tensors(model):
             there = value.contiguous()
             with self._collective():
                 dist.broadcast(there, src=0)
@@ -174,8 +175,10 @@ class Ranks(Alone):
         """
         if self.world_size == 1:
             return
-        norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        norms = [module for module in model.modules() if isinstance(module, _NormBase)]
         buffers = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+        if not buffers:
+            return
         flat = torch.cat(buffers).div_(self.world_size)
         with self._collective():
             dist.all_reduce(flat)

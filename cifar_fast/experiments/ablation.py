@@ -11,7 +11,7 @@ import torch
 from tqdm.auto import tqdm
 
 from cifar_fast.data.dataset import Dataset
-from cifar_fast.distributed.launch import Trainer
+from cifar_fast.distributed.launch import Trainer, choose_world_size, require_travel
 from cifar_fast.errors import UserError
 from cifar_fast.experiments.statistics import data_set, hardware, mean_interval
 from cifar_fast.experiments.tables import table
@@ -19,6 +19,8 @@ from cifar_fast.hardware.clock import Clock
 from cifar_fast.recipe import Recipe, changed_fields, choices
 from cifar_fast.training.evaluate import Evaluation, evaluate
 from cifar_fast.training.result import EpochResult, RunResult
+from cifar_fast.training.seeds import Seeds
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 AS_IT_IS = "as it is"
 """The name of the first arm, the unchanged recipe; saved results have it too."""
@@ -36,8 +38,8 @@ class Ablation:
 
         `field`: `accuracy` (0 ... 1), `loss`, or a clock, in seconds. Raises `UserError` when they share no seed.
         """
-        first = {run["seed"]: run[field] for run in next(iter(self.arms.values()))}
-        differences = [run[field] - first[run["seed"]] for run in self.arms[arm] if run["seed"] in first]
+        first = {Seeds.of(run["seed"]): run[field] for run in next(iter(self.arms.values()))}
+        differences = [run[field] - first[seed] for run in self.arms[arm] if (seed := Seeds.of(run["seed"])) in first]
         if not differences:
             raise UserError(f"no seed was trained both in {next(iter(self.arms))!r} and in {arm!r}")
         return differences
@@ -99,11 +101,16 @@ def _spread(values: Sequence[float], unit: str) -> str:
     return f"{fmean(values):.2f}{half} {unit}"
 
 
+Arm = Mapping[str, Any] | Tricks | tuple[Mapping[str, Any], Tricks]
+"""What an arm changes: fields of the recipe, parts of the training run, or both."""
+
+
 def ablation(
     recipe: Recipe,
     data: Dataset,
-    arms: Mapping[str, Mapping[str, Any]],
+    arms: Mapping[str, Arm],
     *,
+    tricks: Tricks = NO_TRICKS,
     seeds: Iterable[int] = (0, 1, 2),
     world_size: int | None = 1,
     device: str | None = None,
@@ -111,12 +118,14 @@ def ablation(
     on_epoch: Callable[[str, int, EpochResult], None] | None = None,
     on_run: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> Ablation:
-    """Train `recipe`, and for each arm the recipe with that arm's fields changed, with the same seeds.
+    """Train `recipe`, and for each arm the recipe with that arm's fields or tricks changed, with the same seeds.
 
     Args:
         recipe: the first arm, named `AS_IT_IS`.
         data: the training and test images.
-        arms: the fields that each arm changes: `{"no smoothing": {"label_smoothing": 0.0}}`.
+        arms: what each arm changes: fields of the recipe, `{"no smoothing": {"label_smoothing": 0.0}}`, parts of the
+            training run, `{"my loss": Tricks(loss=my_loss)}`, or a pair of both.
+        tricks: functions of your own in all arms; those of an arm take their place.
         seeds: each arm is trained once with each of them.
         world_size: number of processes, as for `launch`.
         device: as for `train`.
@@ -128,32 +137,36 @@ def ablation(
         The runs. The arms take turns, so that a machine that slows down slows all of them.
 
     Raises:
-        UserError: there is no arm or no seed, or an arm changes nothing.
+        UserError: there is no arm or no seed, an arm changes nothing, or its tricks cannot be sent to other processes.
         RecipeError: an arm names an unknown field, or a value that is not allowed.
     """
     seeds = list(seeds)
     if not arms or not seeds:
         raise UserError("an ablation needs at least one arm and one seed")
-    recipes = {AS_IT_IS: recipe}
-    for name, changes in arms.items():
-        recipes[name] = Recipe.from_dict(recipe.to_dict() | dict(changes))
-        if not changed_fields(recipe, recipes[name]):
+    pairs = {AS_IT_IS: (recipe, tricks)}
+    for name, arm in arms.items():
+        changes, own = arm if isinstance(arm, tuple) else ({}, arm) if isinstance(arm, Tricks) else (arm, NO_TRICKS)
+        pairs[name] = Recipe.from_dict(recipe.to_dict() | dict(changes)), tricks.merged(own)
+        if not changed_fields(recipe, pairs[name][0]) and pairs[name][1].fingerprint() == tricks.fingerprint():
             raise UserError(f"the arm {name!r} changes nothing: the recipe already has {dict(changes)}")
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
+    for _, own in pairs.values():
+        require_travel(own, choose_world_size(world_size, device, recipe))
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pairs}
     with (
         Trainer(data, world_size=world_size, device=device) as trainer,
-        tqdm(total=len(seeds) * len(recipes), desc=f"ablation on {data.name}", unit="run", disable=not progress) as bar,
+        tqdm(total=len(seeds) * len(pairs), desc=f"ablation on {data.name}", unit="run", disable=not progress) as bar,
     ):
-        trainer.warm_up(recipe)
+        trainer.warm_up(recipe, tricks)
         for seed in seeds:
-            for name, arm in recipes.items():
+            for name, (changed, own) in pairs.items():
                 bar.set_postfix_str(f"{name}, seed {seed}")
 
                 def tell(epoch: EpochResult, name: str = name, seed: int = seed) -> None:
                     if on_epoch:
                         on_epoch(name, seed, epoch)
 
-                runs[name].append(trainer.train(arm, seed=seed, progress=False, on_epoch=tell).to_dict())
+                run = trainer.train(changed, tricks=own, seed=seed, progress=False, on_epoch=tell)
+                runs[name].append(run.to_dict())
                 if on_run:
                     on_run(name, runs[name][-1])
                 bar.update()

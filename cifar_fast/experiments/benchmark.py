@@ -1,7 +1,9 @@
 """Trains one recipe many times: each finished run is a line of `results.jsonl`, and every other file follows from it.
 
 A benchmark folder holds `results.jsonl`; `run_log.txt` and `summary.json`, rewritten after each run; and from the
-first run `timing_log.tsv`, `weights.safetensors` and `result.json`, so that `load_run` can read that run.
+first run `timing_log.tsv`, `weights.safetensors` and `result.json`, so that `load_run` can read that run. If logits are
+kept, those of run n are in `logits/`, in the file that `logits_file(n)` names. If the training set was a subset,
+`train_indices.npy` says which one.
 """
 
 from __future__ import annotations
@@ -19,24 +21,28 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from cifar_fast import __version__
 from cifar_fast.data.dataset import Dataset
-from cifar_fast.distributed.launch import Trainer, check_fit, choose_world_size
+from cifar_fast.distributed.launch import Trainer, check_fit, choose_world_size, require_travel
 from cifar_fast.errors import RecipeError, RunError, UserError
 from cifar_fast.experiments.statistics import excludes, summarise
 from cifar_fast.experiments.tables import percent, run_log
 from cifar_fast.files import write_text
 from cifar_fast.hardware.device import environment, select_device
 from cifar_fast.recipe import Recipe, changed_fields
-from cifar_fast.training.result import RunResult, write_json
+from cifar_fast.training.result import INDICES, RunResult, save_logits, write_json
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 RESULTS = "results.jsonl"
 FIRST_RUN = ("timing_log.tsv", "weights.safetensors", "result.json")
 """Files of the first run that are kept, in the order in which they are moved into place."""
+LOGITS = "logits"
+"""The folder of all runs' logits."""
 SCRATCH = ".first-run-"
-LEFTOVERS = (f"{SCRATCH}*", "run_log.txt.*.part", "summary.json.*.part")
+LEFTOVERS = (f"{SCRATCH}*", "run_log.txt.*.part", "summary.json.*.part", f"{LOGITS}/*.part")
 """What a killed call may leave in a folder."""
 HARDWARE = ("device", "gpu", "cpu", "world_size", "backend", "torch")
 """Fields of a run's environment that all runs of a folder share."""
@@ -67,6 +73,7 @@ def benchmark(
     recipe: Recipe,
     data: Dataset,
     *,
+    tricks: Tricks = NO_TRICKS,
     runs: int = 50,
     world_size: int | None = None,
     device: str | None = None,
@@ -75,6 +82,7 @@ def benchmark(
     target: float = 0.94,
     until_confident: bool = False,
     first_seed: int = 0,
+    save_logits: bool = False,
     progress: bool = True,
     timeout: float = 10.0,
     on_run: Callable[[dict[str, Any]], None] | None = None,
@@ -88,6 +96,7 @@ def benchmark(
     Args:
         recipe: what is trained.
         data: the training and test images.
+        tricks: functions of your own in place of the recipe's.
         runs: the number of runs; run n (from 0) has the seed `first_seed` + n.
         world_size: as for `launch`, like `device`, `backend` and `timeout`.
         device: `cpu`, `cuda`, ... or None for the best there is.
@@ -96,26 +105,35 @@ def benchmark(
         target: the accuracy that counts as reached, 0 ... 1.
         until_confident: stop as soon as the 95 % interval of the mean accuracy excludes `target`; at most `runs` runs.
         first_seed: the seed of run 0.
+        save_logits: keep the test logits of each run that is trained now in the folder, for `variance`.
         progress: whether to show progress, and to print a line for each run unless there is an `on_run`.
         timeout: seconds within which a process that died or hangs ends all of them.
         on_run: called with the line of each finished run.
 
     Raises:
         UserError: an argument is out of range, or `Trainer` cannot start; `RecipeError` for a recipe that does not fit.
-        RunError: `out` holds runs of another recipe, data set, hardware or first seed, belongs to a benchmark that is
-            still running, or cannot be written. Finished runs stay in it, here and when a run fails.
+        RunError: `out` holds runs of another recipe, data set, hardware or first seed, or of tricks with another source
+            or constant. Or it belongs to a benchmark that is still running, or cannot be written. Finished runs stay in
+            it, here and when a run fails.
     """
     _check_arguments(runs, first_seed, target)
     world_size = choose_world_size(world_size, device, recipe)
     check_fit(recipe, world_size, data)
+    require_travel(tricks, world_size)
+    made_by = tricks.describe()
     with ExitStack() as stack:
         trainer = stack.enter_context(
             Trainer(data, world_size=world_size, device=device, backend=backend, timeout=timeout)
         )
         machine = environment(select_device(device)) | {"world_size": world_size}
-        expected = {"recipe": recipe.to_dict(), "dataset": data.describe(), "environment": machine}
+        expected = {
+            "recipe": recipe.to_dict(),
+            "dataset": data.describe(),
+            "environment": machine,
+            "tricks": made_by,
+        }
         folder = BenchmarkFolder(Path(out), target)
-        lines = _on_main(trainer, lambda: stack.enter_context(folder).read(expected, first_seed))
+        lines = on_main(trainer, lambda: stack.enter_context(folder).read(expected, first_seed))
 
         def finished() -> bool:
             accuracies = [line["accuracy"] for line in lines]
@@ -123,18 +141,27 @@ def benchmark(
 
         if lines and trainer.is_main:
             next_step = "nothing is left to do" if finished() else f"resuming with run {len(lines)}"
-            _note(f"{out} holds {len(lines)} of {runs} runs: {next_step}")
+            note(f"{out} holds {len(lines)} of {runs} runs: {next_step}")
         if not finished():
-            trainer.warm_up(recipe)
+            trainer.warm_up(recipe, tricks)
         while not finished():
-            line = _train_once(trainer, folder, recipe, number=len(lines), first_seed=first_seed, progress=progress)
+            line = train_once(
+                trainer,
+                folder,
+                recipe,
+                tricks,
+                len(lines),
+                first_seed=first_seed,
+                keep_logits=save_logits,
+                progress=progress,
+            )
             lines.append(line)
             if on_run:
                 on_run(line)
             elif progress and trainer.is_main:
                 tqdm.write(run_line(line, runs))
         # Also when no run was missing: the target may be a new one, or the last call was killed just before this.
-        _on_main(trainer, folder.rewrite_summaries)
+        on_main(trainer, folder.rewrite_summaries)
     return Benchmark(recipe, lines, target)
 
 
@@ -148,13 +175,33 @@ def _check_arguments(runs: int, first_seed: int, target: float) -> None:
         raise UserError(f"target={target:g} must be a share above 0 and at most 1{advice}")
 
 
-def _train_once(
-    trainer: Trainer, folder: BenchmarkFolder, recipe: Recipe, *, number: int, first_seed: int, progress: bool
+def train_once(
+    trainer: Trainer,
+    folder: BenchmarkFolder,
+    recipe: Recipe,
+    tricks: Tricks,
+    number: int,
+    *,
+    first_seed: int,
+    keep_logits: bool,
+    progress: bool,
 ) -> dict[str, Any]:
     """Train run `number`, save it, and return its line on every rank."""
-    run_folder = _on_main(trainer, folder.scratch) / "run" if number == 0 else None
-    result = trainer.train(recipe, seed=first_seed + number, out=run_folder, progress=progress)
-    return _on_main(trainer, lambda: folder.add(number, result, run_folder))
+    run_folder = on_main(trainer, folder.scratch) / "run" if number == 0 else None
+    result = trainer.train(
+        recipe,
+        tricks=tricks,
+        seed=first_seed + number,
+        out=run_folder,
+        save_logits=keep_logits,
+        progress=progress,
+    )
+    return on_main(trainer, lambda: folder.add(number, result, run_folder))
+
+
+def logits_file(run: int) -> str:
+    """Return where a benchmark folder keeps the logits of a run, counted from 0."""
+    return f"{LOGITS}/run-{run:03}.safetensors"
 
 
 def load_benchmark(folder: Path | str, target: float | None = None) -> Benchmark:
@@ -177,7 +224,7 @@ def run_line(line: Mapping[str, Any], runs: int) -> str:
     return f"{what}  {line['train_seconds']:8.2f} s  test accuracy {percent(line['accuracy'])}"
 
 
-def _on_main(trainer: Trainer, do: Callable[[], Any]) -> Any:
+def on_main(trainer: Trainer, do: Callable[[], Any]) -> Any:
     """Return on every rank what `do()` returns on rank 0, the only one that calls it; raise its `UserError` on all."""
     value, mistake = None, None
     if trainer.is_main:
@@ -254,7 +301,7 @@ class BenchmarkFolder:
                 os.truncate(path, size)
             except OSError as error:
                 raise _cannot_write(self.path, error) from error
-            _note(f"dropped the half-written last line of {path} ({len(rest)} bytes): that run will be repeated")
+            note(f"dropped the half-written last line of {path} ({len(rest)} bytes): that run will be repeated")
         return list(self.lines)
 
     def scratch(self) -> Path:
@@ -275,8 +322,13 @@ class BenchmarkFolder:
             if run_folder:
                 for name in FIRST_RUN:
                     os.replace(run_folder / name, self.path / name)
+                if (run_folder / INDICES).exists():
+                    os.replace(run_folder / INDICES, self.path / INDICES)
+            if result.logits is not None:
+                (self.path / LOGITS).mkdir(exist_ok=True)
+                save_logits(result, self.path / logits_file(number))
             _append_line(self.path / RESULTS, json.dumps(line))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise _cannot_write(self.path, error) from error
         self.lines.append(line)
         self.rewrite_summaries()
@@ -343,18 +395,32 @@ def _append_line(path: Path, text: str) -> None:
 
 
 def _require_same_kind(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Raise `RunError` when two lines differ in recipe, data set or hardware; fields that one lacks do not count."""
+    """Raise `RunError` when two lines differ in recipe, tricks, data set or hardware; hardware that one line lacks does
+    not count."""
     before, now = _recipe(there), _recipe(here)
     for name, (old, new) in changed_fields(before, now).items():
         raise _mixed(folder, f"the recipe's {name}", old, new)
     if before.name != now.name:
         raise _mixed(folder, "the recipe's name", before.name, now.name)
+    _require_same_tricks(folder, there.get("tricks", {}), here.get("tricks", {}))
     if there["dataset"]["fingerprint"] != here["dataset"]["fingerprint"]:
         raise _mixed(folder, "the data set", _with_fingerprint(there["dataset"]), _with_fingerprint(here["dataset"]))
     for name in HARDWARE:
         known = name in there["environment"] and name in here["environment"]
         if known and there["environment"][name] != here["environment"][name]:
             raise _mixed(folder, name, there["environment"][name], here["environment"][name])
+
+
+def _require_same_tricks(folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    before, now = there.get("parts", {}), here.get("parts", {})
+    for part in sorted(before.keys() | now.keys()):
+        old, new = (_of_part(parts.get(part)) for parts in (before, now))
+        if old != new:
+            raise _mixed(folder, f"the code of the tricks' {part}", old, new)
+
+
+def _of_part(code: Mapping[str, str] | None) -> str:
+    return f"{code['function']} (fingerprint {code['fingerprint']})" if code else "the recipe's own"
 
 
 def _with_fingerprint(dataset: Mapping[str, Any]) -> str:
@@ -375,10 +441,11 @@ def _mixed(folder: Path, what: str, there: object, here: object) -> RunError:
     )
 
 
-def _cannot_write(folder: Path, error: OSError | NotImplementedError) -> RunError:
+def _cannot_write(folder: Path, error: OSError | NotImplementedError | SafetensorError) -> RunError:
     reason = getattr(error, "strerror", None) or error
     return RunError(f"the benchmark folder {folder} cannot be written: {reason}; finished runs in it are kept")
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Print a note to stderr, where it does not mix with results."""
     print(f"note: {text}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from cifar_fast import recipes
 from cifar_fast.errors import RunError
-from cifar_fast.experiments.published import comparable
+from cifar_fast.experiments.published import RECORDS, comparable
 from cifar_fast.experiments.saved import results_folder
 from cifar_fast.experiments.statistics import data_set, hardware, spread, wilson_interval
 from cifar_fast.experiments.tables import percent, table
@@ -23,7 +23,7 @@ MISSING = "not yet measured on a GPU"
 KERNELS = 5
 """How many of the slowest kernels are shown."""
 WAYS = [f"cuda_graph={graph} compile={compiler}" for graph in ("auto", "off") for compiler in ("auto", "off")]
-"""How the script's part `profile` trains speedrun; the last way is eager."""
+"""How the script's part `ways` trains speedrun; the last way is eager."""
 
 COLUMNS = ("n", "accuracy", "train_seconds", "warm_up_seconds", "total_seconds", "hardware", "torch", "commit")
 LEGEND = (
@@ -151,12 +151,12 @@ def step_tables(folder: Path | str | None = None) -> str:
     """
     parts = saved_parts(folder)
     wanted = [
-        Wanted("speedrun with and without CUDA graph and torch.compile", _ways, "profile", "ways", "speedrun"),
-        Wanted("the limit of float16 and bfloat16 matrix products", _limit, "profile", "limit", "speedrun"),
-        Wanted("the share of it that a step reaches, and the slowest kernels", _step, "profile", "step", "speedrun"),
+        Wanted("speedrun with and without CUDA graph and torch.compile", _ways, "ways", "ways", "speedrun"),
+        Wanted("the limit of float16 and bfloat16 matrix products", _limit, "kernels", "limit", "speedrun"),
+        Wanted("the share of it that a step reaches, and the slowest kernels", _step, "kernels", "step", "speedrun"),
     ]
     made, missing = make_all(parts, wanted)
-    return "\n\n".join([*made.values(), _notes(parts, ["profile"], missing)]).strip()
+    return "\n\n".join([*made.values(), _notes(parts, ["ways", "kernels"], missing)]).strip()
 
 
 def sharing_table(folder: Path | str | None = None) -> str:
@@ -177,11 +177,13 @@ def sharing_table(folder: Path | str | None = None) -> str:
 def recipe_table(folder: Path | str | None = None) -> str:
     """Return as text a row for each recipe measured, for PyPI's airbench and for fresh commands, and name the rest.
 
+    Below them stand the published figures of the fastest systems.
+
     `folder` and errors: as for `saved_parts`.
     """
     parts = saved_parts(folder)
     made, missing = make_all(parts, _recipe_rows())
-    lines = [*_table(("what", *COLUMNS), made), LEGEND] if made else []
+    lines = [*_table(("what", *COLUMNS), made | _published_rows()), LEGEND, PUBLISHED] if made else []
     return "\n".join([*lines, _notes(parts, RECIPE_PARTS, missing)]).strip()
 
 
@@ -193,16 +195,19 @@ def readme_block(folder: Path | str | None = None) -> str:
     parts = saved_parts(folder)
     made, missing = make_all(parts, _recipe_rows())
     tests, no_tests = make_all(parts, [Wanted("the tests that need a GPU (`pytest -m gpu`)", _tests, "tests")])
-    lines = [("what", *COLUMNS), ("---",) * (1 + len(COLUMNS)), *((name, *row) for name, row in made.items())]
-    paragraphs = (
-        ["\n".join(f"| {' | '.join(line)} |" for line in lines), f"Data set: CIFAR-10; {LEGEND}."] if made else []
-    )
+    shown = made | _published_rows()
+    lines = [("what", *COLUMNS), ("---",) * (1 + len(COLUMNS)), *((name, *row) for name, row in shown.items())]
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    paragraphs = [rows, f"Data set: CIFAR-10; {LEGEND}; {PUBLISHED}."] if made else []
     said = [*missing, *tests.values(), *no_tests, *attempts(parts, ["tests", *RECIPE_PARTS])]
     return "\n\n".join([*paragraphs, *(f"{line[0].upper()}{line[1:]}." for line in said)])
 
 
 # --- their rows ---
 
+PUBLISHED = "published: by others, each by its own clock on its own hardware"
+SHOWN_RECORDS = ("airbench94 with Muon", "Hiverge", "Fulcrum")
+"""The records that stand beside ours: those on one GPU since Muon."""
 RECIPE_PARTS = ("speedrun", "apple", "airbench", "start", "recipes")
 OWN_PARTS = {"speedrun": ("speedrun", "speedrun"), "apple_8gpu": ("apple", "apple_8gpu")}
 """Where the recipes are that the part `recipes` leaves to others."""
@@ -226,6 +231,15 @@ def _benchmark_row(finding: Finding) -> tuple[str, ...]:
     warm_up = f"{finding.values['warm_up_seconds_mean']:.3f} s"
     train, total = _seconds(summary["train_seconds"]), _seconds(summary["total_seconds"])
     return str(summary["n"]), _accuracy(summary["accuracy"]), train, warm_up, total, *finding.origin()
+
+
+def _published_rows() -> dict[str, tuple[str, ...]]:
+    """Return the rows of the records that ours are compared with; a record is about 94 %."""
+    return {
+        f"published: {record.system}": ("-", "94 %", f"{record.seconds:g} s", "-", "-", record.hardware, "-", "-")
+        for record in RECORDS
+        if record.system in SHOWN_RECORDS
+    }
 
 
 def _share_row(finding: Finding) -> tuple[str, ...]:

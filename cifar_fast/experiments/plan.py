@@ -16,10 +16,9 @@ from cifar_fast.experiments.tables import table
 from cifar_fast.experiments.world_sizes import describe_world_sizes, planned_world_sizes, require_allowed
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.batches import steps_per_epoch
+from cifar_fast.training.evaluate import VIEWS
 
 PREDICTION = "PREDICTION, not a measurement"
-VIEWS = {"none": 1, "flip": 2, "flip_shift": 6}
-"""Times that each test-time augmentation shows an image to the network."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from cifar_fast.training.capture import prepare_step
 from cifar_fast.training.evaluate import evaluate
 from cifar_fast.training.setup import Setup, choose_execution, set_up
 from cifar_fast.training.step import TrainingStep, freeze_whitening_bias
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number."""
@@ -181,6 +182,7 @@ class StepCosts:
 def measure_step(
     recipe: Recipe,
     *,
+    tricks: Tricks = NO_TRICKS,
     device: str | None = None,
     n_train: int = 50_000,
     n_test: int = 10_000,
@@ -195,6 +197,7 @@ def measure_step(
 
     Args:
         recipe: the recipe to train.
+        tricks: functions of your own in place of the recipe's.
         device: `cpu`, `cuda`, ... or None for the best there is.
         n_train: training images.
         n_test: test images.
@@ -220,13 +223,13 @@ def measure_step(
     for images, world_size in sorted((recipe.global_batch_size // number, number) for number in set(world_sizes)):
         if points and _expected_seconds(points[-1], images) > seconds:
             break
-        rank = _set_up_rank(recipe, data, on, world_size)
+        rank = _set_up_rank(recipe, data, on, world_size, tricks)
         points.append(_measure_point(steady_step(rank), rank.batches, images))
         seconds -= _expected_seconds(points[-1], images)
     environment = rank.environment()  # says how the step was launched in the end
     clock = Clock(on)
     with clock.running():  # after the steps: training, too, has loaded and warmed up everything before its clock starts
-        whole = set_up(recipe, data, rank.execution, device=on)
+        whole = set_up(recipe, data, rank.execution, device=on, tricks=tricks)
     return StepCosts(
         points=tuple(points),
         n_parameters=sum(p.numel() for p in whole.model.parameters() if p.requires_grad),
@@ -257,10 +260,11 @@ def _expected_seconds(point: StepPoint, images: int) -> float:
     return (1 + REPEATS) * point.step_seconds * images / point.images
 
 
-def _set_up_rank(recipe: Recipe, data: Dataset, device: torch.device, world_size: int) -> Setup:
+def _set_up_rank(recipe: Recipe, data: Dataset, device: torch.device, world_size: int, tricks: Tricks) -> Setup:
     """Set up rank 0 of `world_size` as training would: the backend decides how gradients lie and steps are launched."""
     rank = Alone(world_size=world_size, backend=choose_backend(device) if world_size > 1 else None, device=device)
-    return set_up(recipe, data, choose_execution(recipe, device, rank.backend), device=device, ranks=rank)
+    execution = choose_execution(recipe, device, rank.backend, tricks)
+    return set_up(recipe, data, execution, device=device, ranks=rank, tricks=tricks)
 
 
 def _measure_point(step: TrainingStep, batches: TrainBatches, images: int) -> StepPoint:

@@ -1,7 +1,8 @@
-"""Writes results as text: aligned tables, the run log, our runs beside published ones."""
+"""Writes results as text or HTML: aligned tables, the run log, our runs beside published ones."""
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
@@ -131,9 +132,25 @@ def table(rows: Iterable[Sequence[str]], *, right: bool = False) -> str:
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return the rows as an HTML table, the first as its heading."""
+    head, *body = [[html.escape(cell) for cell in row] for row in rows]
+    heading = "".join(f"<th>{cell}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
+    return f"<table><thead><tr>{heading}</tr></thead><tbody>{lines}</tbody></table>"
+
+
 def percent(share: float) -> str:
     """Return a share (0 ... 1) in per cent."""
     return f"{100 * share:.2f} %"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the unit that fits it: `4.2 s`, `50 s`, `12 min`, `3 h 20 min`."""
+    if seconds < 59.5:
+        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
 def turns_table(seconds: Mapping[str, Sequence[float]], n_images: int) -> str:

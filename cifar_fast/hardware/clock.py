@@ -22,6 +22,10 @@ def synchronize(device: torch.device) -> None:
     """Wait until `device` has finished all its work, so that a clock read next counts it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "xpu":
+        torch.xpu.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 @dataclass
@@ -74,9 +78,16 @@ def process_start() -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the largest memory that this process has had so far, in bytes: allocated on a GPU, or resident."""
+    """Return the largest memory that this process has had so far, in bytes: allocated on a GPU, or resident.
+
+    An Apple GPU keeps no record of the largest: there it is what Metal holds now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "xpu":
+        return torch.xpu.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # there is none on Windows

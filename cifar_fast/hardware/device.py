@@ -14,9 +14,12 @@ import torch
 
 from cifar_fast.errors import UserError
 
+OTHER_GPUS = {"mps": "Apple GPU", "xpu": "Intel GPU"}
+"""GPUs that are used only when they are asked for, since nobody has measured this package on them."""
+
 
 def select_device(name: str | None = None) -> torch.device:
-    """Return the device called `name`; by default a GPU, or the CPU where torch can use no GPU.
+    """Return the device called `name`; by default a CUDA GPU, or the CPU where torch can use none.
 
     Raises `UserError` for a device that this machine lacks, or that this package does not support.
     """
@@ -25,14 +28,40 @@ def select_device(name: str | None = None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device {name!r} is not known; use cpu, cuda, or cuda:0 for one GPU of several") from error
+        raise UserError(
+            f"device {name!r} is not known; use cpu, cuda (cuda:0 for one GPU of several), mps or xpu"
+        ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
             f"device {name!r} is not there: torch can use {torch.cuda.device_count()} GPUs on this machine; try cpu"
         )
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device {name!r} is not supported; use cpu or cuda")
+    if device.type not in ("cpu", "cuda", *OTHER_GPUS):
+        raise UserError(f"device {name!r} is not supported; use cpu, cuda, mps or xpu")
+    if device.type in OTHER_GPUS and (device.index or 0) >= count_other_gpus(device.type):
+        raise UserError(f"device {name!r} is not there: {why_no_other_gpu(device.type)}; use cpu or cuda")
     return device
+
+
+def count_other_gpus(kind: str) -> int:
+    """Return how many GPUs of a `kind` of `OTHER_GPUS` torch can use."""
+    if kind == "xpu":
+        return torch.xpu.device_count()
+    return int(torch.backends.mps.is_available())
+
+
+def why_no_other_gpu(kind: str) -> str:
+    """Return what a GPU of a `kind` of `OTHER_GPUS` needs, for a machine where torch finds none."""
+    built = torch.backends.mps.is_built() if kind == "mps" else torch.xpu._is_compiled()
+    if not built:
+        needs = "a Mac with Apple silicon" if kind == "mps" else "a torch from https://download.pytorch.org/whl/xpu"
+        return f"this torch was built without support for {OTHER_GPUS[kind]}s, which needs {needs}"
+    needs = "macOS 14 or later on Apple silicon" if kind == "mps" else "an Intel GPU and its driver"
+    return f"torch finds none: it needs {needs}"
+
+
+def has_float64(device: torch.device) -> bool:
+    """Say whether every device of this type computes in float64."""
+    return device.type not in OTHER_GPUS
 
 
 @cache
@@ -69,10 +98,9 @@ def cores() -> int:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Return the hardware and the versions behind a result, as plain values."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": device.type,
-        "gpu": gpu,
+        "gpu": gpu_name(device),
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability()
         + (" + AMX" if torch.cpu._is_amx_tile_supported() else ""),
@@ -82,5 +110,14 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda if gpu else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
+
+
+def gpu_name(device: torch.device) -> str | None:
+    """Return the name of a GPU; None for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "xpu":
+        return torch.xpu.get_device_name(device)
+    return f"{OTHER_GPUS['mps']} of {cpu_name()}" if device.type == "mps" else None

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cifar_fast.errors import UserError
+from cifar_fast.files import cache_folder, write_text
+from cifar_fast.hardware.device import OTHER_GPUS, cpu_name
 from cifar_fast.kernels import amx, fused, winograd
 from cifar_fast.recipe import Recipe
 
@@ -81,19 +87,26 @@ def capabilities() -> Capabilities:
     return Capabilities(unavailable, fused_norm=fused.available()[0])
 
 
-def choose_numerics(recipe: Recipe, device: torch.device) -> Numerics:
-    """Return how `device` computes the recipe: precision, convolution, and whether it fuses norm and activation."""
-    numerics = choose_precision_and_convolution(recipe, device)
+def choose_numerics(recipe: Recipe, device: torch.device, rates: Mapping[Way, float] | None = None) -> Numerics:
+    """Return how `device` computes the recipe: precision, convolution, and whether it fuses norm and activation.
+
+    `rates` are those of this CPU, where they are known; None: they are measured if the choice depends on them.
+    """
+    numerics = choose_precision_and_convolution(recipe, device, rates)
     if not recipe.fuse_norm or device.type != "cpu" or numerics.dtype not in fused.DTYPES:
         return numerics
     return replace(numerics, fuse_norm=capabilities().fused_norm)
 
 
-def choose_precision_and_convolution(recipe: Recipe, device: torch.device) -> Numerics:
+def choose_precision_and_convolution(
+    recipe: Recipe, device: torch.device, rates: Mapping[Way, float] | None = None
+) -> Numerics:
     """Return the recipe's precision and convolution on `device`; what it leaves to `auto` is measured on a CPU.
 
     A precision or a convolution that the device lacks is replaced by one that it has, and the reason says so.
     """
+    if device.type in OTHER_GPUS:
+        return _on_another_gpu(recipe.precision, device)
     if recipe.precision == "float64":
         return Numerics(torch.float64, "direct", "the recipe asks for it: everything, not only the convolutions")
     if device.type == "cuda":
@@ -106,7 +119,7 @@ def choose_precision_and_convolution(recipe: Recipe, device: torch.device) -> Nu
         return _direct_instead(recipe.convolution, possible)
     if len(wanted) == 1:
         return _numerics(wanted[0], "the only way that the recipe allows on this machine")
-    return _fastest(wanted)
+    return _fastest(wanted, rates or convolution_rates())
 
 
 def _on_a_gpu(precision: str, device: torch.device) -> Numerics:
@@ -118,6 +131,45 @@ def _on_a_gpu(precision: str, device: torch.device) -> Numerics:
         why = "this GPU has no bfloat16 arithmetic (compute capability below 8.0): float16 instead"
         return Numerics(torch.float16, "direct", why)
     return Numerics(DTYPES[precision], "direct", "the recipe asks for it")
+
+
+def _on_another_gpu(precision: str, device: torch.device) -> Numerics:
+    """Return the numerics of a GPU that nobody has measured: half precision only where it proves itself first."""
+    if precision == "float64":
+        raise UserError(f"precision=float64: a device of type {device.type} has no float64; use --device cpu")
+    if precision == "float32":
+        return Numerics(torch.float32, "direct", "the recipe asks for it")
+    # bfloat16 has the range of float32, but an Apple GPU may lack it.
+    half = DTYPES[precision] if precision != "auto" else torch.float16 if device.type == "mps" else torch.bfloat16
+    name = str(half).removeprefix("torch.")
+    if not half_precision_is_right(device, half):
+        return Numerics(torch.float32, "direct", f"a convolution in {name} is missing or wrong here: float32 instead")
+    return Numerics(
+        half, "direct", f"a convolution in {name} agrees with the CPU's in float32; its speed is unmeasured"
+    )
+
+
+def half_precision_is_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Say whether a small convolution in `dtype` on `device`, forward and backward, agrees with the CPU's in float32.
+
+    False, too, where the device cannot compute it at all.
+    """
+    random = torch.Generator().manual_seed(0)
+    x, weight, dy = (torch.randn(shape, generator=random) for shape in ((8, 16, 8, 8), (16, 16, 3, 3), (8, 16, 8, 8)))
+
+    def computed(on: torch.device, half: torch.dtype | None) -> list[Tensor]:
+        inputs, filters = (value.to(on).requires_grad_() for value in (x, weight))
+        with torch.autocast(on.type, half, enabled=half is not None):
+            y = F.conv2d(inputs, filters, padding=1)
+        gradients = torch.autograd.grad(y, (inputs, filters), dy.to(on, y.dtype))
+        return [value.detach().cpu().float() for value in (y, *gradients)]
+
+    expected = computed(torch.device("cpu"), None)
+    try:
+        found = computed(device, dtype)
+    except (RuntimeError, TypeError):  # NotImplementedError, of an operator that is not there, is a RuntimeError
+        return False
+    return all((one - other).norm() <= 0.02 * other.norm() for one, other in zip(found, expected, strict=True))
 
 
 def _possible_ways(precision: str = "auto") -> list[Way]:
@@ -134,8 +186,7 @@ def _direct_instead(convolution: str, possible: Sequence[Way]) -> Numerics:
     return _numerics(direct, f"no {convolution} convolution here: {detail}; direct instead")
 
 
-def _fastest(wanted: Sequence[Way]) -> Numerics:
-    rates = convolution_rates()
+def _fastest(wanted: Sequence[Way], rates: Mapping[Way, float]) -> Numerics:
     best, *others = [way for way in wanted if way in rates]
     for way in others:
         # Only a clear win counts: the same machine must choose the same way each time, however noisy its clock.
@@ -149,11 +200,42 @@ def _numerics(way: Way, reason: str) -> Numerics:
     return Numerics(DTYPES[way.precision], way.convolution, reason)
 
 
+TIMED_IMAGES = 128
+"""Images of the convolution that decides."""
+
+
+def needs_measuring(recipe: Recipe, device: torch.device) -> bool:
+    """Say whether `choose_numerics` would measure, and no earlier measurement of this machine is saved."""
+    if device.type != "cpu" or recipe.precision in ("float64", "float16"):
+        return False
+    ways = [way for way in _possible_ways(recipe.precision) if recipe.convolution in ("auto", way.convolution)]
+    return len(ways) > 1 and saved_rates() is None
+
+
+def saved_rates() -> dict[Way, float] | None:
+    """Return what `convolution_rates` last measured on this machine; None if it never did, or something has changed."""
+    with suppress(OSError, ValueError, KeyError):
+        saved = json.loads(_rates_file().read_text())
+        if saved["machine"] == _machine():
+            return {way: saved["rates"][str(way)] for way in _possible_ways()}
+    return None
+
+
+def _rates_file() -> Path:
+    return cache_folder() / "convolution_rates.json"
+
+
+def _machine() -> list[str | int]:
+    """Return what the rates depend on."""
+    kernels = [Path(detail).name for usable, detail in (winograd.available(), amx.available()) if usable]
+    return [cpu_name(), torch.__version__, torch.get_num_threads(), *kernels]
+
+
 @cache
-def convolution_rates(n: int = 128) -> dict[Way, float]:
+def convolution_rates(n: int = TIMED_IMAGES) -> dict[Way, float]:
     """Measure the GFLOP/s of one typical convolution of `n` images on this CPU, forward and backward, each way.
 
-    It takes about a second.
+    It takes about two seconds; the cache folder keeps the result for `doctor`, never for training.
     Winograd's rate counts the multiplications of the direct algorithm, so that rates compare as speeds do. The ways
     take turns and the best time of each counts, so that another process slows all of them down alike. Two turns on few
     images come first: a way that takes four times as long as another, as bfloat16 does on a processor without
@@ -183,4 +265,9 @@ def convolution_rates(n: int = 128) -> dict[Way, float]:
         flops = 3 * 2 * n_images * channels**2 * 9 * side**2
         rates |= {way: flops / seconds / 1e9 for way, seconds in best.items()}
         ways = [way for way in ways if best[way] < 4 * min(best.values())]
+    if n == TIMED_IMAGES:
+        with suppress(OSError):  # a cache folder that cannot be written costs `doctor` an answer, and training nothing
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            saved = {"machine": _machine(), "rates": {str(way): rate for way, rate in rates.items()}}
+            write_text(_rates_file(), json.dumps(saved))
     return rates

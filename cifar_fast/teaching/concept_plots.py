@@ -34,6 +34,7 @@ from cifar_fast.training.evaluate import calibration as calibrate
 from cifar_fast.training.model import activation
 from cifar_fast.training.optim import NEWTON_SCHULZ, lr_schedule, orthogonalise
 from cifar_fast.training.result import RunResult
+from cifar_fast.training.seeds import Seeds
 
 BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
 SERIES: tuple[dict[str, Any], ...] = (
@@ -806,7 +807,7 @@ def ablation(runs: Mapping[str, Sequence[RunResult | Mapping[str, Any]]]) -> Pic
     axes = figure.subplots(1, 2, sharey=True)
     words = []
     for axis, field, scale, unit in zip(axes, ("accuracy", "train_seconds"), (100, 1), ("%", "s"), strict=True):
-        values = {name: {run["seed"]: scale * run[field] for run in some} for name, some in arms.items()}
+        values = {name: {Seeds.of(run["seed"]): scale * run[field] for run in some} for name, some in arms.items()}
         for row, (name, style) in enumerate(zip(arms, SERIES, strict=False)):
             now = list(values[name].values())
             axis.scatter(now, [row - 0.1] * len(now), color=style["color"], marker=style["marker"], s=36, zorder=3)

@@ -16,7 +16,7 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-CELL_SECONDS = 3600  # of one cell: an ablation at the scale `laptop` takes a quarter of an hour
+CELL_SECONDS = 3600  # of one cell: at the scale `laptop` an ablation takes a quarter of an hour
 
 
 def find(names: Sequence[str] = ()) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The same notebook cells at four scales: how much a machine can train while somebody waits."""
+"""The same notebook cells at several scales: how much a machine can train while somebody waits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cifar_fast.data.load import load_or_synthetic
 from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe
 
-NAMES = ("smoke", "laptop", "gpu", "8gpu")
+NAMES = ("smoke", "classroom", "laptop", "gpu", "8gpu")
 VARIABLE = "CIFAR_FAST_SCALE"
 
 
@@ -23,7 +23,7 @@ class Scale:
     """What one machine gets: how many images, which recipe, how many seeds, how many processes."""
 
     name: str
-    """`smoke` (seconds), `laptop` (minutes), `gpu` or `8gpu`."""
+    """`smoke` (seconds a run), `classroom` (a minute or two), `laptop` (minutes), `gpu` or `8gpu`."""
     why: str
     """What chose this scale, in words."""
     recipe: Recipe
@@ -116,16 +116,17 @@ def here(name: str | None = None) -> Scale:
         why = f"{VARIABLE}={chosen}"
     n_gpus = torch.cuda.device_count()
     if not chosen:
-        chosen = "8gpu" if n_gpus >= 8 else "gpu" if n_gpus else "laptop"
+        chosen = "8gpu" if n_gpus >= 8 else "gpu" if n_gpus else "classroom"
         why = f"{n_gpus} GPUs here" if n_gpus > 1 else "one GPU here" if n_gpus else "no GPU here"
     if chosen not in NAMES:
         raise UserError(f"there is no scale {chosen!r}; set {VARIABLE} to one of {', '.join(NAMES)}, or unset it")
     if n_gpus < {"gpu": 1, "8gpu": 8}.get(chosen, 0):
         raise UserError(
             f"the scale {chosen!r} needs {8 if chosen == '8gpu' else 1} GPU, but this machine has {n_gpus}; "
-            f"set {VARIABLE} to laptop (minutes on two cores) or smoke (seconds)"
+            f"set {VARIABLE} to classroom (a minute or two for each run on two cores) or smoke (seconds)"
         )
-    return {"smoke": _smoke, "laptop": _laptop, "gpu": _gpu, "8gpu": _eight_gpus}[chosen](why)
+    known = {"smoke": _smoke, "classroom": _classroom, "laptop": _laptop, "gpu": _gpu, "8gpu": _eight_gpus}
+    return known[chosen](why)
 
 
 def _smoke(why: str) -> Scale:
@@ -145,6 +146,22 @@ def _smoke(why: str) -> Scale:
         most_epochs=2.0,
         most_images_per_step=256,
         narrower=8,
+    )
+
+
+def _classroom(why: str) -> Scale:
+    recipe = recipes.classroom()
+    return Scale(
+        name="classroom",
+        why=why,
+        recipe=recipe,
+        ablation_recipe=recipe,
+        seeds=(0, 1, 2),
+        benchmark_recipe=recipe,
+        benchmark_runs=3,
+        most_epochs=3.0,
+        most_images_per_step=512,
+        narrower=4,
     )
 
 

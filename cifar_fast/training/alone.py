@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from cifar_fast.hardware.device import has_float64
+
 T = TypeVar("T")
 
 
@@ -57,7 +59,7 @@ class Alone:
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum of `values`, of any shape, over the ranks: float64, on the CPU."""
-        return values.double().cpu()
+        return (values if has_float64(values.device) else values.cpu()).double().cpu()
 
     def copy_from_main(self, model: nn.Module) -> None:
         """Give every rank the weights and buffers of rank 0."""

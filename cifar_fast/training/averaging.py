@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from cifar_fast.training.model import Network
+from cifar_fast.training.model import Network, tensors
 
 
 class EMA:
@@ -24,7 +24,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: Network) -> None:
         """Move the average towards the weights that `model` has now."""
-        for average, value in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
+        for average, value in zip(tensors(self.model), tensors(model), strict=True):
             if average.is_floating_point():
                 average.lerp_(value, 1 - self.decay)
             else:

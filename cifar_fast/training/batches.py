@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cifar_fast.errors import RecipeError
+from cifar_fast.errors import RecipeError, TricksError
 from cifar_fast.recipe import Recipe
 from cifar_fast.training import augment
+from cifar_fast.training.seeds import Seeds
 
 
 def pixel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,9 +79,10 @@ class Choices:
     brightness: Tensor  # float32, in standard deviations
 
 
-def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, epoch: int, shard: int) -> Choices:
+def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int | Seeds, epoch: int, shard: int) -> Choices:
     """Draw the choices of one epoch for a shard of `shard_size` images that are `side` pixels wide."""
-    generator = draw_generator(seed, epoch, shard)
+    seeds = Seeds.of(seed)
+    generator = draw_generator(seeds.augmentation, epoch, shard)
 
     def integers(low: int, high: int) -> Tensor:
         return torch.randint(low, high, (shard_size,), generator=generator)
@@ -94,13 +96,19 @@ def draw_choices(recipe: Recipe, shard_size: int, side: int, *, seed: int, epoch
     mirrored = integers(0, 2).bool()
     if recipe.flip == "alternating":
         # A draw for the whole run says how each image starts; then it changes sides every epoch.
-        first = torch.randint(0, 2, (shard_size,), generator=_generator(1, seed, 0, shard)).bool()
+        first = torch.randint(0, 2, (shard_size,), generator=_generator(1, seeds.augmentation, 0, shard)).bool()
         mirrored = first[index] ^ bool(epoch % 2)
     elif recipe.flip == "none":
         mirrored = torch.zeros_like(mirrored)
     corners = side - recipe.cutout + 1
     cutout_top, cutout_left = integers(0, corners), integers(0, corners)
-    return Choices(index, top, left, mirrored, cutout_top, cutout_left, 1 + spread(), spread())
+    choices = Choices(index, top, left, mirrored, cutout_top, cutout_left, 1 + spread(), spread())
+    if seeds.order == seeds.augmentation:
+        return choices
+    # Each image keeps its augmentation and takes the place that the order's own seed gives it.
+    order = torch.randperm(shard_size, generator=draw_generator(seeds.order, epoch, shard))
+    moved = index.argsort()[order]
+    return Choices(*(values[moved] for values in vars(choices).values()))
 
 
 PORTION = 100_000
@@ -112,6 +120,22 @@ def _with_border(images: Tensor, padding: int) -> list[Tensor]:
     if padding == 0:
         return [images]
     return [F.pad(some, (padding,) * 4, mode="reflect") for some in images.split(PORTION)]
+
+
+def _require_batch(found: object, n_images: int) -> tuple[Tensor, Tensor]:
+    """Return what an `augment` function returned; raise `TricksError` unless it is a batch of `n_images`."""
+    match found:
+        case (Tensor() as images, Tensor() as labels):
+            whole = labels.ndim == 1 and not labels.is_floating_point()
+            if images.ndim == 4 and len(images) == len(labels) == n_images and (whole or labels.ndim == 2):
+                return images, labels
+            got = f"{tuple(images.shape)} and {tuple(labels.shape)} ({labels.dtype})"
+        case _:
+            got = type(found).__name__
+    raise TricksError(
+        f"`augment` returned {got}; return as many images as it got, ({n_images}, 3, H, W), and their labels, whole "
+        f"numbers ({n_images},) or probabilities ({n_images}, classes)"
+    )
 
 
 class TrainBatches:
@@ -133,9 +157,10 @@ class TrainBatches:
         dtype: torch.dtype = torch.float32,
         mean: Tensor | None = None,
         std: Tensor | None = None,
-        seed: int = 0,
+        seed: int | Seeds = 0,
         rank: int = 0,
         world_size: int = 1,
+        augment: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         """Send the shards of `rank` to `device`, or keep them on the CPU if the recipe does not preload.
 
@@ -147,15 +172,18 @@ class TrainBatches:
             dtype: number format of the batches.
             mean: of each channel, (C,), in pixel values; None: measured.
             std: likewise.
-            seed: of the random choices.
+            seed: of the random choices; `Seeds` to give order and augmentation one each.
             rank: of this process.
             world_size: number of processes; divides the recipe's `n_shards`.
+            augment: the reader's own function, called for each shard's local batch after all that the recipe does;
+                None: there is none.
 
         Raises:
             RecipeError: a shard holds fewer images than its part of a batch, or the crop's border or
                 the cutout exceeds the image.
         """
-        self.recipe, self.seed, self.device, self.dtype = recipe, seed, device, dtype
+        self.recipe, self.seeds, self.device, self.dtype = recipe, Seeds.of(seed), device, dtype
+        self.augment = augment
         self.side = images.shape[-1]
         if recipe.crop_padding >= self.side:
             raise RecipeError(
@@ -202,11 +230,12 @@ class TrainBatches:
             if number == self.steps_per_epoch and self.home.type == "cuda" and not is_last:
                 # Draw while the GPU still has steps in its queue: after the last one the loop waits for its loss.
                 self.choices(epoch + 1)
-            yield make(*now)
+            images, labels = make(*now)
+            yield self.augmented(images, labels, epoch, number)
 
     def _draw(self, epoch: int) -> list[Choices]:
         return [
-            draw_choices(self.recipe, len(labels), self.side, seed=self.seed, epoch=epoch, shard=shard)
+            draw_choices(self.recipe, len(labels), self.side, seed=self.seeds, epoch=epoch, shard=shard)
             for shard, labels in zip(self.shards, self.labels, strict=True)
         ]
 
@@ -246,6 +275,19 @@ class TrainBatches:
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         return images, self.all_labels[choices.index].to(self.device)
+
+    def augmented(self, images: Tensor, labels: Tensor, epoch: int, number: int) -> tuple[Tensor, Tensor]:
+        """Return batch `number` of `epoch` as the reader's own function changes it, shard by shard, if there is one."""
+        if self.augment is None:
+            return images, labels
+        size = self.recipe.local_batch_size
+        parts = []
+        for shard, part, target in zip(self.shards, images.split(size), labels.split(size), strict=True):
+            generator = _generator(2, self.seeds.augmentation, 0, epoch, number, shard)
+            parts.append(_require_batch(self.augment(part, target, generator), size))
+        images, labels = (torch.cat(each) for each in zip(*parts, strict=True))
+        memory_format = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
+        return images.to(self.device, self.dtype).contiguous(memory_format=memory_format), labels.to(self.device)
 
     def total_steps(self) -> int:
         """Return the number of optimiser steps of the whole training run."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cifar_fast.errors import TrainingError
 from cifar_fast.hardware.cuda_graph import CapturedFunction, compiled, first_line, measured_convolutions
+from cifar_fast.training.model import tensors
 from cifar_fast.training.optim import keep_learning_rates_on
 from cifar_fast.training.setup import Setup
 from cifar_fast.training.step import TrainingStep, forward_backward, freeze_whitening_bias
@@ -50,7 +51,8 @@ def _compile(setup: Setup, step: TrainingStep) -> None:
             for frozen in _variants(setup):
                 freeze_whitening_bias(setup.model, frozen)
                 images, labels = compiled_make(*setup.batches.example_choices())
-                forward_backward(compiled_model, images, labels, setup.recipe, update.dtype)
+                images, labels = setup.batches.augmented(images, labels, 0, 1)
+                forward_backward(compiled_model, images, labels, setup.recipe, update.dtype, update.loss)
         except Exception as error:  # a compiler fails in many ways, and none need end a training run
             why = first_line(error)
         update.clear_gradients()
@@ -72,6 +74,7 @@ def _capture(setup: Setup, step: TrainingStep) -> None:
             if setup.batches.home == setup.device:  # otherwise the CPU makes the batch and sends it
                 make = CapturedFunction(make, *chosen)
             images, labels = make(*chosen)
+            images, labels = setup.batches.augmented(images, labels, 0, 1)
             for frozen in _variants(setup):
                 freeze_whitening_bias(setup.model, frozen)
                 step.updates[frozen] = CapturedFunction(eager[frozen], images, labels)
@@ -110,7 +113,7 @@ def rolled_back(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> It
 
     Every tensor stays at its address. The optimisers' state becomes zero, which is where momentum starts.
     """
-    values = list(model.state_dict().values())
+    values = tensors(model)
     before = [value.clone() for value in values]
     try:
         yield

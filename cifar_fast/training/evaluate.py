@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cifar_fast.hardware.device import has_float64
 from cifar_fast.hardware.numerics import HALF
 from cifar_fast.training.model import Network
+
+VIEWS = {"none": 1, "flip": 2, "flip_shift": 6}
+"""Times that each test-time augmentation shows an image to the network."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class Evaluation:
     """Share of images whose largest logit is their label's, 0 ... 1."""
     confusion: Tensor
     """int64 (classes, classes): the number of images of class [row] that were classified as [column]."""
+    logits: Tensor = field(repr=False, compare=False)
+    """float32 (N, classes), on the network's device, with test-time augmentation."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +123,7 @@ def predict_logits(
     logits = []
     with _evaluating(model), torch.autocast(device.type, dtype, enabled=dtype in HALF):
         for some in images.split(batch_size):
-            normalised = model.normalise(some.to(device)).contiguous(memory_format=torch.channels_last)
+            normalised = model.normalise(some.to(device)).contiguous(memory_format=model.memory_format)
             if tta == "none" or tta_margin >= 1:
                 logits.append(_averaged(model, normalised, tta))
             else:
@@ -132,7 +138,7 @@ def predict_logits(
 
 def _averaged(model: Network, normalised: Tensor, tta: str) -> Tensor:
     seen = [
-        weight * at_least_float32(model(view.contiguous(memory_format=torch.channels_last)))
+        weight * at_least_float32(model(view.contiguous(memory_format=model.memory_format)))
         for weight, view in views(normalised, tta)
     ]
     return torch.stack(seen).sum(0)
@@ -164,6 +170,8 @@ def evaluate(
     logits = predict_logits(
         model, images, tta=tta, tta_margin=tta_margin, dtype=dtype, batch_size=batch_size, on_batch=on_batch
     )
+    if not has_float64(logits.device):
+        logits = logits.cpu()
     labels = labels.to(logits.device)
     n_classes = logits.shape[1]
     cells = labels * n_classes + logits.argmax(1)
@@ -172,4 +180,4 @@ def evaluate(
     # One copy to the host for all figures: each makes it wait for a GPU.
     loss, *counted = torch.cat([F.cross_entropy(logits, labels).double()[None], counts]).tolist()
     confusion = torch.tensor(counted, dtype=torch.float64).long().reshape(n_classes, n_classes)
-    return Evaluation(loss, confusion.diagonal().sum().item() / len(labels), confusion)
+    return Evaluation(loss, confusion.diagonal().sum().item() / len(labels), confusion, logits)

@@ -27,4 +27,15 @@ def in_memory_order(gradient: Tensor) -> Tensor:
     """Return a flat view of a dense tensor, (numel,), with its elements as they lie in memory."""
     if gradient.is_contiguous():
         return gradient.view(-1)
-    return gradient.permute(0, 2, 3, 1).view(-1)  # channels-last: the only other layout that our layers have
+    outermost_first = sorted(range(gradient.ndim), key=gradient.stride, reverse=True)
+    return gradient.permute(outermost_first).view(-1)
+
+
+def fill_in_zeros(model: nn.Module) -> None:
+    """Give every learned parameter that took no part in a step a gradient of zero.
+
+    Otherwise the ranks might average different parameters, and an optimiser skip some on one rank alone.
+    """
+    for p in model.parameters():
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)

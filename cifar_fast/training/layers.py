@@ -155,6 +155,15 @@ class Conv3x3(nn.Conv2d):
         return F.max_pool2d(y, 2) if self.pool else y
 
 
+class Whitening(nn.Conv2d):
+    """A first convolution whose filters are computed from the training images and stay fixed; only its bias learns."""
+
+
+def whitening_layer(model: nn.Module) -> Whitening | None:
+    """Return the whitening layer of `model`, or None if it has none."""
+    return next((module for module in model.modules() if isinstance(module, Whitening)), None)
+
+
 class Scale(nn.Module):
     """Multiplication by a constant."""
 

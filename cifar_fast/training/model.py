@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from cifar_fast.errors import TricksError
 from cifar_fast.recipe import Recipe
-from cifar_fast.training.layers import Block, Conv3x3, GhostBatchNorm, Normalise, Scale, whitening_filters
+from cifar_fast.training.layers import (
+    Block,
+    Conv3x3,
+    GhostBatchNorm,
+    Normalise,
+    Scale,
+    Whitening,
+    whitening_filters,
+    whitening_layer,
+)
+
+ModelFunction = Callable[[Recipe, int], nn.Module]
+"""From a recipe and the number of classes to a module that turns normalised images (N, 3, H, W) into logits."""
 
 
 def activation(recipe: Recipe) -> nn.Module:
@@ -56,15 +72,68 @@ class Residual(nn.Module):
 
 
 class Network(nn.Module):
-    """Layers in a row, from normalised images to scaled logits; `normalise` prepares the images from pixel values."""
+    """Any module from normalised images to logits, as `layers`; `normalise` prepares the images from pixel values."""
 
-    def __init__(self, normalise: Normalise, layers: OrderedDict[str, nn.Module]) -> None:
+    def __init__(
+        self,
+        normalise: Normalise,
+        layers: nn.Module,
+        n_classes: int,
+        memory_format: torch.memory_format = torch.channels_last,
+    ) -> None:
+        """Join the two; `memory_format` is how `layers` expects the images in an evaluation."""
         super().__init__()
         self.normalise = normalise
-        self.layers = nn.Sequential(layers)
+        self.layers = layers
+        self.n_classes = n_classes
+        self.memory_format = memory_format
 
     def forward(self, images: Tensor) -> Tensor:  # (N, 3, H, W), normalised -> (N, classes)
-        return self.layers(images)
+        logits = self.layers(images)
+        if not isinstance(logits, Tensor) or logits.shape != (len(images), self.n_classes):
+            got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+            raise TricksError(
+                f"the model returned {got} for {len(images)} images; ({len(images)}, {self.n_classes}) was expected: "
+                "a logit for each image and class"
+            )
+        return logits
+
+
+def tensors(model: nn.Module) -> list[Tensor]:
+    """Return all parameters and buffers of `model`, each once however many modules share it."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def build_network(
+    function: ModelFunction,
+    recipe: Recipe,
+    n_classes: int,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    memory_format: torch.memory_format = torch.channels_last,
+    seed: int = 0,
+) -> Network:
+    """Call `function` with torch's generator at `seed`, on the CPU, so that any device gets the same weights.
+
+    `mean`, `std`: float32 (3,), in pixel values. `memory_format`: as for `Network`. `whiten_first_layer` fills the
+    whitening layer, if there is one. Raises `TricksError` if `function` returns no module that can be trained.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        layers = function(recipe, n_classes)
+    return Network(Normalise(mean, std), require_trainable(layers), n_classes, memory_format)
+
+
+def require_trainable(model: object) -> nn.Module:
+    """Return what a `model` function returned; raise `TricksError` unless it is a module that can be trained."""
+    if not isinstance(model, nn.Module):
+        raise TricksError(f"`model` returned {type(model).__name__}; it must return an nn.Module")
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise TricksError(f"`model` returned layers whose sizes are not known yet: {', '.join(lazy)}; give their sizes")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise TricksError("`model` returned a module without a parameter to learn (requires_grad)")
+    return model
 
 
 def build_model(
@@ -77,21 +146,25 @@ def build_model(
     fuse_norm: bool = False,
     seed: int = 0,
 ) -> Network:
-    """Build the recipe's network for `n_classes`; its weights are drawn from `seed` on the CPU, so any device gets the
-    same ones.
+    """Build the recipe's own network: `build_network` of `recipe_layers`, with their arguments."""
+    layers = partial(recipe_layers, convolution=convolution, fuse_norm=fuse_norm)
+    return build_network(layers, recipe, n_classes, mean, std, seed=seed)
 
-    `mean`, `std`: float32 (3,), in pixel values. `convolution`: the algorithm of the 3x3 convolutions. `fuse_norm`:
-    whether a norm and the activation after it are fused. `whiten_first_layer` fills the whitening layer, if there is
-    one.
+
+def recipe_layers(
+    recipe: Recipe, n_classes: int, *, convolution: str = "direct", fuse_norm: bool = False
+) -> nn.Sequential:
+    """Return the layers of the recipe's network.
+
+    `convolution`: the algorithm of the 3x3 convolutions. `fuse_norm`: whether a norm and the activation after it are
+    fused.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers = (_resnet9 if recipe.network == "resnet9" else _convnet6)(recipe, n_classes, convolution)
-    network = Network(Normalise(mean, std), OrderedDict(layers))
-    for module in network.modules():
+    named = (_resnet9 if recipe.network == "resnet9" else _convnet6)(recipe, n_classes, convolution)
+    layers = nn.Sequential(OrderedDict(named))
+    for module in layers.modules():
         if isinstance(module, Block):
             module.fuse = fuse_norm
-    return network
+    return layers
 
 
 def _resnet9(recipe: Recipe, n_classes: int, convolution: str) -> list[tuple[str, nn.Module]]:
@@ -101,7 +174,7 @@ def _resnet9(recipe: Recipe, n_classes: int, convolution: str) -> list[tuple[str
     size = recipe.whitening_size
     if size:
         # The whitening filters are fixed; a learned 1x1 convolution mixes their outputs.
-        whiten = nn.Conv2d(3, 3 * size**2, size, padding=size // 2, bias=False)
+        whiten = Whitening(3, 3 * size**2, size, padding=size // 2, bias=False)
         mix = [
             ("conv", nn.Conv2d(3 * size**2, first, 1, bias=False)),
             ("norm", norm(recipe, first)),
@@ -129,8 +202,9 @@ def _convnet6(recipe: Recipe, n_classes: int, convolution: str) -> list[tuple[st
     size = recipe.whitening_size or 2  # without whitening a learned convolution of the same shape
     # Each direction and its opposite, because the activation that follows cuts off one half of each.
     n_in = 2 * 3 * size**2
+    first = Whitening if recipe.whitening_size else nn.Conv2d
     layers: list[tuple[str, nn.Module]] = [
-        ("whiten" if recipe.whitening_size else "first", nn.Conv2d(3, n_in, size, bias=True)),
+        ("whiten" if recipe.whitening_size else "first", first(3, n_in, size, bias=True)),
         ("activation", activation(recipe)),
     ]
     for number, width in enumerate(recipe.widths, start=1):
@@ -151,10 +225,9 @@ def _convnet6(recipe: Recipe, n_classes: int, convolution: str) -> list[tuple[st
 
 def whiten_first_layer(model: Network, recipe: Recipe, images: Tensor) -> None:
     """Fill the whitening layer, if there is one, from the patches of uint8 `images` (N, 3, H, W), and freeze it."""
-    if not recipe.whitening_size:
+    layer = whitening_layer(model)
+    if layer is None:
         return
-    layer = model.layers.get_submodule("whiten")
-    assert isinstance(layer, nn.Conv2d)
     filters = whitening_filters(model.normalise(images), recipe.whitening_size, recipe.whitening_eps)
     if len(layer.weight) == 2 * len(filters):
         filters = torch.cat([filters, -filters])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar_fast.recipe import Recipe
+from cifar_fast.training.layers import whitening_layer
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,11 @@ def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optim
 def _by_group(model: nn.Module, *, muon: bool) -> dict[str, list[nn.Parameter]]:
     """Return the learned parameters by the group they belong to; `filters` is Muon's and empty without it."""
     learned: dict[str, list[nn.Parameter]] = {"weights": [], "biases": [], "whitening bias": [], "filters": []}
+    whitening = whitening_layer(model)
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if name.endswith("whiten.bias"):
+        if whitening is not None and p is whitening.bias:
             group = "whitening bias"
         elif name.endswith("bias"):
             group = "biases"
@@ -236,14 +238,24 @@ def _groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict[str, Any]]
         yield from optimizer.param_groups
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], schedule: PiecewiseLinear, epoch: float) -> None:
+def recipe_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Return `build_optimizers`, fused if the model is on a GPU."""
+    optimizers = build_optimizers(model, recipe)
+    if next(model.parameters()).is_cuda:
+        fuse(optimizers)
+    return optimizers
+
+
+def set_learning_rates(
+    optimizers: list[torch.optim.Optimizer], schedule: Callable[[float], float], epoch: float
+) -> None:
     """Set every group's learning rate for the time `epoch`, in epochs and fractions; a rate that is a tensor keeps its
     place in memory.
     """
     share = schedule(epoch)
     for group in _groups(optimizers):
         rate = group["peak_lr"] * (_share_until(group["stop_epoch"], epoch) if "stop_epoch" in group else share)
-        if isinstance(group["lr"], Tensor):
+        if isinstance(group.get("lr"), Tensor):
             group["lr"].fill_(rate)
         else:
             group["lr"] = rate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,16 +14,17 @@ from torch import Tensor
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.errors import UserError
 from cifar_fast.hardware.cuda_graph import EAGER, StepMode, choose_step_mode
-from cifar_fast.hardware.device import environment
+from cifar_fast.hardware.device import environment, has_float64
 from cifar_fast.hardware.numerics import Capabilities, Numerics, capabilities, choose_numerics
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.alone import ALONE, Alone
 from cifar_fast.training.averaging import EMA, Lookahead
 from cifar_fast.training.batches import TrainBatches, pixel_statistics
 from cifar_fast.training.gradients import flat_gradients
-from cifar_fast.training.model import Network, build_model, whiten_first_layer
-from cifar_fast.training.optim import PiecewiseLinear, build_optimizers, fuse, lr_schedule
-from cifar_fast.training.step import TrainingStep, Update
+from cifar_fast.training.model import Network, build_network, whiten_first_layer
+from cifar_fast.training.seeds import Seeds
+from cifar_fast.training.step import Loss, TrainingStep, Update
+from cifar_fast.training.tricks import NO_TRICKS, Tricks, require_optimizers
 
 WHITENING_IMAGES = 10_000
 """Training images whose patches the whitening layer is computed from: the first ones, as Page (2019) takes them."""
@@ -41,9 +42,12 @@ class Execution:
         return self.numerics.describe() | self.step_mode.describe()
 
 
-def choose_execution(recipe: Recipe, device: torch.device, backend: str | None = None) -> Execution:
-    """Return how `device` computes `recipe`; `backend` connects the processes, None for a single one."""
-    return Execution(choose_numerics(recipe, device), choose_step_mode(recipe, device, backend))
+def choose_execution(
+    recipe: Recipe, device: torch.device, backend: str | None = None, tricks: Tricks = NO_TRICKS
+) -> Execution:
+    """Return how `device` computes `recipe` with `tricks`; `backend` connects the processes, None for a single one."""
+    numerics = tricks.explained(choose_numerics(tricks.fitted(recipe), device))
+    return Execution(numerics, tricks.restricted(choose_step_mode(recipe, device, backend), recipe))
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,21 @@ class _Report:
     """Rank 0's choice, which all follow: ranks that measured for themselves might choose differently."""
 
 
-def agree_on_execution(recipe: Recipe, data: Dataset, seed: int, device: torch.device, ranks: Alone) -> Execution:
+def agree_on_execution(
+    recipe: Recipe, data: Dataset, seed: int | Seeds, device: torch.device, ranks: Alone, tricks: Tricks = NO_TRICKS
+) -> Execution:
     """Have all ranks check that they train the same thing, and choose how, in one exchange.
 
-    Raises `UserError` on every rank if one was started with another recipe, data set or seed than rank 0. Warns if the
-    recipe asks for a precision that cannot be had.
+    Raises `UserError` on every rank if one was started with another recipe, data set, seed or other tricks than rank 0.
+    Warns if the recipe asks for a precision that cannot be had.
     """
-    mine = {"recipe": recipe.to_dict(), "data set": data.describe(), "seed": seed}
-    chosen = choose_execution(recipe, device, ranks.backend) if ranks.is_main else None
+    mine = {
+        "recipe": recipe.to_dict(),
+        "data set": data.describe(),
+        "seed": Seeds.of(seed).plain(),
+        "tricks": tricks.fingerprint(),
+    }
+    chosen = choose_execution(recipe, device, ranks.backend, tricks) if ranks.is_main else None
     # Asking for them compiles the C kernels, which a GPU never uses.
     can = capabilities() if device.type == "cpu" else Capabilities({}, fused_norm=True)
     reports = ranks.gather(_Report(mine, can, chosen))
@@ -98,11 +109,13 @@ class Setup:
     model: Network
     batches: TrainBatches
     optimizers: list[torch.optim.Optimizer]
-    schedule: PiecewiseLinear
+    loss: Loss
+    schedule: Callable[[float], float]
     ema: EMA | None
     lookahead: Lookahead | None
     gradients: Tensor | None
     """The buffer that holds all gradients where NCCL averages them."""
+    tricks: Tricks = NO_TRICKS
 
     @cached_property
     def test_set(self) -> tuple[Tensor, Tensor]:
@@ -113,7 +126,14 @@ class Setup:
     def update(self) -> Update:
         """Return the part of the step that works on tensors alone, eager."""
         return Update(
-            self.model, self.optimizers, self.recipe, self.execution.numerics.dtype, self.ranks, self.gradients
+            self.model,
+            self.optimizers,
+            self.recipe,
+            self.execution.numerics.dtype,
+            self.ranks,
+            self.gradients,
+            self.loss,
+            self.tricks.own,
         )
 
     def step(self) -> TrainingStep:
@@ -127,6 +147,7 @@ class Setup:
             self.ema,
             self.lookahead,
             updates=dict.fromkeys((False, True), self.update()),
+            own=self.tricks.own,
         )
 
     def environment(self) -> dict[str, Any]:
@@ -136,7 +157,14 @@ class Setup:
 
 
 def set_up(
-    recipe: Recipe, data: Dataset, execution: Execution, *, device: torch.device, seed: int = 0, ranks: Alone = ALONE
+    recipe: Recipe,
+    data: Dataset,
+    execution: Execution,
+    *,
+    device: torch.device,
+    seed: int | Seeds = 0,
+    ranks: Alone = ALONE,
+    tricks: Tricks = NO_TRICKS,
 ) -> Setup:
     """Send the data to the device and build there what a training step needs: everything a recipe's clock counts.
 
@@ -145,41 +173,48 @@ def set_up(
         data: its images and labels; the ranks share the training set.
         execution: how it is computed.
         device: where.
-        seed: of the weights and of every random choice.
+        seed: of the weights and of every random choice; `Seeds` to give each kind of choice its own.
         ranks: the processes that share the work; all start from rank 0's weights.
+        tricks: the reader's own parts; those that are missing are the recipe's.
 
     Raises:
         RecipeError: the recipe does not fit the data.
+        TricksError: a part of the reader's own does not fit.
     """
+    seeds = Seeds.of(seed)
+    parts, fitted = tricks.completed(recipe, execution.numerics), tricks.fitted(recipe)
+    assert parts.model and parts.optimizers and parts.loss and parts.schedule
     images = data.train_images.to(device) if recipe.preload else data.train_images
-    mean, std = pixel_statistics(images)
-    numerics = execution.numerics
-    model = build_model(
-        recipe, data.n_classes, mean, std, convolution=numerics.convolution, fuse_norm=numerics.fuse_norm, seed=seed
+    # Pixel statistics and whitening filters take float64: without it, the CPU computes them.
+    exact = device if has_float64(device) else torch.device("cpu")
+    exact_images = images if has_float64(device) else data.train_images
+    mean, std = pixel_statistics(exact_images)
+    model = build_network(
+        parts.model, recipe, data.n_classes, mean, std, memory_format=tricks.memory_format, seed=seeds.start
     )
     # Weights stay in float32: a format with fewer digits would lose the small steps.
-    dtype = torch.float64 if numerics.dtype == torch.float64 else torch.float32
-    model = model.to(device, dtype)
-    model = model.to(memory_format=torch.channels_last if recipe.channels_last else torch.preserve_format)
+    dtype = torch.float64 if execution.numerics.dtype == torch.float64 else torch.float32
+    model = model.to(exact, dtype)
+    model = model.to(memory_format=torch.channels_last if fitted.channels_last else torch.preserve_format)
     batches = TrainBatches(
         images,
         data.train_labels,
-        recipe,
+        fitted,
         device=device,
         dtype=dtype,
         mean=mean,
         std=std,
-        seed=seed,
+        seed=seeds,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        augment=parts.augment,
     )
-    whiten_first_layer(model, recipe, images[:WHITENING_IMAGES].to(device))
+    whiten_first_layer(model, recipe, exact_images[:WHITENING_IMAGES].to(exact))
+    model = model.to(device)
     ranks.copy_from_main(model)
-    optimizers = build_optimizers(model, recipe)
-    if device.type == "cuda":
-        fuse(optimizers)
+    optimizers = require_optimizers(parts.optimizers(model.layers, recipe), model.layers)
     return Setup(
-        recipe,
+        fitted,
         data,
         device,
         execution,
@@ -187,8 +222,10 @@ def set_up(
         model,
         batches,
         optimizers,
-        lr_schedule(recipe),
+        parts.loss,
+        parts.schedule,
         EMA(model, recipe.ema_decay**recipe.ema_every) if recipe.ema_decay else None,
         Lookahead(model, recipe.lookahead_alpha) if recipe.lookahead_alpha else None,
         flat_gradients(model) if ranks.backend == "nccl" else None,
+        tricks,
     )

@@ -8,22 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from cifar_fast.errors import TricksError
 from cifar_fast.hardware.numerics import HALF
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.alone import Alone
 from cifar_fast.training.averaging import EMA, Lookahead
 from cifar_fast.training.evaluate import at_least_float32
-from cifar_fast.training.layers import GhostBatchNorm
+from cifar_fast.training.gradients import fill_in_zeros
+from cifar_fast.training.layers import GhostBatchNorm, whitening_layer
 from cifar_fast.training.model import Network
-from cifar_fast.training.optim import PiecewiseLinear, set_learning_rates
+from cifar_fast.training.optim import set_learning_rates
 
 UpdateFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Images (N, 3, H, W), normalised, and labels int64 (N,) to the mean loss and the number of correct predictions."""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Logits (N, classes) and labels, int64 (N,) or probabilities (N, classes), to the loss of each image or their mean."""
 
 
 @dataclass
@@ -33,7 +40,7 @@ class TrainingStep:
     recipe: Recipe
     model: Network
     optimizers: list[torch.optim.Optimizer]
-    schedule: PiecewiseLinear
+    schedule: Callable[[float], float]
     steps_per_epoch: int
     ema: EMA | None
     lookahead: Lookahead | None
@@ -42,6 +49,8 @@ class TrainingStep:
     find out which."""
     done: int = 0
     """Steps taken so far."""
+    own: frozenset[str] = frozenset()
+    """The parts of the training run that are the reader's own, by their names in `Tricks`."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Take one step on normalised images (N, 3, H, W) and int64 labels (N,).
@@ -84,17 +93,24 @@ class Update:
     ranks: Alone = field(default_factory=Alone)
     gradients: Tensor | None = None
     """The buffer of `flat_gradients`, where all gradients lie in one."""
+    loss: Loss | None = None
+    """None: the recipe's."""
+    own: frozenset[str] = frozenset()
+    """As for `TrainingStep`."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Update the weights once; arguments and result as for `forward_backward`."""
         half_precision = self.dtype in HALF
-        loss, correct = forward_backward(self.model, images, labels, self.recipe, self.dtype)
+        loss, correct = forward_backward(self.model, images, labels, self.recipe, self.dtype, self.loss)
+        fill_in_zeros(self.model)
+        # Nobody knows how large the gradients of a stranger's loss are: float16 might not hold them.
+        send_half = half_precision and not self.own & {"model", "loss"}
         if self.gradients is None:
-            self.ranks.average_gradients(self.model, half_precision=half_precision, scale=len(images))
+            self.ranks.average_gradients(self.model, half_precision=send_half, scale=len(images))
         else:
-            self.ranks.average_buffer(self.gradients, half_precision=half_precision, scale=len(images))
+            self.ranks.average_buffer(self.gradients, half_precision=send_half, scale=len(images))
         # Muon multiplies its matrices in half precision, too.
-        with torch.autocast(images.device.type, self.dtype, enabled=half_precision):
+        with torch.autocast(images.device.type, self.dtype, enabled=half_precision and "optimizers" not in self.own):
             for optimizer in self.optimizers:
                 optimizer.step()
         self.clear_gradients()
@@ -109,22 +125,34 @@ class Update:
             optimizer.zero_grad(set_to_none=True)
 
 
+def cross_entropy(recipe: Recipe) -> Loss:
+    """Return the recipe's loss: the cross entropy of each image with its label, smoothed as the recipe says."""
+    return partial(F.cross_entropy, reduction="none", label_smoothing=recipe.label_smoothing)
+
+
 def forward_backward(
-    model: nn.Module, images: Tensor, labels: Tensor, recipe: Recipe, dtype: torch.dtype
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    recipe: Recipe,
+    dtype: torch.dtype,
+    loss_function: Loss | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Leave the gradients of the batch's mean loss in the parameters.
 
     Args:
         model: the network.
         images: (N, 3, H, W), normalised.
-        labels: int64 (N,).
-        recipe: label smoothing, and `micro_batch_size`: that many images' activations exist at a time, and the
-            gradients of all of them add up to the same.
+        labels: int64 (N,), or probabilities (N, classes).
+        recipe: `micro_batch_size`: that many images' activations exist at a time, and the gradients of all of them add
+            up to the same.
         dtype: the number format of the convolutions.
+        loss_function: from logits and labels to each image's loss, or to their mean; None: `cross_entropy(recipe)`.
 
     Returns:
         The mean loss and the number of correct predictions, two scalars on the device.
     """
+    loss_function = loss_function or cross_entropy(recipe)
     size = recipe.micro_batch_size or len(images)
     # A mean loss has gradients too small for float16; those of the sum, which the original recipes took, are not.
     loss_scale = len(images) if dtype == torch.float16 else 1
@@ -134,14 +162,30 @@ def forward_backward(
         expect_part(model, number, len(parts))
         with torch.autocast(images.device.type, dtype, enabled=dtype in HALF):
             logits = at_least_float32(model(part))
-        smoothing = recipe.label_smoothing
-        part_loss = F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing) / len(images)
+        part_loss = summed(loss_function(logits, target), len(part)) / len(images)
         (part_loss * loss_scale).backward()
         loss += part_loss.detach()
-        correct += (logits.detach().argmax(1) == target).sum()
+        correct += (logits.detach().argmax(1) == likeliest(target)).sum()
     if loss_scale != 1:
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], loss_scale)
     return loss, correct
+
+
+def summed(losses: Tensor, n_images: int) -> Tensor:
+    """Return the sum over the images of `losses`, which is each image's loss, (N,), or their mean, a scalar."""
+    if not isinstance(losses, Tensor) or losses.shape not in ((), (n_images,)):
+        got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise TricksError(
+            f"the loss returned {got} for {n_images} images; return their mean, a scalar, or ({n_images},) numbers"
+        )
+    if not losses.requires_grad:
+        raise TricksError("the loss has no gradient: compute it from the logits, without `detach`, `item` or `argmax`")
+    return losses.sum() if losses.ndim else losses * n_images
+
+
+def likeliest(labels: Tensor) -> Tensor:
+    """Return the classes, int64 (N,), of `labels` that are classes already or probabilities (N, classes)."""
+    return labels.argmax(1) if labels.ndim == 2 else labels
 
 
 def expect_part(model: nn.Module, part: int, n_parts: int) -> None:
@@ -149,10 +193,20 @@ def expect_part(model: nn.Module, part: int, n_parts: int) -> None:
     for module in model.modules():
         if isinstance(module, GhostBatchNorm):
             module.expect_part(part, n_parts)
+        elif isinstance(module, _BatchNorm) and n_parts > 1 and module.momentum is not None:
+            share_momentum(module, part, n_parts)
 
 
-def freeze_whitening_bias(model: Network, frozen: bool) -> None:
+def share_momentum(norm: _BatchNorm, part: int, n_parts: int) -> None:
+    """Do for torch's batch norm what `GhostBatchNorm.expect_part` does: the parts count equally, and together once."""
+    whole: Any = getattr(norm, "batch_momentum", norm.momentum)
+    norm.batch_momentum = whole
+    share = whole / n_parts
+    norm.momentum = share / (1 - share * (n_parts - part))
+
+
+def freeze_whitening_bias(model: nn.Module, frozen: bool) -> None:
     """Freeze the whitening bias or learn it; while it is frozen the backward pass stops before the first layer."""
-    whiten = getattr(model.layers, "whiten", None)
-    if isinstance(whiten, nn.Conv2d) and whiten.bias is not None:
+    whiten = whitening_layer(model)
+    if whiten is not None and whiten.bias is not None:
         whiten.bias.requires_grad = not frozen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import subprocess
 import sys
@@ -37,7 +36,7 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(
 
 
 def test_every_part_has_its_work_and_its_word_in_the_description(gpu: ModuleType) -> None:
-    assert set(gpu.PARTS) == {"tests", *gpu.WORK}
+    assert gpu.PARTS == ("tests", *gpu.WORK)
     assert all(f"\n    {part} " in gpu.__doc__ for part in gpu.PARTS)
 
 
@@ -46,10 +45,11 @@ def scripted(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
     """What the parts do in place of their work, as Python code; `{out}` is the folder."""
     codes: dict[str, str] = {}
 
-    def command_of(part: str, options: Namespace) -> list[str]:
+    def command_of(part: str, options: Namespace, seconds: float) -> list[str]:
         return python(codes[part].replace("{out}", str(options.out)))
 
     monkeypatch.setattr(gpu, "command_of", command_of)
+    monkeypatch.setattr(gpu, "load", lambda options: None)
     return codes
 
 
@@ -57,19 +57,19 @@ def test_what_a_part_has_found_is_kept_when_others_fail(
     gpu: ModuleType, tmp_path: Path, scripted: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     scripted["start"] = "open('{out}/start.json', 'w').write('{\"first\": {\"total_seconds\": 3.0}}')"
-    scripted["profile"] = "print('about to fail'); raise SystemExit(7)"
+    scripted["kernels"] = "print('about to fail'); raise SystemExit(7)"
     scripted["airbench"] = "open('{out}/airbench.json', 'w').write('{half a fi')"
-    parts = ["start", "profile", "airbench"]
-    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--parts", *parts]) == 1
+    parts = ["start", "kernels", "airbench"]
+    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--only", *parts]) == 1
     report = json.loads((tmp_path / "gpu.json").read_text())
     states = {part: entry["state"] for part, entry in report["parts"].items()}
     assert states == {
         "start": "done",
-        "profile": "failed with status 7",
+        "kernels": "failed with status 7",
         "airbench": "done, but its result cannot be read (JSONDecodeError)",
     }
     assert report["parts"]["start"]["found"] == {"first": {"total_seconds": 3.0}}
-    assert (tmp_path / "profile.log").read_text() == "about to fail\n"
+    assert (tmp_path / "kernels.log").read_text() == "about to fail\n"
     assert "met: total_seconds of the first command: 3, required 20" in capsys.readouterr().out
 
     # Another call leaves other parts alone, and a failed attempt leaves a note beside what an earlier one found, also
@@ -77,13 +77,13 @@ def test_what_a_part_has_found_is_kept_when_others_fail(
     half = "open('{out}/start.json', 'w').write('{\"second\": {\"total_seconds\": 9.0}}')"
     for code, state in (("raise SystemExit(1)", "failed with status 1"), (f"{half}; 1 / 0", "failed with status 1")):
         scripted["start"] = code
-        assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--parts", "start"]) == 1
+        assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--only", "start"]) == 1
         again = json.loads((tmp_path / "gpu.json").read_text())["parts"]
-        assert again["profile"] == report["parts"]["profile"]
+        assert again["kernels"] == report["parts"]["kernels"]
         later = again["start"].pop("later_attempt")
         assert again["start"] == report["parts"]["start"] and later["state"] == state
     scripted["start"] = half
-    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--parts", "start"]) == 0
+    assert gpu.main(["--out", str(tmp_path), "--device", "cpu", "--only", "start"]) == 0
     start = json.loads((tmp_path / "gpu.json").read_text())["parts"]["start"]
     assert start["found"] == {"second": {"total_seconds": 9.0}} and "later_attempt" not in start
 
@@ -92,14 +92,14 @@ def test_a_part_that_adds_to_its_runs_replaces_its_entry_however_it_ended(gpu: M
     before = {"state": "done", "found": {"runs": 2}, "ended": "", "commit": ""}
     more = before | {"state": "out of time", "found": {"runs": 3}}
     assert gpu.keep_best(before, more, "speedrun") == more
-    assert gpu.keep_best(before | {"state": "out of time"}, more, "profile") == more  # neither ended well
-    assert gpu.keep_best(before, more, "profile")["found"] == {"runs": 2}
-    assert gpu.keep_best(None, more, "profile") == more
+    assert gpu.keep_best(before | {"state": "out of time"}, more, "kernels") == more  # neither ended well
+    assert gpu.keep_best(before, more, "kernels")["found"] == {"runs": 2}
+    assert gpu.keep_best(None, more, "kernels") == more
 
 
 def test_a_dry_run_passes_no_verdict(gpu: ModuleType, tmp_path: Path, scripted: dict[str, str]) -> None:
     scripted["start"] = "open('{out}/start.json', 'w').write('{\"first\": {\"total_seconds\": 3.0}}')"
-    dry = ["--out", str(tmp_path), "--device", "cpu", "--recipe", "smoke", "--parts", "start"]
+    dry = ["--out", str(tmp_path), "--device", "cpu", "--recipe", "smoke", "--only", "start"]
     assert gpu.main(dry) == 0
     report = json.loads((tmp_path / "gpu.json").read_text())
     start = report["parts"]["start"]
@@ -124,7 +124,7 @@ def test_a_part_can_say_that_its_time_is_over(gpu: ModuleType, tmp_path: Path) -
 
 
 def options_of(gpu: ModuleType, out: Path, *more: str) -> Namespace:
-    options = gpu.parse(["--out", str(out), "--device", "cpu", "--recipe", "smoke", *more])
+    options = gpu.parse(["--out", str(out), "--device", "cpu", "--recipe", "smoke", "--seconds", "480", *more])
     options.end = time.monotonic() + options.seconds
     return options
 
@@ -218,22 +218,85 @@ def test_a_run_that_would_not_end_in_time_is_not_started(
     gpu: ModuleType, quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = options_of(gpu, tmp_path, "--runs", "50")
-    options.end = 350.0 + gpu.STOP_EARLY
-    clock = itertools.count(100, 100)  # a run seems to take 200 seconds and to end at 300
-    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    options.end = 100.0 + 30.0
+    monkeypatch.setattr(gpu, "time", SimpleNamespace(monotonic=lambda: 100.0))  # so that any run takes too long
     with pytest.raises(gpu.OutOfTime, match="1 of 50 runs of smoke are saved"):
         gpu.part_apple(options)
     assert gpu.collect("apple", tmp_path)["apple_8gpu"]["summary"]["n"] == 1
 
 
-def test_the_ways_are_compared_on_a_cpu_too(gpu: ModuleType, quick: None, tmp_path: Path) -> None:
-    gpu.part_profile(options_of(gpu, tmp_path))
-    found = gpu.collect("profile", tmp_path)
-    assert len(found["ways"]) == 4 and all(len(runs) == 2 for runs in found["ways"].values())
-    assert found["step"] == "not profiled: there is no GPU"
-    assert found["about"]["dataset"]["name"] == "synthetic" and found["about"]["recipe"] == "smoke"
-    for _, second in found["ways"].values():  # what the tables show of each way
-        assert second["step_mode"] == "eager" and second["train_seconds"] > 0 and second["warm_up_seconds"] >= 0
+def test_parts_share_the_time_and_leave_what_they_do_not_need(gpu: ModuleType) -> None:
+    def at(left: float, taken: float) -> list[float]:
+        given = []
+        for place, part in enumerate(gpu.PARTS):
+            given.append(gpu.allowance(part, gpu.PARTS[place + 1 :], left))
+            left -= taken * given[-1]
+        return given
+
+    assert sum(gpu.MINUTES.values()) == 30
+    assert at(1800, 1) == pytest.approx([60 * minutes for minutes in gpu.MINUTES.values()])
+    assert sum(at(840, 1)) == pytest.approx(840)  # fewer runs in a quarter of an hour
+    assert at(840, 1)[0] == 120 and at(100, 1)[0] == 100  # but for the tests, which are all or nothing
+    quick, slow = at(1800, 0.5), at(1800, 1)
+    assert all(more >= less for more, less in zip(quick, slow, strict=True)) and quick[-1] > 1.5 * slow[-1]
+
+
+def test_a_later_call_goes_on_with_what_is_missing(
+    gpu: ModuleType, tmp_path: Path, scripted: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(gpu, "PARTS", ("kernels", "start", "recipes"))
+    monkeypatch.setattr(gpu, "commit", lambda: "one")
+    write = "open('{out}/PART.json', 'w').write('{}'); open('{out}/order', 'a').write('PART ')"
+    scripted |= {part: write.replace("PART", part) for part in gpu.PARTS}
+    scripted["start"] += "; raise SystemExit(7)"
+    again = ["--out", str(tmp_path), "--device", "cpu"]
+    assert gpu.main(again) == 1  # `start` fails
+    assert gpu.main([*again, "--minutes", "0"]) == 0  # nothing fails where no time is left
+    assert "start: no time is left" in capsys.readouterr().out
+    assert gpu.main(again) == 1
+    assert (tmp_path / "order").read_text().split() == ["kernels", "start", "recipes", "start"]
+    gpu.main([*again, "--only", "kernels"])
+    gpu.main([*again, "--runs", "60"])  # more than were asked for
+    assert (tmp_path / "order").read_text().split()[4:] == ["kernels", "kernels", "start", "recipes"]
+    monkeypatch.setattr(gpu, "commit", lambda: "another")
+    gpu.main([*again, "--runs", "60"])
+    assert (tmp_path / "order").read_text().split()[8:] == ["kernels", "start", "recipes"]
+
+
+def test_what_is_missing_is_said_with_what_to_do(gpu: ModuleType, tmp_path: Path, tiny_data: Dataset) -> None:
+    needs = gpu.needs
+    installed = {"tyro": ["typeguard>=4.0.0", "old; python_version < '3'"], "torch": ["sympy"], "pytest": None}
+
+    def requires(name: str) -> list[str] | None:
+        if name not in installed:
+            raise needs.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    assert needs.missing(["tyro", "torch", "platformdirs"], requires) == ["platformdirs", "typeguard"]
+    assert {"torch", "platformdirs", "tyro", "pytest"} <= set(needs.required())
+    assert needs.missing_data(None) == needs.missing_data("synthetic") == ""
+    assert "does not exist" in needs.missing_data(str(tmp_path / "nowhere"))
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    for name in needs.FILES[folder.name][:-1]:
+        (folder / name).touch()
+    assert needs.missing_data(str(tmp_path)) == needs.missing_data(str(folder)) == f"{folder} lacks test_batch.bin"
+    text = needs.describe(["platformdirs", "typeguard"], "no folder", ["airbench"])
+    assert "pip download --dest wheels" in text and "--find-links wheels platformdirs typeguard airbench" in text
+    assert "missing data: no folder" in text and "--data FOLDER" in text and needs.describe([], "", []) == ""
+
+
+def test_it_ends_in_the_first_second_where_something_is_missing(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu.py"
+    code = (
+        "import sys, runpy; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('torch' in sys.modules)"
+    )
+    arguments = [str(script), "--out", str(tmp_path / "out"), "--data", str(tmp_path / "nowhere")]
+    done = subprocess.run([*python(code), *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "missing data" in done.stdout and done.stdout.endswith("False\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_airbench_or_a_gpu_the_part_says_so(
@@ -310,7 +373,7 @@ def test_verdicts_compare_what_was_found_with_what_is_required(gpu: ModuleType) 
         "speedrun": {"found": {"speedrun": summary(0.9401, 0.95)}},
         "airbench": {"found": {"runs": [{"train_seconds": 3.0}, {"train_seconds": 3.2}]}},
         "apple": {"found": {"apple_8gpu": summary(0.9420, 8.0)}},
-        "profile": {"found": None},
+        "kernels": {"found": None},
     }
     met = {verdict["what"]: verdict["met"] for verdict in gpu.verdicts(parts)}
     assert list(met.values()) == [False, True, False, True, True, True]

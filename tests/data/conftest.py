@@ -7,22 +7,26 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from small_sets import N_RECORDS, batch_labels, batch_pixels, batch_records
+from small_sets import N_RECORDS, batch_labels, batch_pixels, batch_records, fine_labels, fine_records
 
 from cifar_fast.data import download, layouts
-from cifar_fast.data.dataset import CIFAR10_CLASSES
+from cifar_fast.data.dataset import CIFAR10_CLASSES, CIFAR100_CLASSES
+from cifar_fast.data.layouts import BinaryFile
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache folder, not made yet; the official archive has no source but those that a test gives it."""
+    """The cache folder, not made yet; the archives have no source but those that a test gives them."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("CIFAR_FAST_CACHE", str(folder))
     monkeypatch.setenv("no_proxy", "*")
-    nowhere = replace(download.CIFAR10_ARCHIVE, official="http://127.0.0.1:9/official.tar.gz", mirrors=())
-    monkeypatch.setattr(download, "CIFAR10_ARCHIVE", nowhere)
+    for name in ("CIFAR10", "CIFAR100"):
+        known = getattr(download, name)
+        nowhere = replace(known.official, urls=(f"http://127.0.0.1:9/{known.official.filename}",))
+        monkeypatch.setattr(download, name, replace(known, archives=(nowhere,)))
     return folder
 
 
@@ -31,12 +35,45 @@ def binary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small data set in the binary layout; the folder is the one around it."""
     folder = tmp_path / "root" / "cifar-10-batches-bin"
     folder.mkdir(parents=True)
-    checksums = {}
-    for index, name in enumerate(layouts._BINARY_SHA256):
+    files = {}
+    for index, name in enumerate(layouts.CIFAR10.binary_files):
         (folder / name).write_bytes(batch_records(index))
-        checksums[name] = hashlib.sha256(batch_records(index)).hexdigest()
-    monkeypatch.setattr(layouts, "_BINARY_RECORDS", N_RECORDS)
-    monkeypatch.setattr(layouts, "_BINARY_SHA256", checksums)
+        files[name] = BinaryFile(N_RECORDS, hashlib.sha256(batch_records(index)).hexdigest())
+    monkeypatch.setattr(layouts, "CIFAR10", replace(layouts.CIFAR10, binary_files=files))
+    return folder.parent
+
+
+@pytest.fixture
+def binary100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small data set in CIFAR-100's binary layout; the folder is the one around it."""
+    folder = tmp_path / "root100" / "cifar-100-binary"
+    folder.mkdir(parents=True)
+    files = {}
+    for index, name in enumerate(("train.bin", "test.bin")):
+        (folder / name).write_bytes(fine_records(index))
+        files[name] = BinaryFile(len(fine_labels(index)), None)
+    monkeypatch.setattr(layouts, "CIFAR100", replace(layouts.CIFAR100, binary_files=files))
+    return folder.parent
+
+
+@pytest.fixture
+def torchvision100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same small data set as torchvision stores CIFAR-100; the folder is the one around it."""
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / "root100_py" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    contents: dict[str, object] = {"meta": {"fine_label_names": list(CIFAR100_CLASSES)}}
+    for index, name in enumerate(("train", "test")):
+        records = np.frombuffer(fine_records(index), np.uint8).reshape(-1, 3074)
+        coarse, fine, pixels = records[:, 0].tolist(), records[:, 1].tolist(), records[:, 2:]
+        contents[name] = {"data": pixels, "fine_labels": fine, "coarse_labels": coarse}
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+    md5 = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in contents}
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
     return folder.parent
 
 

@@ -23,6 +23,18 @@ def batch_records(index: int) -> bytes:
     return np.concatenate([batch_labels(index)[:, None], batch_pixels(index)], axis=1).tobytes()
 
 
+def fine_labels(index: int) -> np.ndarray:
+    """CIFAR-100's classes: of the training set each twice, of the test set each once."""
+    return np.random.default_rng(200 + index).permutation(np.arange(100).repeat(2 - index)).astype(np.uint8)
+
+
+def fine_records(index: int) -> bytes:
+    """The content of one of CIFAR-100's binary files: superclass, class and pixels, record by record."""
+    fine = fine_labels(index)
+    pixels = np.random.default_rng(300 + index).integers(0, 256, (len(fine), 3072), np.uint8)
+    return np.concatenate([(fine % 20)[:, None], fine[:, None], pixels], axis=1).tobytes()
+
+
 def same(one: Dataset, other: Dataset) -> bool:
     names = ("train_images", "train_labels", "test_images", "test_labels")
     tensors_agree = all(torch.equal(getattr(one, name), getattr(other, name)) for name in names)

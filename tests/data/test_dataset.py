@@ -58,6 +58,70 @@ def test_fingerprint_changes_with_any_pixel_or_label() -> None:
     assert len({same_again, dataset(other_pixel, labels).fingerprint, dataset(images, other_label).fingerprint}) == 3
 
 
+# --- subsets ---
+
+
+def test_a_subset_keeps_its_images_in_order_and_the_whole_test_set() -> None:
+    data = dataset(random_images(20))
+    part = data.subset([7, 3, 19])
+    assert part.train_labels.tolist() == [1, 1, 1]
+    assert torch.equal(part.train_images, data.train_images[[3, 7, 19]])
+    assert part.test_images is data.test_images and part.name == data.name
+    assert part.source == "image folder pets, 3 of 20 training images"
+    selection = part.selection
+    assert selection is not None and selection.indices.tolist() == [3, 7, 19]
+    described = part.describe()
+    assert described["n_train"] == 3
+    assert described["subset"] == {"fingerprint": selection.fingerprint, "of": data.fingerprint, "n_full": 20}
+    assert "subset" not in data.describe()
+
+
+def test_equal_subsets_have_equal_fingerprints_however_they_were_made() -> None:
+    data = dataset(random_images(20))
+    mask = torch.zeros(20, dtype=torch.bool)
+    mask[[4, 6, 8]] = True
+    ways = [
+        data.subset([4, 6, 8]),
+        data.subset(torch.tensor([8, 4, 6], dtype=torch.int32)),
+        data.subset(mask),
+        data.subset(range(0, 20, 2)).subset([2, 3, 4]),  # a subset of a subset
+        data.subset(mask).subset(range(3)),
+    ]
+    first = ways[0].describe()
+    for part in ways[1:]:
+        assert part.describe() == first and torch.equal(part.train_images, ways[0].train_images)
+    others = [data.subset([4, 6, 9]), data.subset([4, 6]), data.subset(range(20)), data]
+    assert len({part.fingerprint for part in [*others, ways[0]]}) == 5
+
+
+def test_a_subset_survives_its_decoded_file(tmp_path: Path) -> None:
+    part = dataset(random_images(20)).subset([1, 2, 5])
+    write_decoded(part, tmp_path / "a-1.safetensors")
+    mapped = read_decoded(tmp_path / "a-1.safetensors")
+    assert same(part, mapped) and mapped.describe() == part.describe()
+    assert mapped.selection is not None and mapped.selection.indices.tolist() == [1, 2, 5]
+    assert mapped.subset([0, 2]).describe() == dataset(random_images(20)).subset([1, 5]).describe()
+    assert mapped.subset([0, 2]).decoded is None
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([], "at least one index"),
+        ([[1, 2]], "at least one index, not a tensor of shape .1, 2."),
+        ([0, 20], "index 20 of a subset is out of range: the 20 training images are 0 to 19"),
+        ([3, -1], "index -1 of a subset is out of range"),
+        ([3, 5, 3], "index 3 occurs more than once"),
+        ([0.5, 1.0], "whole numbers or a bool mask, not torch.float32"),
+        ([True] * 19, "has 19 entries for 20 training images"),
+        ([False] * 20, "keeps no training image"),
+    ],
+)
+def test_indices_that_make_no_subset_are_refused(indices: list[int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        dataset(random_images(20)).subset(indices)
+
+
 # --- variation ---
 
 

@@ -11,10 +11,9 @@ import torch
 from PIL import Image
 from small_sets import same
 
-from cifar_fast.data import load
-from cifar_fast.data.download import CIFAR10_ARCHIVE
+from cifar_fast.data import download, load
 from cifar_fast.data.layouts import Layout
-from cifar_fast.data.load import load_cifar10, load_or_synthetic, status
+from cifar_fast.data.load import load_cifar10, load_cifar100, load_named, load_or_synthetic, status
 from cifar_fast.data.synthetic import synthetic
 from cifar_fast.errors import DataError, DataNotFoundError
 
@@ -53,17 +52,48 @@ def test_damaged_data_is_refused_not_replaced(layout: str, request: pytest.Fixtu
     assert not list(cache.glob("decoded/*"))
 
 
+def test_cifar100_is_found_beside_cifar10(
+    binary: Path, torchvision_set: Path, binary100: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIFAR_FAST_DATA", str(binary))
+    with pytest.raises(DataNotFoundError, match="switched off.*cifar-100-binary"):
+        load_cifar100(download=False)
+    with pytest.raises(DataNotFoundError, match=r"CIFAR-100 could not be downloaded.*\n.*cifar-100-python\.tar"):
+        load_named("cifar100")
+    with pytest.raises(DataError, match="nor cifar-100-binary"):
+        load_cifar100(binary, download=False)
+    cache.mkdir(exist_ok=True)
+    (binary100 / "cifar-100-binary").rename(cache / "cifar-100-binary")
+    assert load_named("cifar100").name == "CIFAR-100" and load_cifar10(download=False).name == "CIFAR-10"
+    monkeypatch.delenv("CIFAR_FAST_DATA")
+    with pytest.raises(DataNotFoundError):  # CIFAR-100 in the cache is not what was asked for
+        load_cifar10(download=False)
+    assert load_cifar10(cache, download=False).name == "CIFAR-100"  # but the folder was
+    (torchvision_set / "cifar-10-batches-py").rename(cache / "cifar-10-batches-py")
+    assert load_cifar10(download=False).name == "CIFAR-10"
+
+
+def test_named_data_sets_and_their_sizes(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = synthetic(20, 10)
+    monkeypatch.setattr(load, "synthetic", lambda: small)
+    assert load_named("synthetic") is small
+    assert load_named(str(image_folder), image_size=40).image_size == 40
+    for name in ("synthetic", "cifar100"):
+        with pytest.raises(DataError, match=f"images of {name} have 32 pixels"):
+            load_named(name, image_size=64)
+
+
 # --- the decoded copy ---
 
 
 def count_decoding(monkeypatch: pytest.MonkeyPatch) -> list[Layout]:
     calls: list[Layout] = []
     decode = load.decode
-    monkeypatch.setattr(load, "decode", lambda layout: (calls.append(layout), decode(layout))[1])
+    monkeypatch.setattr(load, "decode", lambda layout, size=32: (calls.append(layout), decode(layout, size))[1])
     return calls
 
 
-@pytest.mark.parametrize("layout", ["binary", "image_folder", "torchvision_set"])
+@pytest.mark.parametrize("layout", ["binary", "image_folder", "torchvision_set", "binary100"])
 def test_second_load_reads_the_decoded_copy(
     layout: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,9 +134,15 @@ def test_changed_files_are_decoded_again_and_the_old_copy_is_removed(image_folde
     Image.new("RGB", (32, 32), (1, 2, 3)).save(image_folder / "train" / "ant" / "0.png")
     os.utime(image_folder / "train" / "ant" / "0.png", ns=(1, 1))
     after = load_cifar10(image_folder)
-    assert after.train_images[0, :, 0, 0].tolist() == [1, 2, 3]
+    assert [1, 2, 3] in after.train_images[:, :, 0, 0].tolist()
     assert after.fingerprint != before.fingerprint
     assert len(list((cache / "decoded").iterdir())) == 1
+
+
+def test_each_image_size_has_its_decoded_copy(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = count_decoding(monkeypatch)
+    sizes = [load_cifar10(image_folder, image_size=size).image_size for size in (32, 48, 32, 48)]
+    assert sizes == [32, 48, 32, 48] and len(calls) == 2
 
 
 def test_decoded_copy_that_is_cut_short_is_written_again(binary: Path, cache: Path) -> None:
@@ -171,7 +207,7 @@ def test_status_describes_every_place(
     assert decoded.fingerprint in environment.finding and "100 training" in environment.finding
     assert environment.decoded is not None and environment.decoded.exists()
     assert "holds no data set" in own.finding
-    (cache / f"{CIFAR10_ARCHIVE.filename}.part").write_bytes(bytes(1_500_000))
+    (cache / f"{download.CIFAR10.official.filename}.part").write_bytes(bytes(1_500_000))
     assert "An interrupted download left 1.5 MB" in status()[-1].finding
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -65,17 +66,21 @@ def assert_same(a: RunResult, b: RunResult) -> None:
 @pytest.fixture(scope="module")
 def alone(tiny_data: Dataset) -> RunResult:
     """Twenty steps of `APPLE` in one process."""
-    return train(APPLE, tiny_data, device="cpu", progress=False)
+    return train(APPLE, tiny_data, device="cpu", progress=False, save_logits=True)
 
 
 @pytest.fixture(scope="module")
 def shared(tiny_data: Dataset) -> Iterator[Callable[[], Trainer]]:
-    """A function that returns a trainer of two processes for many tests, a new one if an earlier test has lost them."""
+    """A function that returns a trainer of two processes for many tests, a new one if an earlier test has lost them.
+
+    Its data are a subset, though one of all images, so that the indices have to reach the processes.
+    """
     started: list[Trainer] = []
+    everything = tiny_data.subset(range(len(tiny_data.train_labels)))
 
     def get() -> Trainer:
         if not started or not started[-1].pids:
-            started.append(Trainer(tiny_data, world_size=2, device="cpu", timeout=60.0))
+            started.append(Trainer(everything, world_size=2, device="cpu", timeout=60.0))
         return started[-1]
 
     yield get
@@ -88,9 +93,15 @@ def pair(shared) -> Trainer:
     return shared()
 
 
-def test_two_processes_compute_the_same_as_one(pair, alone):
-    result = pair.train(APPLE, progress=False)
+def test_two_processes_compute_the_same_as_one(pair, alone, tmp_path):
+    result = pair.train(APPLE, progress=False, save_logits=True, out=tmp_path / "run")
     assert_same(result, alone)
+    read = load_run(tmp_path / "run")  # rank 0 has written it
+    for run in (result, read):  # each rank has seen every other test image
+        torch.testing.assert_close(run.logits, alone.logits, rtol=0, atol=1e-3)  # one in the last digit of float16
+        assert torch.equal(run.test_labels, alone.test_labels)
+        assert torch.equal(run.train_indices, torch.arange(640))
+        assert run.dataset == pair.data.describe() != alone.dataset
     assert next(iter(weights(result).values())).dtype == torch.float64
     assert (result.environment["world_size"], result.environment["backend"]) == (2, "gloo")
 
@@ -140,7 +151,9 @@ def test_a_recipe_that_does_not_fit_leaves_the_processes_alone(pair):
 def test_progress_arrives_in_the_caller(pair, capfd):
     pair.train(QUICK, progress=True)
     err = capfd.readouterr().err
-    assert "smoke on synthetic, 2 processes" in err and "epoch 1: test accuracy" in err and "10/10" in err
+    first, *_, last = err.splitlines()
+    assert first == "smoke on synthetic, 2 processes: 0%, epoch 1 of 1, accuracy follows after epoch 1"
+    assert re.fullmatch(r"smoke on synthetic, 2 processes: 100%, epoch 1 of 1, 0:0\d left, test accuracy .*%", last)
 
 
 def test_a_divergence_is_the_same_error_as_in_one_process(pair, tmp_path):
@@ -246,7 +259,7 @@ def four_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
 
 
-def test_all_gpus_are_used_that_can_share_the_shards(four_gpus):
+def test_all_gpus_are_used_that_can_share_the_shards(four_gpus, monkeypatch):
     assert choose_world_size(None, None) == 4
     assert choose_world_size(None, "cuda", APPLE) == 4
     assert choose_world_size(None, None, replace(QUICK, n_shards=3, global_batch_size=66)) == 3
@@ -254,6 +267,11 @@ def test_all_gpus_are_used_that_can_share_the_shards(four_gpus):
     assert choose_world_size(None, None, recipes.speedrun()) == 4
     assert choose_world_size(None, "cuda:1") == 1
     assert choose_world_size(8, "cpu") == 8
+    with monkeypatch.context() as patch:
+        patch.setattr(launching, "select_device", torch.device)
+        assert choose_world_size(None, "mps") == 1
+        with pytest.raises(UserError, match="device='mps' is used by one process, not by world_size=2"):
+            choose_world_size(2, "mps")
     assert choose_world_size(None, "cpu") == 1
     assert choose_backend(torch.device("cuda", 0)) == ("nccl" if torch.distributed.is_nccl_available() else "gloo")
 

@@ -172,13 +172,19 @@ def test_the_meeting_place_is_private(four):
     assert four.folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_a_function_of_a_notebook_is_refused(pair, monkeypatch):
-    def cell() -> None: ...
+def test_a_function_of_a_notebook_runs_and_what_cannot_travel_is_refused_by_name(pair):
+    factor, lock = 10, threading.Lock()
 
-    monkeypatch.setattr(cell, "__module__", "__main__")
-    with pytest.raises(UserError, match="put it into a module"):
-        pair.run(cell)
-    assert pair.run(tasks.gather), "the processes are still there"
+    def cell(ranks: Ranks) -> int:
+        return factor * ranks.rank
+
+    def locked(ranks: Ranks) -> None:
+        lock.acquire()
+
+    assert pair.run(cell) == [0, 10]
+    with pytest.raises(UserError, match="locked cannot be sent to other processes: it holds 'lock', a lock"):
+        pair.run(locked)
+    assert pair.run(cell) == [0, 10], "the processes are still there"
 
 
 # --- how they start and end ---

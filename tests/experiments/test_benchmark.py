@@ -20,19 +20,22 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from killed import FORKS, die, in_a_child
 
 import cifar_fast
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.load import load_cifar10
 from cifar_fast.distributed import launch as parallel
 from cifar_fast.errors import RunError, TrainingError, UserError
-from cifar_fast.experiments.benchmark import load_benchmark
+from cifar_fast.experiments.benchmark import load_benchmark, logits_file
 from cifar_fast.experiments.statistics import excludes, summarise
 from cifar_fast.experiments.tables import run_log
+from cifar_fast.experiments.variance import variance
 from cifar_fast.hardware.device import environment
 from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import smoke
-from cifar_fast.training.result import EpochResult, RunResult, save_run
+from cifar_fast.training.result import EpochResult, RunResult, load_logits, save_run
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 benchmarking = import_module("cifar_fast.experiments.benchmark")  # the module: `cifar_fast.benchmark` is the function
 benchmark = benchmarking.benchmark
@@ -46,7 +49,6 @@ FILES = {
 }  # fmt: skip
 PICTURE = "accuracy_and_time.png"
 ROOT = Path(__file__).resolve().parents[2]
-FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which this system lacks")
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +83,19 @@ class FakeTrainer:
     def agree(self, value: Any) -> Any:
         return value
 
-    def warm_up(self, recipe: Recipe) -> None:
+    def warm_up(self, recipe: Recipe, tricks: Tricks) -> None:
         self.calls.append("warm up")
 
-    def train(self, recipe: Recipe, *, seed: int, out: Path | None, progress: bool) -> RunResult:
+    def train(
+        self,
+        recipe: Recipe,
+        *,
+        tricks: Tricks = NO_TRICKS,
+        seed: int,
+        out: Path | None,
+        save_logits: bool = False,
+        progress: bool,
+    ) -> RunResult:
         self.calls.append(seed)
         self.on_train(seed)
         epoch = EpochResult(
@@ -99,7 +110,7 @@ class FakeTrainer:
         clocks = {"train_seconds": 1.0 + seed, "evaluate_seconds": 0.5, "total_seconds": 2.0 + seed}
         result = RunResult(
             recipe=recipe, dataset=self.data.describe(), environment=machine, seed=seed, epochs=[epoch], model=model,
-            first_step_seconds=0.25, peak_memory_gb=1.0, **clocks,
+            first_step_seconds=0.25, peak_memory_gb=1.0, tricks=tricks.describe(), **clocks,
         )  # fmt: skip
         if out is not None:
             save_run(result, out)
@@ -424,8 +435,8 @@ def test_the_other_ranks_of_torchrun_write_nothing_and_decide_the_same(data, tmp
             assert value == (None, None)
             return pickle.loads(said.pop(0))
 
-        def train(self, recipe, *, seed, out, progress):
-            return super().train(recipe, seed=seed, out=None, progress=progress)
+        def train(self, recipe, *, tricks, seed, out, save_logits, progress):
+            return super().train(recipe, tricks=tricks, seed=seed, out=None, progress=progress)
 
     arguments = {"runs": 50, "target": 0.946, "until_confident": True}
     benchmark(RECIPE, data, **arguments | {"runs": 1}, out=tmp_path / "runs")
@@ -450,24 +461,6 @@ def test_the_other_ranks_of_torchrun_write_nothing_and_decide_the_same(data, tmp
 
 
 # --- killed ---
-
-
-def in_a_child(do: Callable[[], None]) -> int:
-    """Call `do` in a forked process; return the signal that ended it, or 0."""
-    if (pid := os.fork()) == 0:
-        try:
-            do()
-            os._exit(0)
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.__stderr__)
-        os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 TOUCHES = [
@@ -546,14 +539,27 @@ def real_trainer(monkeypatch: pytest.MonkeyPatch, trainer: type[FakeTrainer]) ->
 
 
 def test_runs_are_what_train_gives_for_their_seeds(data, tmp_path, real_trainer):
-    found = benchmark(RECIPE, data, runs=2, out=tmp_path, first_seed=3, device="cpu", progress=False)
-    alone = [cifar_fast.train(RECIPE, data, seed=seed, device="cpu", progress=False) for seed in (3, 4)]
+    data = data.subset(range(80))  # all of them
+    arguments = {"out": tmp_path, "first_seed": 3, "device": "cpu", "progress": False}
+    benchmark(RECIPE, data, runs=1, **arguments)
+    found = benchmark(RECIPE, data, runs=3, save_logits=True, **arguments)
+    alone = [
+        cifar_fast.train(RECIPE, data, seed=seed, device="cpu", progress=False, save_logits=True) for seed in (3, 4, 5)
+    ]
     assert [line["loss"] for line in found.runs] == [result.loss for result in alone]
     assert [line["epochs"][0]["train_loss"] for line in found.runs] == [result.epochs[0].train_loss for result in alone]
     first = cifar_fast.load_run(tmp_path)
     assert first.seed == 3 and first.to_dict().items() <= found.runs[0].items()
     for name, value in alone[0].model.state_dict().items():
         assert torch.equal(first.model.state_dict()[name], value), name
+    assert torch.equal(first.train_indices, torch.arange(80))
+    assert not (tmp_path / "logits" / "run-000.safetensors").exists()
+    logits, labels = load_logits(tmp_path / logits_file(2))
+    assert torch.equal(logits, alone[2].logits) and torch.equal(labels, data.test_labels)
+    spread = variance(tmp_path)
+    assert spread.without_logits == 1
+    assert spread.accuracies.tolist() == pytest.approx([line["accuracy"] for line in found.runs[1:]])
+    assert torch.equal(spread.image_accuracy, variance(alone[1:]).image_accuracy)
 
 
 # 120 pictures, two shards, three batches an epoch: nearly all the time goes into starting processes.

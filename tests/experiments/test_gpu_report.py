@@ -69,9 +69,8 @@ def whole(gpu: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for number, way in enumerate(WAYS):
         run = SimpleNamespace(accuracy=0.7, environment=MACHINE, **CLOCKS)
         ways[way] = [gpu.brief(run), gpu.brief(run) | {"train_seconds": 10.0 + number}]
-    profile = {
-        "about": {"recipe": "speedrun", "dataset": DATA},
-        "ways": ways,
+    about = {"about": {"recipe": "speedrun", "dataset": DATA}}
+    kernels = about | {
         "limit": {"side": 8192, "repeats": 20, "tflops": {"float16": 654.0, "bfloat16": 543.0}},
         "step": gpu.analyse([("conv", 0.0, 10.0), ("norm", 12.0, 15.0)], 1) | {"share_of_limit": 0.321},
     }
@@ -79,7 +78,9 @@ def whole(gpu: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     airbench["runs"] = [{"accuracy": 0.66, "train_seconds": 44.0}, {"accuracy": 0.66, "train_seconds": 45.0}]
     command = {"recipe": recipes.speedrun().to_dict(), "dataset": DATA, "environment": MACHINE}
     start = {"about": gpu.about(command)} | {which: {"accuracy": 0.55, **CLOCKS} for which in ("first", "second")}
-    for name, found in (("profile", profile), ("airbench", airbench), ("start", start)):
+    for name, found in (
+        ("kernels", kernels), ("ways", about | {"ways": ways}), ("airbench", airbench), ("start", start),
+    ):  # fmt: skip
         (out / f"{name}.json").write_text(json.dumps(found))
     (out / "tests.xml").write_text(
         "<testsuite><testcase name='a'/><testcase name='b'><skipped/></testcase></testsuite>"
@@ -161,7 +162,9 @@ def test_recipe_table_has_one_row_for_each_recipe_and_the_readme_the_same_rows(w
         assert f"{start} 1 55.00 % 111.000 s 222.000 s 333.000 s Some GPU" in rows[start]
     cells = [line.strip("| ").split(" | ") for line in readme_block(save(whole)).splitlines() if line.startswith("|")]
     assert [" ".join(row) for row in cells[2:]] == [rows[row[0]] for row in cells[2:]]
-    assert len(cells) == 2 + len(recipes.names()) + 3
+    assert len(cells) == 2 + len(recipes.names()) + 3 + len(gpu_report.SHOWN_RECORDS)
+    assert rows["published: Hiverge"] == "published: Hiverge - 94 % 1.99 s - - 1 A100 - -"
+    assert len([name for name in rows if name.startswith("published: ")]) - 1 == len(gpu_report.SHOWN_RECORDS)
     assert "`pytest -m gpu`: 1 passed, 1 skipped (::b); Some GPU; torch 2.99" in readme_block(save(whole))
 
 
@@ -172,10 +175,8 @@ def test_gaps_in_parts_that_ended_early_are_named_beside_what_they_found(whole, 
     for name in [*rungs[1:5], "airbench_2024"]:
         del parts["recipes"]["found"][name]
     parts["recipes"]["state"] = "out of time"
-    profile = parts["profile"] | {"state": "ended after 480 s"}
-    parts["profile"] = profile
-    for found, key in ((profile["found"]["ways"], WAYS[-1]), (profile["found"], "limit"), (profile["found"], "step")):
-        del found[key]
+    parts["kernels"]["state"] = "ended after 60 s"
+    del parts["kernels"]["found"]["limit"], parts["kernels"]["found"]["step"], parts["ways"]["found"]["ways"][WAYS[-1]]
     parts["start"] |= {"later_attempt": {"state": "failed with status 7", "ended": "2032", "commit": COMMIT}}
     del parts["airbench"], parts["speedrun"]["found"]["speedrun_all_gpus"]
     folder = save(report)
@@ -185,7 +186,7 @@ def test_gaps_in_parts_that_ended_early_are_named_beside_what_they_found(whole, 
     assert "55.00 %" in text and "note: part start on 2032: failed with status 7" in text
     text = words(step_tables(folder))
     assert f"1 10.000 s {MISSING} 222" in text and f"{MISSING}: speedrun with {WAYS[-1]}" in text
-    assert "TFLOP" not in text and "\nnote: part profile on 2031" in text and text.endswith("measures what is missing")
+    assert "TFLOP" not in text and "\nnote: part kernels on 2031" in text and text.endswith("measures what is missing")
     assert f"{MISSING}: speedrun on several GPUs" in sharing_table(folder)
 
 
@@ -235,12 +236,12 @@ def test_the_script_rewrites_the_readme_between_its_markers_from_the_folder_of_s
     monkeypatch.setattr(gpu, "REPOSITORY", tmp_path)
     monkeypatch.setattr(gpu, "SAVED", results)
     monkeypatch.setattr(gpu, "run_part", lambda *_: ("done", 1.0))
-    gpu.measure(gpu.parse(["--out", str(tmp_path / "elsewhere"), "--device", "cpu", "--parts", "start"]))
+    gpu.measure(gpu.parse(["--out", str(tmp_path / "elsewhere"), "--device", "cpu", "--only", "start"]))
     assert readme.read_text() == old
     assert gpu.main(["--out", str(results), "--device", "cpu", "--recipe", "smoke"]) == 2
     assert "this is a dry run (device cpu, recipe smoke), and results holds" in capsys.readouterr().err
     assert not results.exists()
-    options = gpu.parse(["--out", str(results), "--device", "cpu", "--parts", "start"])
+    options = gpu.parse(["--out", str(results), "--device", "cpu", "--only", "start"])
     gpu.measure(options)
     assert readme.read_text() == f"before\n{gpu.BEGIN}{readme_block(results)}{gpu.END}\nafter\n"
     (results / "gpu.json").write_text(json.dumps(whole))

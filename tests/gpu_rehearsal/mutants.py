@@ -12,6 +12,7 @@ import cifar_fast.hardware.cuda_graph as cuda_graph
 import cifar_fast.training.batches as batches
 import cifar_fast.training.capture as capture
 import cifar_fast.training.loop as loop
+import cifar_fast.training.optim as optim
 import cifar_fast.training.setup as setup
 import cifar_fast.training.step as step
 
@@ -68,13 +69,13 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
         ),
     ),
     "channels_last forgotten for the weights": (
-        Edit(setup, "set_up", "torch.channels_last if recipe.channels_last else", ""),
+        Edit(setup, "set_up", "torch.channels_last if fitted.channels_last else", ""),
     ),
     f"gradients set to None between captures ({ANOTHER_RANK})": (
         Edit(step, "Update.clear_gradients", "self.gradients.zero_()", "self.model.zero_grad(set_to_none=True)"),
     ),
     "gradients never cleared": (Edit(step, "Update.__call__", "self.clear_gradients()", "pass"),),
-    "SGD not fused": (Edit(setup, "set_up", "fuse(optimizers)", "pass"),),
+    "SGD not fused": (Edit(optim, "recipe_optimizers", "fuse(optimizers)", "pass"),),
     "a warm-up on the default stream that keeps its graph": (
         Edit(
             cuda_graph,
@@ -88,6 +89,6 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
     "nothing rolled back": (Edit(capture, "_capture", "with rolled_back(setup.model, setup.optimizers):", "if True:"),),
     "results not copied": (Edit(loop, "train_epoch", "losses.append(loss.clone())", "losses.append(loss)"),),
     "pageable copies in every step": (
-        Edit(batches, "TrainBatches.epoch", "yield make(*now)", "yield make(*(value.cpu() for value in now))"),
+        Edit(batches, "TrainBatches.epoch", "make(*now)", "make(*(value.cpu() for value in now))"),
     ),
 }

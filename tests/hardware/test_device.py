@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cifar_fast.errors import UserError
-from cifar_fast.hardware.device import environment, keep_freed_memory, select_device
+from cifar_fast.hardware import device as devices
+from cifar_fast.hardware.device import OTHER_GPUS, environment, has_float64, keep_freed_memory, select_device
 
 CPU = torch.device("cpu")
 
@@ -54,6 +55,25 @@ def test_a_missing_gpu_is_refused(name: str, n_gpus: int, monkeypatch: pytest.Mo
 def test_an_unknown_device_is_refused(name: str, said: str) -> None:
     with pytest.raises(UserError, match=f"device '{name}' is {said}.*cpu"):
         select_device(name)
+
+
+def test_other_gpus_are_taken_only_by_name_and_refused_with_what_they_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_gpus(monkeypatch, 0)
+    for kind in OTHER_GPUS:
+        monkeypatch.setattr(devices, "count_other_gpus", lambda kind: 1)
+        assert select_device(kind) == torch.device(kind) and select_device() == CPU
+        assert not has_float64(torch.device(kind))
+        with pytest.raises(UserError, match=f"device '{kind}:1' is not there"):
+            select_device(f"{kind}:1")
+        monkeypatch.setattr(devices, "count_other_gpus", lambda kind: 0)
+        with pytest.raises(UserError, match=f"device '{kind}' is not there: this torch.* needs .*; use cpu or cuda"):
+            monkeypatch.setattr(torch.backends.mps, "is_built", lambda: False)
+            monkeypatch.setattr(torch.xpu, "_is_compiled", lambda: False)
+            select_device(kind)
+        with pytest.raises(UserError, match=f"device '{kind}' is not there: torch finds none: it needs"):
+            monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+            monkeypatch.setattr(torch.xpu, "_is_compiled", lambda: True)
+            select_device(kind)
 
 
 # --- What a result stands on ---

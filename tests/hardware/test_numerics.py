@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from cifar_fast import recipes
+from cifar_fast.errors import UserError
 from cifar_fast.hardware import numerics as chosen
+from cifar_fast.hardware.cuda_graph import choose_step_mode
 from cifar_fast.hardware.numerics import (
     DTYPES,
     WAYS,
@@ -18,6 +22,9 @@ from cifar_fast.hardware.numerics import (
     capabilities,
     choose_numerics,
     convolution_rates,
+    half_precision_is_right,
+    needs_measuring,
+    saved_rates,
 )
 from cifar_fast.kernels import amx, fused, winograd
 from cifar_fast.recipe import Recipe
@@ -159,6 +166,25 @@ def test_this_cpu_can_be_measured() -> None:
     assert convolution_rates(4) is measured  # once a process: two runs in it choose the same
 
 
+def test_a_measurement_is_saved_for_who_asks_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen, "_rates_file", lambda: tmp_path / "rates.json")
+    assert saved_rates() is None and needs_measuring(Recipe(), CPU)
+    monkeypatch.setattr(chosen, "TIMED_IMAGES", 3)
+    measured = convolution_rates(3)
+    assert saved_rates() == measured and not needs_measuring(Recipe(), CPU)
+    monkeypatch.setattr(chosen, "cpu_name", lambda: "another processor")
+    assert saved_rates() is None
+    (tmp_path / "rates.json").write_text("{")
+    assert saved_rates() is None
+    for recipe, device in ((Recipe(precision="float64"), CPU), (Recipe(), GPU)):
+        assert not needs_measuring(recipe, device)
+
+
+def test_known_rates_replace_a_measurement(rates: dict[Way, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen, "convolution_rates", lambda: pytest.fail("measured"))
+    assert choose_numerics(Recipe(), CPU, {**rates, AMX: 1000.0}).convolution == "amx"
+
+
 # --- On a GPU ---
 
 
@@ -180,6 +206,48 @@ def test_a_gpu_gets_what_it_has(
     numerics = choose_numerics(Recipe(precision=precision), GPU)
     assert (numerics.dtype, numerics.convolution) == (expected, "direct")
     assert ("instead" in numerics.reason) == (precision == "bfloat16" and capability < (8, 0))
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "right", "expected"),
+    [
+        ("mps", "auto", True, torch.float16),
+        ("xpu", "auto", True, torch.bfloat16),
+        ("mps", "bfloat16", True, torch.bfloat16),
+        ("mps", "auto", False, torch.float32),
+        ("xpu", "float16", False, torch.float32),
+        ("xpu", "float32", True, torch.float32),
+    ],
+)
+def test_other_gpus_compute_eagerly_in_half_precision_where_that_is_right(
+    kind: str, precision: str, right: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chosen, "half_precision_is_right", lambda device, dtype: right)
+    monkeypatch.setattr(chosen, "capabilities", lambda: pytest.fail("compiled"))
+    recipe = replace(recipes.speedrun(), precision=precision)
+    numerics = choose_numerics(recipe, torch.device(kind))
+    assert (numerics.dtype, numerics.convolution, numerics.fuse_norm) == (expected, "direct", False)
+    assert ("instead" in numerics.reason) == (not right)
+    mode = choose_step_mode(recipe, torch.device(kind))
+    assert mode.describe()["step_mode"] == "eager" and "no CUDA GPU" in mode.reasons[0]
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_other_gpus_refuse_float64(kind: str) -> None:
+    with pytest.raises(UserError, match=f"precision=float64: .* {kind} has no float64; use --device cpu"):
+        choose_numerics(Recipe(precision="float64"), torch.device(kind))
+
+
+def test_half_precision_is_right_where_it_agrees_with_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert half_precision_is_right(CPU, torch.bfloat16)
+    assert not half_precision_is_right(torch.device("meta"), torch.bfloat16)  # computes nothing
+    conv2d = torch.nn.functional.conv2d
+
+    def wrong(x: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        return conv2d(x, *args, **options) * (1.1 if torch.is_autocast_enabled("cpu") else 1.0)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", wrong)
+    assert not half_precision_is_right(CPU, torch.bfloat16)
 
 
 def test_a_gpu_needs_no_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:

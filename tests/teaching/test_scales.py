@@ -33,7 +33,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
 # --- which scale ---
 
 
-@pytest.mark.parametrize("n, name", [(0, "laptop"), (1, "gpu"), (2, "gpu"), (7, "gpu"), (8, "8gpu"), (16, "8gpu")])
+@pytest.mark.parametrize("n, name", [(0, "classroom"), (1, "gpu"), (2, "gpu"), (7, "gpu"), (8, "8gpu"), (16, "8gpu")])
 def test_the_machine_chooses_its_scale(monkeypatch, n, name):
     gpus(monkeypatch, n)
     scale = here()
@@ -52,14 +52,16 @@ def test_the_variable_comes_before_the_machine_and_the_name_before_both(monkeypa
 
 def test_an_unknown_scale_is_told_the_known_ones(monkeypatch):
     monkeypatch.setenv(scales.VARIABLE, "huge")
-    with pytest.raises(UserError, match="no scale 'huge'; set CIFAR_FAST_SCALE to one of smoke, laptop, gpu, 8gpu"):
+    with pytest.raises(
+        UserError, match="no scale 'huge'; set CIFAR_FAST_SCALE to one of smoke, classroom, laptop, gpu, 8gpu"
+    ):
         here()
 
 
 @pytest.mark.parametrize("n, name, needs", [(0, "gpu", 1), (0, "8gpu", 8), (7, "8gpu", 8)])
 def test_a_scale_whose_gpus_are_not_there_is_refused(monkeypatch, n, name, needs):
     gpus(monkeypatch, n)
-    with pytest.raises(UserError, match=f"'{name}' needs {needs} GPU.*machine has {n};.*laptop .* or smoke"):
+    with pytest.raises(UserError, match=f"'{name}' needs {needs} GPU.*machine has {n};.*classroom .* or smoke"):
         here(name)
 
 
@@ -75,7 +77,7 @@ def test_every_scale_has_seeds_for_an_interval_and_processes_that_its_recipe_has
 
 
 def test_a_scale_names_itself_in_a_line(monkeypatch):
-    smoke, laptop, *_ = all_scales(monkeypatch)
+    smoke, _, laptop, *_ = all_scales(monkeypatch)
     epochs = f"{smoke.ablation_recipe.epochs:g} epochs"
     assert str(smoke).startswith(f"scale: smoke (asked for); 3,000 training images, ablations with 'smoke', {epochs}, ")
     assert str(smoke).endswith("3 seeds") and str(replace(smoke, seeds=(0,))).endswith("1 seed")
@@ -113,7 +115,7 @@ def test_load_takes_its_part_of_what_load_or_synthetic_finds(tiny_data, monkeypa
 
 
 @pytest.mark.parametrize("name", recipe.names())
-@pytest.mark.parametrize("scale", ["smoke", "laptop"])
+@pytest.mark.parametrize("scale", ["smoke", "classroom", "laptop"])
 def test_shrinking_changes_sizes_and_no_trick(name, scale):
     whole, scale = recipe.named(name), here(scale)
     small = scale.shrink(whole)
@@ -145,6 +147,6 @@ def test_what_is_small_enough_is_left_alone():
 
 
 def test_gpus_train_recipes_as_they_are(monkeypatch):
-    for scale in all_scales(monkeypatch)[2:]:
+    for scale in all_scales(monkeypatch)[3:]:
         whole = recipe.page_2019()
         assert not changed_fields(scale.shrink(whole), whole)

@@ -27,7 +27,7 @@ from cifar_fast.training import averaging, loop, setup, step
 from cifar_fast.training.batches import TrainBatches
 from cifar_fast.training.evaluate import Evaluation, evaluate
 from cifar_fast.training.loop import train
-from cifar_fast.training.model import Network, build_model
+from cifar_fast.training.model import Network, build_model, build_network
 from cifar_fast.training.result import EpochResult, RunResult
 from cifar_fast.training.step import forward_backward
 
@@ -82,10 +82,10 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Network]:
     models: list[Network] = []
 
     def build_and_keep(*args: Any, **options: Any) -> Network:
-        models.append(build_model(*args, **options))
+        models.append(build_network(*args, **options))
         return models[-1]
 
-    monkeypatch.setattr(setup, "build_model", build_and_keep)
+    monkeypatch.setattr(setup, "build_network", build_and_keep)
     return models
 
 

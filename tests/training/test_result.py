@@ -19,7 +19,8 @@ from cifar_fast.recipes import smoke
 from cifar_fast.training import result as result_module
 from cifar_fast.training.evaluate import predict_logits
 from cifar_fast.training.loop import train
-from cifar_fast.training.result import RunFolder, RunResult, load_run, save_run
+from cifar_fast.training.result import RunFolder, RunResult, halved, load_run, save_run
+from cifar_fast.training.seeds import Seeds
 
 RECIPE = replace(smoke(), n_shards=1, epochs=2.0, widths=(8, 8, 8), precision="float32", convolution="direct")
 
@@ -29,10 +30,70 @@ def trained(tiny_data: Dataset) -> RunResult:
     return train(RECIPE, tiny_data, device="cpu", progress=False)
 
 
+@pytest.fixture(scope="module")
+def part(tiny_data: Dataset) -> Dataset:
+    """300 of the 640 training images."""
+    return tiny_data.subset(range(0, 600, 2))
+
+
+@pytest.fixture(scope="module")
+def separate(part: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunResult, Path]:
+    """A run with separate seeds on a part of the training set that has kept its logits, and its folder."""
+    out, seeds = tmp_path_factory.mktemp("runs") / "run", Seeds(start=1, order=2, augmentation=3)
+    recipe = replace(RECIPE, global_batch_size=150, epochs=1.0)
+    return train(recipe, part, device="cpu", progress=False, seed=seeds, out=out, save_logits=True), out
+
+
 @pytest.fixture
 def folder(trained: RunResult, tmp_path: Path) -> Path:
     save_run(trained, tmp_path / "run")
     return tmp_path / "run"
+
+
+def test_kept_logits_say_what_the_result_says(separate, part):
+    result, _ = separate
+    assert result.logits.dtype == torch.float16 and result.logits.shape == (200, 10)
+    assert torch.equal(result.test_labels, part.test_labels)
+    assert (result.logits.argmax(1) == result.test_labels).double().mean().item() == result.accuracy
+    logits = predict_logits(result.model, part.test_images, tta=result.recipe.tta)
+    torch.testing.assert_close(result.logits.float().softmax(1), logits.softmax(1), rtol=1e-3, atol=1e-3)
+
+
+def test_logits_in_half_precision_keep_the_likeliest_class_and_stay_finite():
+    close, far = torch.tensor([8.001, 8.0, 0.0]), torch.tensor([0.0, 1e6, -1e6])
+    assert close.half()[0] == close.half()[1], "a tie, without the shift"
+    half = halved(torch.stack([close, far]))
+    assert half.dtype == torch.float16 and half.isfinite().all()
+    assert half.argmax(1).tolist() == [0, 1] and half[0, 0] > half[0, 1]
+    torch.testing.assert_close(half[0].float().softmax(0), close.softmax(0), rtol=1e-3, atol=1e-4)
+
+
+def test_logits_indices_and_seeds_come_back_from_the_folder_and_from_a_copy(separate, part, tmp_path):
+    result, folder = separate
+    save_run(result, tmp_path / "copy")
+    for loaded in (load_run(folder), load_run(tmp_path / "copy")):
+        assert loaded.seed == result.seed == Seeds(start=1, order=2, augmentation=3)
+        assert loaded.to_dict() == result.to_dict()
+        for name in ("logits", "test_labels", "train_indices"):
+            assert torch.equal(getattr(loaded, name), getattr(result, name)), name
+    assert loaded.train_indices.tolist() == list(range(0, 600, 2))
+    assert loaded.dataset["subset"] == part.selection.describe()
+
+
+def test_without_asking_no_logits_or_indices_are_kept(trained, folder):
+    assert trained.logits is None and trained.train_indices is None and "subset" not in trained.dataset
+    assert {path.name for path in folder.iterdir()} == {
+        "recipe.json", "environment.json", "epochs.jsonl", "timing_log.tsv", "result.json", "weights.safetensors",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["logits.safetensors", "train_indices.npy"])
+def test_kept_tensors_that_are_cut_short(separate, tmp_path, name):
+    save_run(separate[0], tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(RunError, match="cannot be read"):
+        load_run(tmp_path / "run")
 
 
 def no_space(*_: object) -> None:
@@ -92,7 +153,7 @@ def test_a_folder_that_cannot_be_written(trained, tmp_path):
 
 
 def test_a_disk_that_fills_up_while_logging(trained, tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path / "run", RECIPE, trained.dataset, trained.environment)
+    folder = RunFolder(tmp_path / "run", RECIPE, trained.dataset, trained.environment, {})
     folder.log(trained.epochs[0])
     monkeypatch.setattr(result_module.os, "fsync", no_space)
     with pytest.raises(RunError, match="No space left on device"):
@@ -103,7 +164,7 @@ def test_a_disk_that_fills_up_while_logging(trained, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("function", ["save_file", "write_json"])
 def test_a_disk_that_fills_up_at_the_end_keeps_the_logs_and_no_half_result(trained, tmp_path, monkeypatch, function):
-    folder = RunFolder(tmp_path / "run", RECIPE, trained.dataset, trained.environment)
+    folder = RunFolder(tmp_path / "run", RECIPE, trained.dataset, trained.environment, {})
     folder.log(trained.epochs[0])
     monkeypatch.setattr(result_module, function, no_space)
     with pytest.raises(RunError, match="No space left on device.*logs are there"):

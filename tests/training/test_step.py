@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from cifar_fast import recipes
 from cifar_fast.data.dataset import Dataset
+from cifar_fast.hardware.device import OTHER_GPUS, count_other_gpus, why_no_other_gpu
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.alone import Alone
 from cifar_fast.training.batches import TrainBatches, pixel_statistics
+from cifar_fast.training.evaluate import evaluate
 from cifar_fast.training.layers import GhostBatchNorm
+from cifar_fast.training.loop import train
 from cifar_fast.training.model import Network, build_model, whiten_first_layer
 from cifar_fast.training.setup import Setup, choose_execution, set_up
 from cifar_fast.training.step import forward_backward
@@ -137,3 +144,57 @@ def test_a_frozen_whitening_bias_stays_although_the_buffer_keeps_a_zero_gradient
     assert not torch.equal(learned, start)
     step(*next(setup.batches.epoch(1)))
     assert bias.grad is not None and torch.equal(bias, learned)
+
+
+# --- Devices without float64 ---
+
+
+class NoFloat64(TorchDispatchMode):
+    """Fails where anything on the device `meta`, which stands for one without float64, is float64."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for value in tree_leaves(found):
+            if isinstance(value, Tensor) and value.device.type == "meta":
+                self.seen += 1
+                assert value.dtype != torch.float64, function
+        return found
+
+    seen = 0
+
+
+def test_no_float64_is_asked_of_a_device_that_lacks_it(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("cifar_fast.training.setup")
+    monkeypatch.setattr(module, "has_float64", lambda device: device.type != "meta")
+    recipe, meta = SMOKE, torch.device("meta")
+    execution = choose_execution(recipe, torch.device("cpu"))
+    with NoFloat64() as watched:
+        setup = set_up(recipe, data, execution, device=meta)
+        setup.batches.make(16, *setup.batches.example_choices())
+    assert watched.seen and all(value.is_meta for value in setup.model.state_dict().values())
+
+
+def test_statistics_and_evaluation_are_the_same_without_float64(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, cpu = SMOKE, torch.device("cpu")
+    execution = choose_execution(recipe, cpu)
+    found = []
+    for float64 in (True, False):
+        for name in ("setup", "evaluate", "alone"):
+            module = importlib.import_module(f"cifar_fast.training.{name}")
+            monkeypatch.setattr(module, "has_float64", lambda device, float64=float64: float64)
+        model = set_up(recipe, data, execution, device=cpu).model
+        evaluation = evaluate(model, data.test_images, data.test_labels)
+        found.append((model.state_dict(), evaluation, Alone().sum(torch.ones(3))))
+    (weights, first, total), (others, second, other_total) = found
+    assert all(torch.equal(value, others[name]) for name, value in weights.items())
+    assert first.loss == second.loss and torch.equal(first.confusion, second.confusion)
+    assert torch.equal(total, other_total) and other_total.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", sorted(OTHER_GPUS))
+def test_other_gpus_train(kind: str, data: Dataset) -> None:
+    if not count_other_gpus(kind):
+        pytest.skip(f"needs an {OTHER_GPUS[kind]}: {why_no_other_gpu(kind)}")
+    result = train(SMOKE, data, device=kind, progress=False)
+    assert result.environment["device"] == kind and result.environment["step_mode"] == "eager"
+    assert 0 <= result.accuracy <= 1

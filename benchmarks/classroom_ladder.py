@@ -1,0 +1,67 @@
+"""Trains every rung of the classroom ladder at several numbers of epochs, and saves the runs.
+
+    python benchmarks/classroom_ladder.py --epochs 2 4 --seeds 0 1 2 --out benchmarks/results/classroom_ladder
+
+Each run becomes a line of results.jsonl: rung, epochs, arithmetic (FLOP), commit, and what `RunResult.to_dict` gives.
+No run is trained twice, so the script can be stopped and started again, with more seeds or epochs. Clocks are saved
+only with --quiet, when nothing else ran on the machine. The rung that adds test-time augmentation needs no training of
+its own: it evaluates the network of the rung below.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from ablation import line, without_clocks
+
+from cifar_fast import recipes
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.data.load import load_cifar10
+from cifar_fast.experiments.ablation import evaluate_as_trained
+from cifar_fast.experiments.arithmetic import train_flop
+from cifar_fast.training.loop import train
+
+
+def done(results: Path) -> set[tuple[str, float, int]]:
+    """Return the rung, epochs and seed of every saved run."""
+    if not results.exists():
+        return set()
+    runs = [json.loads(text) for text in results.read_text().splitlines()]
+    return {(run["arm"], run["recipe"]["epochs"], run["seed"]) for run in runs}
+
+
+def train_rungs(epochs: float, seed: int, data: Dataset, results: Path, quiet: bool) -> None:
+    """Train what is missing of the ladder at `epochs` with `seed`; append each run as it ends."""
+    *trained, top = recipes.classroom_ladder(epochs)
+    for rung in trained:
+        if (rung.recipe.name, epochs, seed) in done(results):
+            continue
+        result = train(rung.recipe, data, seed=seed, progress=False)
+        flop = {"train_flop": train_flop(rung.recipe, len(data.train_labels))}
+        lines = [line(rung.recipe.name, result) | flop]
+        if rung is trained[-1]:
+            found = evaluate_as_trained(result, data, top.recipe.tta)
+            changed = {"accuracy": found.accuracy, "loss": found.loss, "recipe": top.recipe.to_dict()}
+            lines.append(line(top.recipe.name, result) | flop | changed)
+        with open(results, "a") as file:
+            file.write("".join(json.dumps(run if quiet else without_clocks(run)) + "\n" for run in lines))
+        print(f"{rung.recipe.name}, {epochs:g} epochs, seed {seed}: {100 * result.accuracy:.2f} %", flush=True)
+
+
+def main() -> None:
+    """Train seed by seed, so that the saved runs can be compared at any time."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--epochs", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0, 6.0, 8.0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine: save the clocks")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    data = load_cifar10()
+    for seed in options.seeds:
+        for epochs in options.epochs:
+            train_rungs(epochs, seed, data, options.out / "results.jsonl", options.quiet)
+
+
+if __name__ == "__main__":
+    main()

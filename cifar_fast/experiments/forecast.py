@@ -1,0 +1,127 @@
+"""How long a training run will take on this machine, from a few of its steps, timed within seconds before it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cifar_fast.data.dataset import Dataset
+from cifar_fast.experiments.step_costs import steady_step, with_batch_size
+from cifar_fast.hardware.clock import Clock
+from cifar_fast.hardware.device import keep_freed_memory, select_device
+from cifar_fast.recipe import Recipe
+from cifar_fast.training.batches import steps_per_epoch
+from cifar_fast.training.evaluate import evaluate
+from cifar_fast.training.progress import views_per_image
+from cifar_fast.training.setup import Setup, choose_execution, set_up
+
+MOST_IMAGES = 512
+"""Images of a timed step at most: a larger batch takes as much longer as it is larger."""
+TEST_IMAGES = 500
+"""Test images that are timed: a batch of `evaluate`."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a training run should take, evaluation included."""
+
+    recipe: Recipe
+    seconds: float
+    machine: str
+    """Its cores and instructions, or its GPU, in words."""
+
+    def __str__(self) -> str:
+        """Return it as one says it: about 4 min (2 cores, AVX2, measured)."""
+        return f"{about(self.seconds)} ({self.machine}, measured)"
+
+
+def about(seconds: float) -> str:
+    """Return a duration as precisely as a forecast is: about 35 s, about 4 min, about 1.5 h."""
+    if seconds < 90:
+        return f"about {max(5, 5 * round(seconds / 5))} s"
+    if seconds < 90 * 60:
+        return f"about {round(seconds / 60)} min"
+    return f"about {seconds / 3600:.1f} h"
+
+
+def forecast(recipe: Recipe, data: Dataset, *, device: str | None = None) -> Forecast:
+    """Time a step of `recipe` at each of its resolutions and a batch of test images, and add up a whole run.
+
+    The steps are those of training, through the same set-up, on at most 512 images; nothing of them is left behind. It
+    takes a few seconds. On a CUDA GPU, whose steps are compiled first, it would take longer than many a training run.
+
+    Args:
+        recipe: what is to be trained.
+        data: what it is to be trained on.
+        device: `cpu`, `cuda`, ... or None for the best one here.
+
+    Raises:
+        RecipeError: the recipe does not fit the data.
+        UserError: the device is not there.
+    """
+    on = select_device(device)
+    keep_freed_memory()
+    n_steps = steps_per_epoch(recipe, len(data.train_labels))
+    smaller = with_batch_size(recipe, timed_images(recipe))
+    setup = set_up(smaller, _few(data, smaller.global_batch_size), choose_execution(smaller, on), device=on)
+    seconds_at = _seconds_of_steps(setup)
+    view_seconds = _seconds_of_a_view(setup)
+    steps_left, seconds = math.ceil(recipe.epochs * n_steps), 0.0
+    for epoch in range(math.ceil(recipe.epochs)):
+        steps = min(n_steps, steps_left)
+        steps_left -= steps
+        of_a_step = seconds_at[setup.batches.resolution(epoch)] * recipe.global_batch_size / smaller.global_batch_size
+        seconds += steps * of_a_step + len(data.test_labels) * views_per_image(recipe, epoch) * view_seconds
+    return Forecast(recipe, seconds, _in_words(setup.environment()))
+
+
+def timed_images(recipe: Recipe) -> int:
+    """Return how many images a timed step takes: whole norm groups of every shard."""
+    unit = recipe.n_shards * (recipe.ghost_batch_size or 1)
+    return min(recipe.global_batch_size, max(1, MOST_IMAGES // unit) * unit)
+
+
+def _few(data: Dataset, n_train: int) -> Dataset:
+    return Dataset(
+        data.name,
+        data.classes,
+        data.train_images[:n_train],
+        data.train_labels[:n_train],
+        data.test_images[:TEST_IMAGES],
+        data.test_labels[:TEST_IMAGES],
+        data.source,
+        data.fingerprint,
+    )
+
+
+def _seconds_of_steps(setup: Setup) -> dict[int, float]:
+    """Return the seconds of a step for each size of image, the making of its batch included."""
+    step, chosen = steady_step(setup), setup.batches.example_choices()
+    sides = sorted({setup.batches.resolution(epoch) for epoch in range(math.ceil(setup.recipe.epochs))})
+    seconds = {}
+    for side in [sides[0], *sides]:  # the very first step warms up; small images do so sooner
+        clock = Clock(setup.device)
+        with clock.running():
+            step(*setup.batches.make(side, *chosen))
+        seconds[side] = clock.seconds
+    return seconds
+
+
+def _seconds_of_a_view(setup: Setup) -> float:
+    images, labels = setup.test_set
+    dtype = setup.execution.numerics.dtype
+    evaluate(setup.model, images[:1], labels[:1], dtype=dtype)  # warms up
+    clock = Clock(setup.device)
+    with clock.running():
+        evaluate(setup.model, images, labels, dtype=dtype)
+    return clock.seconds / len(labels)
+
+
+def _in_words(environment: dict[str, Any]) -> str:
+    if environment["gpu"]:
+        return str(environment["gpu"])
+    threads = torch.get_num_threads()
+    return f"{threads} core{'s' if threads > 1 else ''}, {environment['cpu_capability']}"
