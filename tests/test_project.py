@@ -233,7 +233,9 @@ def figures(runs: list[dict]) -> str:
 
 
 def test_readme_expects_what_was_measured():
+    from cifar_fast import recipes
     from cifar_fast.experiments.saved import saved_runs
+    from cifar_fast.recipe import Recipe
 
     with_amx = saved_runs("laptop")
     without = [run for run in saved_runs("ablation_without_tiles") if run["arm"] == "as it is"]
@@ -246,6 +248,10 @@ def test_readme_expects_what_was_measured():
     accuracy = {name: f"{100 * fmean(run['accuracy'] for run in saved_runs(name)):.2f} %" for name in SHOWN}
     (laptop,) = [row for row in rows if row.startswith("`laptop`")]
     assert f"{accuracy['laptop']}, n = {len(with_amx)}" in laptop
+    held_out = [run for run in saved_runs("search_classroom") if Recipe.from_dict(run["recipe"]) == recipes.classroom()]
+    (classroom,) = [row for row in rows if row.startswith("`classroom`")]
+    share = f"{100 * fmean(run['accuracy'] for run in held_out):.2f} %"
+    assert f"{share} of held-out training images, n = {len(held_out)}" in classroom
     (apple,) = [row for row in rows if row.startswith("`apple_8gpu`")]
     assert f"{accuracy['apple_8gpu']} on a CPU, n = 1" in apple
     (page,) = [row for row in rows if row.startswith("`baseline_2018`")]
