@@ -67,8 +67,6 @@ def choose_step_mode(recipe: Recipe, device: torch.device, backend: str | None =
     against_both = None
     if device.type != "cuda":
         against_both = "the device is no CUDA GPU"
-    elif recipe.resolutions:
-        against_both = f"resolutions={recipe.resolutions} changes the size of the images, and a captured step has one"
     against_graph = against_compile = against_both
     if not against_both and CapturedFunction.refused:
         against_graph = f"an earlier capture in this process failed ({CapturedFunction.refused}); start it again"
@@ -129,8 +127,11 @@ class CapturedFunction:
     """Why a capture has failed in this process, if one has: torch's allocator may then refuse every other."""
     alive: ClassVar[weakref.WeakSet[CapturedFunction]] = weakref.WeakSet()
 
-    def __init__(self, function: Callable[..., Any], *inputs: Tensor) -> None:
+    def __init__(self, function: Callable[..., Any], *inputs: Tensor, other: CapturedFunction | None = None) -> None:
         """Call `function` a few times with `inputs`, then capture it on their device.
+
+        With an `other` captured function the two use the same memory for all but what they return. A call of the other
+        may overwrite what this one has returned: read it before.
 
         The graph reads `inputs` from then on, and a call with these very tensors copies nothing. The first calls
         change what the function changes; the capture itself changes nothing. If it fails, the error is the one that
@@ -151,18 +152,18 @@ class CapturedFunction:
                     before.wait_stream(stream)
                 self.graph = torch.cuda.CUDAGraph()
                 try:
-                    self.outputs = self._capture(function, stream)
+                    self.outputs = self._capture(function, stream, other.graph.pool() if other else None)
                 except BaseException as error:
                     torch.cuda.set_stream(before)  # before torch 2.15 the stream of the capture stays the current one
                     CapturedFunction.refused = first_line(error)
                     raise
         CapturedFunction.alive.add(self)
 
-    def _capture(self, function: Callable[..., Any], stream: torch.cuda.Stream) -> Any:
+    def _capture(self, function: Callable[..., Any], stream: torch.cuda.Stream, pool: Any) -> Any:
         errors: list[BaseException] = []
         try:
             # Other threads may use the GPU meanwhile: NCCL's watchdog queries events.
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 try:
                     return function(*self.inputs)
                 except BaseException as error:

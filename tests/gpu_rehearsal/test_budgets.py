@@ -22,10 +22,10 @@ BUDGETS: dict[str, dict[str, tuple[int, int, int, int]]] = {
         "convolution": (19, 24, 19, 24),
         "batch norm": (0, 0, 12, 0),
         "matrix product": (12, 3, 12, 3),
-        "fill": (10, 8, 10, 8),
+        "fill": (11, 9, 11, 9),
         "optimiser over many tensors": (8, 13, 8, 13),
         "max-pool": (8, 8, 8, 8),
-        "copy in memory": (5, 2, 5, 2),
+        "copy in memory": (6, 3, 6, 3),
         "loss and softmax": (4, 4, 4, 4),
         "gather or scatter": (3, 3, 3, 3),
     },
@@ -114,6 +114,16 @@ def test_a_recipe_asks_for_no_more_than_its_budget(rehearsal: Rehearsal, name: s
     assert not waiting & set(found["steps of an epoch"]), found["steps of an epoch"]
     over = over_budget(found, name, captured=captured)
     assert not over, f"{name} is over its budget; what is worth it goes into BUDGETS:\n" + "\n".join(over)
+
+
+def test_small_images_are_captured_too_and_cost_one_kernel_more(rehearsal: Rehearsal) -> None:
+    found = rehearsal.run("measure_launches", name="speedrun", captured=True, resolutions=[32, 24])
+    assert (found["step mode"], found["reason"], found["violations"]) == ("captured", "", [])
+    # Two sizes, and both states of the whitening bias with the first.
+    assert len(found["nodes of the graphs"]) == 2 + 3
+    assert found["kernels of a step"].pop("resize") == 1
+    over = over_budget(found, "speedrun", captured=True)
+    assert not over, "\n".join(over)
 
 
 def test_what_is_over_budget_is_named(rehearsal: Rehearsal) -> None:
