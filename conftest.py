@@ -22,6 +22,7 @@ LONGEST = (
     "test_benchmark.py",
     "test_launch.py",
     "test_processes.py",
+    "test_site.py",
     "03_half_precision.ipynb",  # where a processor has no instructions for bfloat16
     "11_eight_ways_at_once.ipynb",
 )

@@ -6,7 +6,9 @@ Only what is quick to load is imported at the top, so that help and mistakes in 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -48,6 +50,7 @@ SeedOption = Annotated[int | None, conf.arg(metavar="N")]
 WorldSizeOption = Annotated[int | None, conf.arg(metavar="N")]
 BackendOption = Annotated[Literal["nccl", "gloo"] | None, conf.arg(metavar="nccl|gloo")]
 Switch = Annotated[bool, conf.FlagCreatePairsOff]
+ChangesOption = Annotated[tuple[str, ...], conf.arg(metavar="FIELD=VALUE ...")]
 
 CURVE, EXAMPLE = "learning_curve.png", "example.png"
 """Pictures that `train` leaves in a run's folder, besides what a run saves itself."""
@@ -289,6 +292,115 @@ class Benchmark:
 
             save_figure(lambda: accuracy_and_time(found), out / "accuracy_and_time.png")
         return 0
+
+
+@dataclass(kw_only=True)
+class Compare:
+    """Train two recipes in turns until it is clear which one is more accurate.
+
+    Example: cifar-fast compare laptop --b label_smoothing=0. The runs have the same seeds in pairs, and the interval of
+    their difference is valid however often one looks. How many runs differences of several sizes will take here, and
+    how long, is said before it starts. Every finished run is saved: after an interruption, the same command resumes.
+    Every field of the recipe is an option, and changes both arms.
+    """
+
+    first: Annotated[conf.Positional[str | None], conf.arg(metavar="A")] = None
+    """Recipe of arm A. Default: as for `benchmark`."""
+    second: Annotated[conf.Positional[str | None], conf.arg(metavar="B")] = None
+    """Recipe of arm B. Default: that of A."""
+    a: ChangesOption = ()
+    """Fields that arm A alone changes, such as epochs=8 flip=random."""
+    b: ChangesOption = ()
+    """Fields that arm B alone changes."""
+    resolution: Annotated[float, conf.arg(metavar="POINTS")] = 0.2
+    """Stop when the 95 % interval of the difference is narrower than this many percentage points."""
+    max_runs: int = 30
+    """The most runs of each arm, including those already in the folder."""
+    extra_epochs: float = 0.0
+    """Also train A for so many more epochs in each turn, to say what the difference is worth in epochs."""
+    first_seed: int = 0
+    """Seed of the first pair of runs; each pair takes the next one."""
+    data: DataOption = None
+    """Folder of the data set, or `synthetic` (embedded). Default: as for `train`."""
+    mirror: MirrorOption = ()
+    """Another URL to download CIFAR-10 from. Can be repeated."""
+    out: Annotated[Path | None, conf.arg(metavar="FOLDER")] = None
+    """Folder of the runs: a new one, or one to resume. Default: runs/compare-A-B."""
+    logits: Switch = False
+    """Keep the test logits of each run in the folder."""
+    device: DeviceOption = None
+    """Where to train. Default: all CUDA GPUs, or else the CPU."""
+    world_size: WorldSizeOption = None
+    """Number of processes that share the recipe's shards. Default: one for each GPU, or one on a CPU."""
+    backend: BackendOption = None
+    """How the processes communicate. Default: nccl on GPUs, gloo on a CPU."""
+    timeout: float = 10.0
+    """Stop all processes when one has died or gone silent for this many seconds."""
+    quiet: Switch = False
+    """Print only the result."""
+    fields: Annotated[Recipe, conf.arg(name=""), conf.FlagConversionOff]
+
+    def run(self) -> int:
+        """Train pairs of runs until the difference is clear, and print the verdict."""
+        from tqdm.auto import tqdm
+
+        from cifar_fast.experiments.compare import arm_names, compare, load_comparison, run_line
+        from cifar_fast.training.tricks import NO_TRICKS
+
+        silence_other_ranks()
+        a, b = self.arms()
+        names = arm_names((a, NO_TRICKS), (b, NO_TRICKS))
+        out = self.out or Path("runs") / ("compare-" + "-".join(re.sub(r"[^\w.=+-]+", "_", name) for name in names))
+        if not self.quiet:
+            print(f"A: {names[0]}\nB: {names[1]}")
+            for field, (in_a, in_b) in changed_fields(a, b).items():
+                print(f"  {field}: {in_a} -> {in_b}")
+        data = open_data(self.data, self.mirror)
+        if not self.quiet:
+            print(f"data set: {data.name} ({data.source})\nfolder: {out}", flush=True)
+        try:
+            found = compare(
+                a,
+                b,
+                data,
+                resolution=self.resolution,
+                max_runs=self.max_runs,
+                extra_epochs=self.extra_epochs,
+                world_size=self.world_size,
+                device=self.device,
+                backend=self.backend,
+                out=out,
+                first_seed=self.first_seed,
+                save_logits=self.logits,
+                progress=not self.quiet and sys.stderr.isatty(),
+                timeout=self.timeout,
+                on_plan=None if self.quiet else lambda plan: print(f"\n{plan.table()}\n", flush=True),
+                on_run=lambda arm, so_far: None if self.quiet else tqdm.write(run_line(arm, so_far)),
+            )
+        except KeyboardInterrupt:
+            if is_main_rank():
+                with suppress(UserError):
+                    print(f"\n{load_comparison(out).table()}")
+                print(f"\ninterrupted: finished runs are kept in {out}; the same command resumes", file=sys.stderr)
+            return 130
+        print(f"\n{found.table()}\nfolder: {out}")
+        return 0
+
+    def arms(self) -> tuple[Recipe, Recipe]:
+        """Return both recipes, with their changes in their names, too: their results are not the originals'."""
+        from cifar_fast.experiments.compare import with_changes
+
+        base_a, _ = base_recipe(self.first, self.device)
+        base_b = recipes.named(self.second) if self.second else base_a
+        shared = {name: now for name, (_, now) in changed_fields(base_a, self.fields).items()}
+        if self.fields.name != base_a.name:
+            shared["name"] = self.fields.name
+        pair = []
+        for base, option, own in ((base_a, "--a", self.a), (base_b, "--b", self.b)):
+            common = renamed_if_changed(Recipe.from_dict(base.to_dict() | shared), base)
+            changed = Recipe.from_dict(common.to_dict() | parse_changes(option, own))
+            pair.append(replace(changed, name=with_changes(changed.name, common, changed)))
+        return pair[0], pair[1]
 
 
 @dataclass(kw_only=True)
@@ -592,13 +704,14 @@ class Notebooks:
         return 0
 
 
-Command = Train | Predict | Lab | Evaluate | Benchmark | Plan | Data | Doctor | Notebooks
+Command = Train | Predict | Lab | Evaluate | Benchmark | Compare | Plan | Data | Doctor | Notebooks
 COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "predict": Predict,
     "lab": Lab,
     "evaluate": Evaluate,
     "benchmark": Benchmark,
+    "compare": Compare,
     "plan": Plan,
     "data": Data,
     "doctor": Doctor,
@@ -668,13 +781,17 @@ def parse(argv: Sequence[str]) -> Command:
 
     def subcommand(name: str) -> Any:
         command = COMMANDS[name]
-        if argv[:1] != [name] or command not in (Train, Benchmark):
+        if argv[:1] != [name] or command not in (Train, Benchmark, Compare):
             return Annotated[command, conf.subcommand(name)]
         first = argparse.ArgumentParser(prog=f"cifar-fast {name}", add_help=False, allow_abbrev=False)
         first.add_argument("--recipe")
         first.add_argument("--device")
         named, rest = first.parse_known_args(argv[1:])
+        if command is Compare:
+            named.recipe = argv[1] if argv[1:] and not argv[1].startswith("-") else None
         base, _ = base_recipe(named.recipe, named.device)
+        if command is Compare:
+            return Annotated[command, conf.subcommand(name, default=Compare(fields=base))]
         if command is Benchmark:
             return Annotated[command, conf.subcommand(name, default=Benchmark(fields=base))]
         options = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")}
@@ -705,6 +822,20 @@ def base_recipe(name: str | None, device: str | None) -> tuple[Recipe, str]:
     if n_gpus > 1 and n_gpus in allowed_world_sizes(recipes.apple_8gpu()):
         return recipes.apple_8gpu(), f"the recipe for several GPUs, and there are {n_gpus}"
     return recipes.speedrun(), "the recipe for one GPU" + (f", of the {n_gpus} here" if n_gpus > 1 else "")
+
+
+def parse_changes(option: str, changes: Sequence[str]) -> dict[str, Any]:
+    """Return recipe fields from words such as `epochs=8`, `flip=random` and `widths=(8, 8, 8)`."""
+    parsed: dict[str, Any] = {}
+    for change in changes:
+        field, equals, text = change.partition("=")
+        if not equals:
+            raise UserError(f"{option} {change}: write a field and its value, such as {option} epochs=8")
+        try:
+            parsed[field] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            parsed[field] = {"true": True, "false": False}.get(text.lower(), text)
+    return parsed
 
 
 def renamed_if_changed(recipe: Recipe, base: Recipe) -> Recipe:

@@ -413,6 +413,74 @@ def test_ctrl_c_in_a_benchmark_keeps_the_finished_runs(benchmark_command, tmp_pa
     assert [run["seed"] for run in cifar_fast.load_benchmark(tmp_path / "runs").runs] == [0, 1, 2]
 
 
+# --- compare ---
+
+
+@pytest.fixture(scope="module")
+def compare_command(pictures: Path) -> list[str]:
+    """A comparison of runs that take a moment each."""
+    return ["compare", "smoke", "--data", str(pictures), "--device", "cpu", *QUICK, "--epochs", "1", "--max-runs", "5"]
+
+
+def test_compare_says_what_it_may_take_then_the_verdict_and_resumes(compare_command, tmp_path, monkeypatch, capsys):
+    from cifar_fast.distributed.launch import Trainer
+
+    monkeypatch.chdir(tmp_path)
+    train, arguments = Trainer.train, [*compare_command, "--b", "label_smoothing=0.5", "flip=none"]
+
+    def interrupted(trainer, *args, seed, **options):
+        if seed == 2:
+            raise KeyboardInterrupt
+        return train(trainer, *args, seed=seed, **options)
+
+    monkeypatch.setattr(Trainer, "train", interrupted)
+    assert status_of(*arguments) == 130
+    printed = capsys.readouterr()
+    name = "smoke-changed, flip=none, label_smoothing=0.5"
+    assert f"A: smoke-changed\nB: {name}\n  flip: alternating -> none\n" in printed.out
+    assert printed.out.index("PREDICTION: pairs of runs") < printed.out.index("seed   0")
+    assert "VERDICT: Too early to say: it takes 5 pairs of runs for an interval, and there are 2." in printed.out
+    folder = Path("runs/compare-smoke-changed-smoke-changed_flip=none_label_smoothing=0.5")
+    assert f"interrupted: finished runs are kept in {folder}; the same command resumes" in printed.err
+    monkeypatch.setattr(Trainer, "train", train)
+    assert status_of(*arguments, "--quiet") == 0
+    printed = capsys.readouterr()
+    found = cifar_fast.load_comparison(folder)
+    assert "holds 2 pairs of at most 5: resuming" in printed.err
+    assert printed.out == f"\n{found.table()}\nfolder: {folder}\n" and found.pairs == 5
+    assert [(run["recipe"]["name"], run["recipe"]["flip"], run["recipe"]["epochs"]) for run in found.arms["b"]] == [
+        (name, "none", 1.0)
+    ] * 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--b", "flip"], "--b flip: write a field and its value, such as --b epochs=8"),
+        (["--a", "flop=none"], "unknown recipe field flop"),
+        (["--b", "freeze_bn_scale=1"], "freeze_bn_scale=1 must be true or false"),
+        ([], "both arms are smoke-changed: change a field"),
+        (["--b", "flip=none", "--resolution", "-1"], "resolution=-1 must be a width in percentage points"),
+        (["--b", "n_shards=3", "--world-size", "3"], "n_shards=1 cannot be divided among world_size=3"),
+    ],
+)
+def test_mistakes_of_compare(compare_command, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert status_of(*compare_command, *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_arms_are_recipes_with_common_and_own_changes():
+    words = ["laptop", "classroom", "--epochs", "5", "--b", "resolutions=()", "freeze_bn_scale=true", "flip=random"]
+    command = cli.parse(["compare", *words, "--a", "widths=(8, 8, 8)"])
+    assert isinstance(command, cli.Compare)
+    a, b = command.arms()
+    assert (a.name, a.epochs, a.widths) == ("laptop-changed, widths=(8, 8, 8)", 5.0, (8, 8, 8))
+    assert (b.epochs, b.resolutions, b.freeze_bn_scale, b.flip) == (5.0, (), True, "random")
+    assert b.widths == recipes.classroom().widths and b.name.startswith("classroom-changed, ")
+
+
 # --- evaluate ---
 
 

@@ -428,12 +428,16 @@ def arm_names(a: tuple[Recipe, Tricks], b: tuple[Recipe, Tricks]) -> tuple[str, 
     """Return what tables call two arms: recipe and tricks by name, and for B the fields that it changes, too."""
     first, second = a[1].titled(a[0]), b[1].titled(b[0])
     if a[0].name == b[0].name:
-        changes = [f"{field}={new}" for field, (_, new) in changed_fields(a[0], b[0]).items()]
-        shown = changes[:NAMED_CHANGES]
-        if len(changes) > len(shown):
-            shown.append(f"{len(changes) - len(shown)} more")
-        second = ", ".join([second, *shown])
+        second = with_changes(second, a[0], b[0])
     return first, f"{second} (other code)" if first == second else second
+
+
+def with_changes(name: str, a: Recipe, b: Recipe) -> str:
+    """Return `name`, and after it the first fields that `b` changes in `a`, with their new values."""
+    changes = [f"{field}={new}" for field, (_, new) in changed_fields(a, b).items()]
+    if len(changes) > NAMED_CHANGES:
+        changes[NAMED_CHANGES:] = [f"{len(changes) - NAMED_CHANGES} more"]
+    return ", ".join([name, *changes])
 
 
 def runs_needed(

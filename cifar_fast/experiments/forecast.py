@@ -17,6 +17,7 @@ from cifar_fast.training.batches import steps_per_epoch
 from cifar_fast.training.evaluate import evaluate
 from cifar_fast.training.progress import views_per_image
 from cifar_fast.training.setup import Setup, choose_execution, set_up
+from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 MOST_IMAGES = 512
 """Images of a timed step at most: a larger batch takes as much longer as it is larger."""
@@ -47,7 +48,7 @@ def about(seconds: float) -> str:
     return f"about {seconds / 3600:.1f} h"
 
 
-def forecast(recipe: Recipe, data: Dataset, *, device: str | None = None) -> Forecast:
+def forecast(recipe: Recipe, data: Dataset, *, tricks: Tricks = NO_TRICKS, device: str | None = None) -> Forecast:
     """Time a step of `recipe` at each of its resolutions and a batch of test images, and add up a whole run.
 
     The steps are those of training, through the same set-up, on at most 512 images; nothing of them is left behind. It
@@ -56,6 +57,7 @@ def forecast(recipe: Recipe, data: Dataset, *, device: str | None = None) -> For
     Args:
         recipe: what is to be trained.
         data: what it is to be trained on.
+        tricks: functions of your own in place of the recipe's; callbacks are not called.
         device: `cpu`, `cuda`, ... or None for the best one here.
 
     Raises:
@@ -66,7 +68,9 @@ def forecast(recipe: Recipe, data: Dataset, *, device: str | None = None) -> For
     keep_freed_memory()
     n_steps = steps_per_epoch(recipe, len(data.train_labels))
     smaller = with_batch_size(recipe, timed_images(recipe))
-    setup = set_up(smaller, _few(data, smaller.global_batch_size), choose_execution(smaller, on), device=on)
+    tricks = tricks.without_callbacks()
+    execution = choose_execution(smaller, on, tricks=tricks)
+    setup = set_up(smaller, _few(data, smaller.global_batch_size), execution, device=on, tricks=tricks)
     seconds_at = _seconds_of_steps(setup)
     view_seconds = _seconds_of_a_view(setup)
     steps_left, seconds = math.ceil(recipe.epochs * n_steps), 0.0

@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.experiments.ablation import AS_IT_IS
 from cifar_fast.experiments.all_reduce import published_link
+from cifar_fast.experiments.forecast import about, forecast
 from cifar_fast.experiments.plan import predict
 from cifar_fast.experiments.saved import saved_runs
 from cifar_fast.experiments.statistics import anytime_t_bound
 from cifar_fast.experiments.step_costs import measure_step
-from cifar_fast.experiments.tables import duration, html_table, table
+from cifar_fast.experiments.tables import html_table, table
 from cifar_fast.hardware.device import select_device
 from cifar_fast.recipe import Recipe
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
@@ -133,42 +134,28 @@ def expected_deviation(n_test: int) -> tuple[float, str]:
 def run_seconds(
     recipe: Recipe, data: Dataset, *, tricks: Tricks = NO_TRICKS, world_size: int, device: str | None
 ) -> float:
-    """Predict from a few measured steps how long a run takes here with its evaluations, as `plan` does.
+    """Predict from a few steps how long a run takes here with its evaluations: as `forecast` does, on GPUs as `plan`.
 
-    `tricks` are measured too, but for their callbacks.
-
-    Raises `RecipeError` when the recipe cannot be measured.
+    Callbacks are not called. On GPUs all epochs are taken to have images of full size.
     """
-    on = select_device(device)
-    # On a CPU all processes share the cores: together they take about as long as one with the whole batch.
-    workers = 1 if on.type == "cpu" else world_size
-    one_size = replace(recipe, resolutions=())
+    tricks = tricks.without_callbacks()
+    if select_device(device).type != "cuda":
+        # Processes on a CPU share its cores: together they take about as long as one with the whole batch.
+        return forecast(recipe, data, tricks=tricks, device=device).seconds
+    recipe = replace(recipe, resolutions=())
     n_train, n_test = len(data.train_labels), len(data.test_labels)
     measured = measure_step(
-        one_size,
-        tricks=tricks.without_callbacks(),
+        recipe,
+        tricks=tricks,
         device=device,
         n_train=n_train,
         n_test=n_test,
         n_classes=data.n_classes,
-        world_sizes=(workers,),
+        world_sizes=(world_size,),
     )
-    if on.type == "cuda":
-        torch.cuda.empty_cache()  # the processes that will train need the memory
-    predicted = predict(measured, one_size, n_train, n_test, workers, published_link("nvlink_nccl"))
-    area = _mean_area(recipe, data.train_images.shape[-1])
-    return predicted.train_seconds - (1 - area) * predicted.compute_seconds + predicted.evaluate_seconds
-
-
-def _mean_area(recipe: Recipe, side: int) -> float:
-    """Return the mean area of the training images over the epochs, relative to images of full size."""
-    if not recipe.resolutions:
-        return 1.0
-    total = 0.0
-    for epoch in range(math.ceil(recipe.epochs)):
-        now = recipe.resolutions[min(epoch, len(recipe.resolutions) - 1)]
-        total += min(1.0, recipe.epochs - epoch) * (now / side) ** 2
-    return total / recipe.epochs
+    torch.cuda.empty_cache()  # the processes that will train need the memory
+    predicted = predict(measured, recipe, n_train, n_test, world_size, published_link("nvlink_nccl"))
+    return predicted.train_seconds + predicted.evaluate_seconds
 
 
 # --- the table ---
@@ -237,7 +224,7 @@ class RunsNeeded:
         ]
 
     def _time(self, pairs: int) -> str:
-        return "?" if self.pair_seconds is None else f"about {duration(pairs * self.pair_seconds)}"
+        return "?" if self.pair_seconds is None else about(pairs * self.pair_seconds)
 
     def table(self) -> str:
         """Return the prediction as text."""

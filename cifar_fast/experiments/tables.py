@@ -145,14 +145,6 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
-def duration(seconds: float) -> str:
-    """Return a time in the unit that fits it: `4.2 s`, `50 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 59.5:
-        return f"{seconds:.2g} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60:,} h {minutes % 60} min"
-
-
 def turns_table(seconds: Mapping[str, Sequence[float]], n_images: int) -> str:
     """Return a line for each way: images per second, and its speed relative to the first way over the rounds.
 

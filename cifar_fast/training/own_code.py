@@ -6,12 +6,14 @@ refers to by name: other functions, classes, constants. The fingerprint covers t
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import dis
 import functools
 import hashlib
 import inspect
 import io
+import linecache
 import pickle
 import sys
 import sysconfig
@@ -65,6 +67,13 @@ def is_installed(module: str) -> bool:
     )
 
 
+def unwrapped(function: FunctionType) -> FunctionType:
+    """Return what an installed package's wrapper wraps: torch puts one around every optimiser's step on first use."""
+    while is_installed(function.__globals__.get("__name__", "")) and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function
+
+
 def references(function: FunctionType) -> Iterator[tuple[str, Any]]:
     """Yield what a function refers to, by name: globals, variables of the functions around it, default values."""
     for name in sorted(_global_names(function.__code__)):
@@ -100,7 +109,7 @@ def _parts(value: object) -> Iterator[tuple[str, Any]]:
     """Yield what any object consists of, by name; nothing for one whose insides are not known."""
     if isinstance(value, FunctionType):
         if not is_installed(value.__module__ or "__main__"):
-            yield from references(value)
+            yield from references(unwrapped(value))
     elif isinstance(value, MethodType):
         yield from (("self", value.__self__), ("function", value.__func__))
     elif isinstance(value, functools.partial):
@@ -180,6 +189,8 @@ class _Reader:
         if isinstance(value, PLAIN):
             self._feed(type(value).__name__, repr(value))
             return
+        if isinstance(value, FunctionType):
+            value = unwrapped(value)
         if id(value) in self._seen:
             self._feed("again", self._seen[id(value)])
             return
@@ -254,8 +265,27 @@ def _source(value: FunctionType | type) -> str | None:
     """Return the source without its indentation, or None where it cannot be found."""
     try:
         return textwrap.dedent(inspect.getsource(value)).strip()
-    except (OSError, TypeError, SyntaxError, IndentationError):
-        return None
+    except (OSError, TypeError, SyntaxError):
+        return _source_by_methods(value) if isinstance(value, type) else None
+
+
+def _source_by_methods(cls: type) -> str | None:
+    """Return the source of a class whose module has no file, such as a notebook, from where its methods are."""
+    for _, method in _members(cls):
+        code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
+        if code is None:
+            continue
+        lines = linecache.getlines(code.co_filename)
+        try:
+            nodes = list(ast.walk(ast.parse("".join(lines))))
+        except SyntaxError:
+            continue
+        for node in nodes:
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__:
+                first, last = min([node.lineno, *(each.lineno for each in node.decorator_list)]), node.end_lineno
+                if first <= code.co_firstlineno <= (last or 0):
+                    return textwrap.dedent("".join(lines[first - 1 : last])).strip()
+    return None
 
 
 def _code_words(code: CodeType) -> list[object]:
@@ -275,6 +305,8 @@ class _Pickler(cloudpickle.Pickler):
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, Tensor) and obj.device.type != "cpu":
             raise pickle.PicklingError(f"a tensor on {obj.device} would land on the same device in every process")
+        if isinstance(obj, io.FileIO | io.BufferedReader | io.BufferedWriter | io.BufferedRandom | io.TextIOWrapper):
+            raise pickle.PicklingError("a file that is open here is not open there")
         return super().reducer_override(obj)
 
 

@@ -286,7 +286,7 @@ def load_run(path: Path | str, *, tricks: Tricks | None = None) -> RunResult:
         raise RunError(f"the run in {folder} cannot be read: {error}; train it again") from error
     logits, labels = load_logits(folder / LOGITS) if (folder / LOGITS).exists() else (None, None)
     try:
-        own_model = values.get("tricks", {}).get("parts", {}).get("model")
+        own_model = values["tricks"]["parts"].get("model") if "tricks" in values else None
         if own_model and (tricks is None or not tricks.model):
             run = _without_weights(values, MissingModel(own_model["function"], path))
         else:

@@ -27,24 +27,19 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from chromium import NEEDS_CHROMIUM, WAIT_SECONDS
 
 from cifar_fast.teaching.notebooks import METADATA
-
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: pip install -e '.[test]'")
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
-CHROMIUM = os.environ.get("CHROMIUM") or next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-WAIT_SECONDS = 600  # most that may pass: a machine may be slow and busy with other tests, but never stand still
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.timeout(1800),
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium, or set CHROMIUM to one"),
+    *NEEDS_CHROMIUM,
     pytest.mark.skipif(find_spec("jupyterlab") is None, reason="needs JupyterLab: pip install -e '.[notebooks]'"),
 ]
 
@@ -137,19 +132,6 @@ def lab(tmp_path_factory: pytest.TempPathFactory, user_data_root: Path | None) -
     (folder / "live.ipynb").write_text(json.dumps(live))
     with lab_over(folder, tmp_path_factory.mktemp("lab"), user_data_root) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            timeout=1000 * WAIT_SECONDS,
-            executable_path=CHROMIUM,
-            args=["--disable-dev-shm-usage"],  # containers have a small one
-            chromium_sandbox=False,  # which root cannot have
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

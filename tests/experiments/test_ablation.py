@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cells import CELLS, tricks_of
 from made_up import MACHINE
 
 from cifar_fast import recipes
@@ -87,6 +88,24 @@ def test_each_arm_is_the_recipe_with_its_fields_and_trains_as_train_does(tiny_da
         assert runs.arms[name][1]["recipe"] == recipe.to_dict()
         assert (runs.arms[name][1]["accuracy"], runs.arms[name][1]["loss"]) == (alone.accuracy, alone.loss)
     assert runs.arms[AS_IT_IS][0]["loss"] != runs.arms["hard labels"][0]["loss"]
+
+
+def test_an_arm_can_be_a_trick_of_ones_own(tiny_data):
+    few = replace(tiny_data, train_images=tiny_data.train_images[:128], train_labels=tiny_data.train_labels[:128])
+    arms: dict[str, Any] = {name: tricks_of(name) for name in CELLS}
+    arms["both"] = {"label_smoothing": 0.0}, tricks_of("AdamW")
+    runs = ablation(RECIPE, few, arms, seeds=(0,), device="cpu", progress=False)
+    assert [arm[0].get("tricks", {}).get("name") for arm in runs.arms.values()] == [
+        None, "AdamW", "resnet18 made small", "mixup", "own Muon", "AdamW"
+    ]  # fmt: skip
+    assert len({arm[0]["loss"] for arm in runs.arms.values()}) == 6
+    assert runs.arms["both"][0]["recipe"]["label_smoothing"] == 0.0 and "own Muon" not in runs.table()
+    in_all = ablation(
+        RECIPE, few, {"hard": {"label_smoothing": 0.0}}, tricks=tricks_of("AdamW"), seeds=(0,), device="cpu"
+    )
+    assert in_all.arms["hard"][0]["loss"] == runs.arms["both"][0]["loss"]
+    with pytest.raises(UserError, match="'again' changes nothing"):
+        ablation(RECIPE, few, {"again": tricks_of("AdamW")}, tricks=tricks_of("AdamW"), seeds=(0,), device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from cells import CELLS, tricks_of
 from killed import FORKS, die, in_a_child
 
 import cifar_fast
@@ -34,7 +35,8 @@ from cifar_fast.experiments.variance import variance
 from cifar_fast.hardware.device import environment
 from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import smoke
-from cifar_fast.training.result import EpochResult, RunResult, load_logits, save_run
+from cifar_fast.training.loop import train
+from cifar_fast.training.result import EpochResult, RunResult, load_logits, load_run, save_run
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 benchmarking = import_module("cifar_fast.experiments.benchmark")  # the module: `cifar_fast.benchmark` is the function
@@ -341,6 +343,54 @@ def test_runs_of_another_kind_are_refused_before_one_is_trained(data, tmp_path, 
     with pytest.raises(RunError, match=message):
         benchmark(now["recipe"], now["data"], runs=3, out=tmp_path, first_seed=now["first_seed"])
     assert contents(tmp_path) == before and 2 not in trainer.calls
+
+
+@FORKS
+def test_tricks_of_ones_own_survive_a_kill_and_other_code_is_refused(data, tmp_path, real_trainer):
+    """A script with all four is killed after the first run of each; the same cells go on, as if in a notebook."""
+    go_on = {name: tmp_path / name for name in CELLS}
+    script = tmp_path / "script.py"
+    lines = [
+        "import json, os, signal, sys",
+        "from cifar_fast import Recipe, Tricks, benchmark, replace, synthetic",
+        SCRIPT,
+    ]
+    for name, cell in CELLS.items():
+        kill = "os.kill(os.getpid(), signal.SIGKILL)" if name == list(CELLS)[-1] else "raise KeyboardInterrupt"
+        lines += [cell, f"once(tricks, {str(go_on[name])!r}, lambda line: exec({kill!r}))"]
+    script.write_text("\n".join(lines))
+    done = subprocess.run([sys.executable, script, json.dumps(RECIPE.to_dict())], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    for name, out in go_on.items():
+        tricks = tricks_of(name)
+        found = benchmark(RECIPE, data, tricks=tricks, runs=2, out=out, device="cpu", progress=False)
+        alone = train(RECIPE, data, tricks=tricks, seed=1, device="cpu", progress=False)
+        assert [run["seed"] for run in found.runs] == [0, 1]
+        assert found.runs[1]["loss"] == pytest.approx(alone.loss, rel=1e-5)
+        assert found.runs[0]["tricks"] == found.runs[1]["tricks"] == tricks.describe()
+        assert load_run(out).tricks == tricks.describe()
+        part = next(iter(tricks.own))
+        edited = replace(tricks, **{part: lambda *_: None})
+        with pytest.raises(
+            RunError, match=f"the code of the tricks' {part} is .*fingerprint.* there and .*lambda.* now"
+        ):
+            benchmark(RECIPE, data, tricks=edited, runs=3, out=out, device="cpu")
+        with pytest.raises(RunError, match=f"the tricks' {part} is .*\\) there and the recipe's own now"):
+            benchmark(RECIPE, data, runs=3, out=out, device="cpu")
+
+
+SCRIPT = """
+whole = synthetic(640, 200, seed=0)
+parts = {"train_images": 80, "train_labels": 80, "test_images": 40, "test_labels": 40}
+data = replace(whole, **{name: getattr(whole, name)[:n] for name, n in parts.items()})
+recipe = Recipe.from_dict(json.loads(sys.argv[1]))
+
+def once(tricks, out, then):
+    try:
+        benchmark(recipe, data, tricks=tricks, runs=2, out=out, device="cpu", progress=False, on_run=then)
+    except KeyboardInterrupt:
+        pass
+"""
 
 
 def test_another_number_of_processes_is_refused(data, tmp_path):
