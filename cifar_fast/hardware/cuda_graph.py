@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -93,16 +94,31 @@ def _no_compiler() -> str | None:
     return None
 
 
-def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], backend: str = "inductor", variant: str = "") -> Callable[..., Any]:
     """Return `function` compiled on its first call; the compiled code stays on disk for later processes.
 
     Shapes are fixed and no part stays uncompiled: a function that cannot be compiled as a whole raises on its first
-    call.
+    call. Each `variant` is compiled by itself, for functions that do something else although their arguments are alike.
     """
     _choose_cache_folder()
     # Each recipe that a process trains is compiled anew, and torch refuses after this number.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=_compiler(backend, variant))
+
+
+@cache
+def _compiler(backend: str, variant: str) -> Callable[..., Any]:
+    """Return the compiler called `backend`, always the same for a variant, and another for another one.
+
+    What torch has compiled it uses again where arguments and compiler are the same. It should see, too, whether a
+    parameter is frozen, but torch 2.11 does not (github.com/pytorch/pytorch/issues/139476).
+    """
+    compile_graph = torch._dynamo.lookup_backend(backend)
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        return compile_graph(graph, inputs)
+
+    return compiler
 
 
 def _choose_cache_folder() -> None:
@@ -139,8 +155,10 @@ class CapturedFunction:
         """
         self.inputs = inputs
         with torch.cuda.device(inputs[0].device):
-            # One side stream for both, so that what libraries keep for each stream exists before the capture.
-            stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+            # One side stream for both, so that what libraries keep for each stream exists before the capture. Memory
+            # goes back to the stream that had it, so functions that share memory share their stream, too.
+            self.stream: torch.cuda.Stream = other.stream if other else torch.cuda.Stream()
+            stream, before = self.stream, torch.cuda.current_stream()
             stream.wait_stream(before)
             gc.collect()  # remains of an earlier backward pass belong to other streams
             with measured_convolutions():

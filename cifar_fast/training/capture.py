@@ -43,7 +43,10 @@ def prepare_step(setup: Setup) -> TrainingStep:
 def _compile(setup: Setup, step: TrainingStep) -> None:
     """Compile the network, and the making of a batch if it happens on the device."""
     update, make = setup.update(), _makers(setup)
-    compiled_model: Any = compiled(update.model)  # a module around the model, with its parameters
+    # Modules around the model, with its parameters.
+    models: dict[bool, Any] = {
+        frozen: compiled(update.model, variant="frozen" if frozen else "learned") for frozen in (False, True)
+    }
     if setup.batches.home == setup.device:
         make = {side: compiled(function) for side, function in make.items()}
     why = ""
@@ -53,14 +56,14 @@ def _compile(setup: Setup, step: TrainingStep) -> None:
                 freeze_whitening_bias(setup.model, frozen)
                 images, labels = make[side](*setup.batches.example_choices())
                 images, labels = setup.batches.augmented(images, labels, 0, 1)
-                forward_backward(compiled_model, images, labels, setup.recipe, update.dtype, update.loss)
+                forward_backward(models[frozen], images, labels, setup.recipe, update.dtype, update.loss)
         except Exception as error:  # a compiler fails in many ways, and none need end a training run
             why = first_line(error)
         update.clear_gradients()
     if not setup.ranks.all(not why):
         _run_without(setup, "compile", why or "another rank failed to compile it")
         return
-    step.updates = dict.fromkeys((False, True), replace(update, model=compiled_model))
+    step.updates = {frozen: replace(update, model=model) for frozen, model in models.items()}
     setup.batches.prepared = make
 
 

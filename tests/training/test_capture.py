@@ -213,7 +213,9 @@ def test_a_step_that_cannot_be_compiled_runs_eagerly(
             raise ZeroDivisionError("in the middle of it\nand more")
 
     always(compile=True)
-    monkeypatch.setattr(capture, "compiled", lambda function: Broken() if isinstance(function, Network) else function)
+    monkeypatch.setattr(
+        capture, "compiled", lambda function, **_: Broken() if isinstance(function, Network) else function
+    )
     with pytest.warns(UserWarning, match="cannot be compiled .*: ZeroDivisionError: in the middle of it$"):
         result = run(SGD, data)
     assert result.environment["step_mode"] == "eager"
@@ -241,8 +243,11 @@ def test_the_step_compiles_as_a_whole_and_once_for_all_runs(
     # All of torch.compile but the code that it writes: graph breaks and guards are found without a GPU.
     monkeypatch.setattr(capture, "compiled", partial(compiled, backend="eager"))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     first = run(recipe, data)
     assert first.environment["step_mode"] == "compiled"
+    # The making of a batch, and the network, once more where its first bias is frozen on the way.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + (2 if recipe is MUON else 1)
     assert_same_run(first, plain, tolerance=1e-9)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_same_run(run(recipe, data, seed=1), other_seed, tolerance=1e-9)
