@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -67,8 +68,6 @@ def choose_step_mode(recipe: Recipe, device: torch.device, backend: str | None =
     against_both = None
     if device.type != "cuda":
         against_both = "the device is no CUDA GPU"
-    elif recipe.resolutions:
-        against_both = f"resolutions={recipe.resolutions} changes the size of the images, and a captured step has one"
     against_graph = against_compile = against_both
     if not against_both and CapturedFunction.refused:
         against_graph = f"an earlier capture in this process failed ({CapturedFunction.refused}); start it again"
@@ -95,16 +94,31 @@ def _no_compiler() -> str | None:
     return None
 
 
-def compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], backend: str = "inductor", variant: str = "") -> Callable[..., Any]:
     """Return `function` compiled on its first call; the compiled code stays on disk for later processes.
 
     Shapes are fixed and no part stays uncompiled: a function that cannot be compiled as a whole raises on its first
-    call.
+    call. Each `variant` is compiled by itself, for functions that do something else although their arguments are alike.
     """
     _choose_cache_folder()
     # Each recipe that a process trains is compiled anew, and torch refuses after this number.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILATIONS)
-    return torch.compile(function, fullgraph=True, dynamic=False, backend=backend)
+    return torch.compile(function, fullgraph=True, dynamic=False, backend=_compiler(backend, variant))
+
+
+@cache
+def _compiler(backend: str, variant: str) -> Callable[..., Any]:
+    """Return the compiler called `backend`, always the same for a variant, and another for another one.
+
+    What torch has compiled it uses again where arguments and compiler are the same. It should see, too, whether a
+    parameter is frozen, but torch 2.11 does not (github.com/pytorch/pytorch/issues/139476).
+    """
+    compile_graph = torch._dynamo.lookup_backend(backend)
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        return compile_graph(graph, inputs)
+
+    return compiler
 
 
 def _choose_cache_folder() -> None:
@@ -129,8 +143,11 @@ class CapturedFunction:
     """Why a capture has failed in this process, if one has: torch's allocator may then refuse every other."""
     alive: ClassVar[weakref.WeakSet[CapturedFunction]] = weakref.WeakSet()
 
-    def __init__(self, function: Callable[..., Any], *inputs: Tensor) -> None:
+    def __init__(self, function: Callable[..., Any], *inputs: Tensor, other: CapturedFunction | None = None) -> None:
         """Call `function` a few times with `inputs`, then capture it on their device.
+
+        With an `other` captured function the two use the same memory for all but what they return. A call of the other
+        may overwrite what this one has returned: read it before.
 
         The graph reads `inputs` from then on, and a call with these very tensors copies nothing. The first calls
         change what the function changes; the capture itself changes nothing. If it fails, the error is the one that
@@ -138,8 +155,10 @@ class CapturedFunction:
         """
         self.inputs = inputs
         with torch.cuda.device(inputs[0].device):
-            # One side stream for both, so that what libraries keep for each stream exists before the capture.
-            stream, before = torch.cuda.Stream(), torch.cuda.current_stream()
+            # One side stream for both, so that what libraries keep for each stream exists before the capture. Memory
+            # goes back to the stream that had it, so functions that share memory share their stream, too.
+            self.stream: torch.cuda.Stream = other.stream if other else torch.cuda.Stream()
+            stream, before = self.stream, torch.cuda.current_stream()
             stream.wait_stream(before)
             gc.collect()  # remains of an earlier backward pass belong to other streams
             with measured_convolutions():
@@ -151,18 +170,18 @@ class CapturedFunction:
                     before.wait_stream(stream)
                 self.graph = torch.cuda.CUDAGraph()
                 try:
-                    self.outputs = self._capture(function, stream)
+                    self.outputs = self._capture(function, stream, other.graph.pool() if other else None)
                 except BaseException as error:
                     torch.cuda.set_stream(before)  # before torch 2.15 the stream of the capture stays the current one
                     CapturedFunction.refused = first_line(error)
                     raise
         CapturedFunction.alive.add(self)
 
-    def _capture(self, function: Callable[..., Any], stream: torch.cuda.Stream) -> Any:
+    def _capture(self, function: Callable[..., Any], stream: torch.cuda.Stream, pool: Any) -> Any:
         errors: list[BaseException] = []
         try:
             # Other threads may use the GPU meanwhile: NCCL's watchdog queries events.
-            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 try:
                     return function(*self.inputs)
                 except BaseException as error:

@@ -211,8 +211,8 @@ class TrainBatches:
         self.starts = [0, *accumulate(sizes[:-1])]  # where each shard begins
         self.images, self.labels = self.all_images.split(sizes), self.all_labels.split(sizes)  # a view for each shard
 
-        self.prepared: Callable[..., tuple[Tensor, Tensor]] | None = None
-        """Compiled or captured replacement of `make` at the images' own resolution."""
+        self.prepared: dict[int, Callable[..., tuple[Tensor, Tensor]]] = {}
+        """Compiled or captured replacements of `make`, by the side of the images in pixels."""
         self._drawn: tuple[int, Choices] | None = None  # the latest epoch and what `choices` returns for it
 
     def resolution(self, epoch: int) -> int:
@@ -222,8 +222,8 @@ class TrainBatches:
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of `epoch`, from 0: normalised images (B, C, side, side) and int64 labels (B,)."""
         chosen = self.choices(epoch)
-        make = self.prepared if self.prepared and self.resolution(epoch) == self.side else None
-        make = make or partial(self.make, self.resolution(epoch))
+        side = self.resolution(epoch)
+        make = self.prepared.get(side) or partial(self.make, side)
         is_last = (epoch + 1) * self.steps_per_epoch >= self.total_steps()
         for number, now in enumerate(zip(*vars(chosen).values(), strict=True), start=1):
             if number == self.steps_per_epoch and self.home.type == "cuda" and not is_last:

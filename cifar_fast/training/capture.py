@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from cifar_fast.hardware.cuda_graph import CapturedFunction, compiled, first_lin
 from cifar_fast.training.model import tensors
 from cifar_fast.training.optim import keep_learning_rates_on
 from cifar_fast.training.setup import Setup
-from cifar_fast.training.step import TrainingStep, forward_backward, freeze_whitening_bias
+from cifar_fast.training.step import TrainingStep, UpdateFunction, forward_backward, freeze_whitening_bias
 
 Make = Callable[..., tuple[Tensor, Tensor]]
 """From the random choices for a batch to its images and labels."""
@@ -42,42 +42,57 @@ def prepare_step(setup: Setup) -> TrainingStep:
 
 def _compile(setup: Setup, step: TrainingStep) -> None:
     """Compile the network, and the making of a batch if it happens on the device."""
-    update, make = setup.update(), _make(setup)
-    compiled_model: Any = compiled(update.model)  # a module around the model, with its parameters
-    compiled_make = compiled(make) if setup.batches.home == setup.device else make
+    update, make = setup.update(), _makers(setup)
+    # Modules around the model, with its parameters.
+    models: dict[bool, Any] = {
+        frozen: compiled(update.model, variant="frozen" if frozen else "learned") for frozen in (False, True)
+    }
+    if setup.batches.home == setup.device:
+        make = {side: compiled(function) for side, function in make.items()}
     why = ""
     with rolled_back(setup.model, setup.optimizers), measured_convolutions():
         try:
-            for frozen in _variants(setup):
+            for side, frozen in _variants(setup):
                 freeze_whitening_bias(setup.model, frozen)
-                images, labels = compiled_make(*setup.batches.example_choices())
+                images, labels = make[side](*setup.batches.example_choices())
                 images, labels = setup.batches.augmented(images, labels, 0, 1)
-                forward_backward(compiled_model, images, labels, setup.recipe, update.dtype, update.loss)
+                forward_backward(models[frozen], images, labels, setup.recipe, update.dtype, update.loss)
         except Exception as error:  # a compiler fails in many ways, and none need end a training run
             why = first_line(error)
         update.clear_gradients()
     if not setup.ranks.all(not why):
         _run_without(setup, "compile", why or "another rank failed to compile it")
         return
-    step.updates = dict.fromkeys((False, True), replace(update, model=compiled_model))
-    setup.batches.prepared = compiled_make
+    step.updates = {frozen: replace(update, model=model) for frozen, model in models.items()}
+    setup.batches.prepared = make
 
 
 def _capture(setup: Setup, step: TrainingStep) -> None:
-    """Capture the making of a batch, and the update once for each state of the whitening bias."""
+    """Capture the making of a batch once for each size of the images, and the update also for each state of the
+    whitening bias.
+
+    All captures use the same memory, as much as the largest images need: no two run at the same time.
+    """
     keep_learning_rates_on(setup.device, setup.optimizers)
-    make = setup.batches.prepared or _make(setup)
+    make = setup.batches.prepared or _makers(setup)
     eager = dict(step.updates)
+    updates: dict[bool, dict[int, UpdateFunction]] = {False: {}, True: {}}
+    captured: list[CapturedFunction] = []
+
+    def record(function: Callable[..., Any], *inputs: Tensor) -> CapturedFunction:
+        captured.append(CapturedFunction(function, *inputs, other=captured[0] if captured else None))
+        return captured[-1]
+
     try:
         with rolled_back(setup.model, setup.optimizers):
             chosen = setup.batches.example_choices()
             if setup.batches.home == setup.device:  # otherwise the CPU makes the batch and sends it
-                make = CapturedFunction(make, *chosen)
-            images, labels = make(*chosen)
-            images, labels = setup.batches.augmented(images, labels, 0, 1)
-            for frozen in _variants(setup):
+                make = {side: record(function, *chosen) for side, function in make.items()}
+            for side, frozen in _variants(setup):
+                images, labels = setup.batches.augmented(*make[side](*chosen), 0, 1)
                 freeze_whitening_bias(setup.model, frozen)
-                step.updates[frozen] = CapturedFunction(eager[frozen], images, labels)
+                updates[frozen][images.shape[-1]] = record(eager[frozen], images, labels)
+        step.updates = {frozen: BySide(by_side, eager[frozen]) for frozen, by_side in updates.items()}
         setup.batches.prepared = make
     except RuntimeError as error:
         why = first_line(error)
@@ -90,15 +105,34 @@ def _capture(setup: Setup, step: TrainingStep) -> None:
         _run_without(setup, "cuda_graph", why)
 
 
-def _make(setup: Setup) -> Make:
-    return partial(setup.batches.make, setup.batches.side)
+@dataclass(frozen=True)
+class BySide:
+    """Captured updates, of which each knows one size of the images; an eager one takes other sizes."""
+
+    updates: dict[int, UpdateFunction]
+    """By the side of the images in pixels."""
+    eager: UpdateFunction
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Update the weights once; arguments and result as for `Update`."""
+        return self.updates.get(images.shape[-1], self.eager)(images, labels)
 
 
-def _variants(setup: Setup) -> list[bool]:
-    """Return the states of the whitening bias, frozen or not, that occur in this training run."""
-    batches, learned = setup.batches, setup.recipe.whitening_bias_epochs
-    last = (batches.total_steps() - 1) / batches.steps_per_epoch
-    return sorted({learned <= 0, last >= learned})
+def _makers(setup: Setup) -> dict[int, Make]:
+    """Return what makes a batch, by the side of its images in pixels, largest first."""
+    sides = {side for side, _ in _variants(setup)}
+    return {side: partial(setup.batches.make, side) for side in sorted(sides, reverse=True)}
+
+
+def _variants(setup: Setup) -> list[tuple[int, bool]]:
+    """Return the sides of the images, each with the states of the whitening bias, frozen or not, that occur with it.
+
+    The largest come first: the others fit into their memory.
+    """
+    batches = setup.batches
+    times = [step / batches.steps_per_epoch for step in range(batches.total_steps())]
+    found = {(batches.resolution(int(time)), time >= setup.recipe.whitening_bias_epochs) for time in times}
+    return sorted(found, key=lambda variant: (-variant[0], variant[1]))
 
 
 def _run_without(setup: Setup, field: str, why: str) -> None:
@@ -114,7 +148,8 @@ def rolled_back(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> It
     Every tensor stays at its address. The optimisers' state becomes zero, which is where momentum starts.
     """
     values = tensors(model)
-    before = [value.clone() for value in values]
+    # Detached: a capture fails while a clone remembers how to send gradients to its parameter.
+    before = [value.detach().clone() for value in values]
     try:
         yield
     finally:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from cifar_fast.hardware.numerics import HALF
 from cifar_fast.kernels import amx, fused, winograd
 
+MANY_GROUPS = 8
+"""From more groups than these, each is so small that a GPU had better normalise all of them at once."""
+
 
 class GhostBatchNorm(nn.BatchNorm2d):
     """Batch norm with the statistics of `group_size` consecutive images; one group for the whole batch is ordinary
@@ -44,7 +47,9 @@ class GhostBatchNorm(nn.BatchNorm2d):
         """Normalise by each group's own statistics in training, by the running ones in evaluation."""
         if not self.training or len(x) == self.group_size:
             return super().forward(x)
-        return self.all_groups_at_once(x) if x.is_cuda else self.group_by_group(x)
+        # A GPU has a kernel for one group, and a compiler makes a better one for all.
+        many = len(x) > MANY_GROUPS * self.group_size or torch.compiler.is_compiling()
+        return self.all_groups_at_once(x) if x.is_cuda and many else self.group_by_group(x)
 
     def then(self, activation: nn.Module, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
         """Return `activation(self(x))`, fused where a kernel can do it and no hook watches either of the two."""
@@ -68,7 +73,7 @@ class GhostBatchNorm(nn.BatchNorm2d):
         return not fused.watched(self, activation) and fused.suits(x, self, activation)
 
     def group_by_group(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
-        """Normalise one group after the other: each fits into a CPU's cache."""
+        """Normalise one group after the other: each fits into a CPU's cache, and a GPU has a kernel for it."""
         groups = x.split(self.group_size)
         # With momentum 1, batch_norm leaves a group's own mean and unbiased variance in the buffers that it is given.
         means = self.running_mean.new_zeros(len(groups), self.num_features)

@@ -90,13 +90,23 @@ def orthogonalise_by_shape(matrices: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonalise_padded(matrices: list[Tensor]) -> list[Tensor]:
-    """Orthogonalise all matrices in one batch, padded with zeros, which stay zero and add nothing to any product."""
+    """Orthogonalise all matrices in one batch, padded with zeros, which stay zero and add nothing to any product.
+
+    Under autocast they are in 16 bits throughout, as in `orthogonalise_all`, once they are so large that float16 holds
+    them.
+    """
     wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT for matrix in matrices]
     rows, columns = (max(matrix.shape[side] for matrix in wide) for side in (0, 1))
     padded = wide[0].new_zeros(len(wide), rows, columns)
     for place, matrix in zip(padded, wide, strict=True):
         place[: matrix.shape[0], : matrix.shape[1]] = matrix
-    found = [each[: m.shape[0], : m.shape[1]] for each, m in zip(orthogonalise(padded), wide, strict=True)]
+    device = padded.device.type
+    if torch.is_autocast_enabled(device):
+        padded = padded / (padded.norm(dim=(1, 2), keepdim=True) + 1e-30)
+        padded = padded.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        orthogonal = orthogonalise(padded)
+    found = [each[: m.shape[0], : m.shape[1]] for each, m in zip(orthogonal, wide, strict=True)]
     return [each if each.shape == matrix.shape else each.mT for each, matrix in zip(found, matrices, strict=True)]
 
 
@@ -136,10 +146,31 @@ class VelocitySGD(torch.optim.Optimizer):
             # A GPU computes each of these for all parameters in one kernel.
             updates = torch._foreach_add([p.grad for p in learned], learned, alpha=group["weight_decay"])
             torch._foreach_mul_(updates, group["lr"])
+            if learned[0].is_cuda:  # what follows is torch's SGD at a rate of 1, for which a GPU has one kernel
+                torch._fused_sgd_(
+                    learned, updates, velocities, weight_decay=0.0, momentum=group["momentum"], lr=1.0, dampening=0.0,
+                    nesterov=True, maximize=False, is_first_step=False,
+                )  # fmt: skip
+                continue
             torch._foreach_mul_(velocities, group["momentum"])
             torch._foreach_add_(velocities, updates)
             torch._foreach_add_(updates, velocities, alpha=group["momentum"])
             torch._foreach_sub_(learned, updates)
+
+
+def as_matrix(bank: Tensor) -> Tensor:
+    """Return a filter bank (K, C, H, W) as a matrix (K, C H W).
+
+    On a GPU its columns have the order that channels_last has in memory, so nothing is copied: the order of columns
+    changes nothing in what `orthogonalise` does to each.
+    """
+    return (bank.permute(0, 2, 3, 1) if bank.is_cuda else bank).flatten(1)
+
+
+def as_bank(matrix: Tensor, bank: Tensor) -> Tensor:
+    """Return what `as_matrix` made of a filter bank in the shape of that `bank`."""
+    k, c, h, w = bank.shape
+    return matrix.view(k, h, w, c).permute(0, 3, 1, 2) if bank.is_cuda else matrix.view_as(bank)
 
 
 class Muon(torch.optim.Optimizer):
@@ -157,14 +188,15 @@ class Muon(torch.optim.Optimizer):
         """Update all filter banks."""
         for group in self.param_groups:
             banks, rate = group["params"], group["lr"]
-            updates = orthogonalise_all([each.flatten(1) for each in self._nesterov(banks, group["momentum"])])
-            norms = torch._foreach_norm(banks)
-            scales = torch.stack([len(p) ** 0.5 / norm for p, norm in zip(banks, norms, strict=True)])
+            updates = orthogonalise_all([as_matrix(each) for each in self._nesterov(banks, group["momentum"])])
+            moves = [torch.empty_like(p).copy_(as_bank(each, p)) for p, each in zip(banks, updates, strict=True)]
+            norms = torch._foreach_reciprocal(torch._foreach_norm(banks))
+            scales = torch.stack(torch._foreach_mul(norms, [len(p) ** 0.5 for p in banks]))
             # Zeros, and numbers so small that their norm underflows, cannot be scaled: the update alone moves them.
             scales.nan_to_num_(nan=math.nan, posinf=1.0)
-            for p, scale, update in zip(banks, scales, updates, strict=True):
-                p.mul_(scale)
-                p.sub_((rate * update.to(p.dtype)).view_as(p))
+            torch._foreach_mul_(banks, scales.unbind())
+            torch._foreach_mul_(moves, rate)
+            torch._foreach_sub_(banks, moves)
 
     def _nesterov(self, banks: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
         gradients, averages = [], []

@@ -200,6 +200,7 @@ FAMILIES = (
     ("copy or cast", r"copy_kernel|CatArrayBatchedCopy"),
     ("fill", r"FillFunctor"),
     ("max-pool", r"max_?pool|adaptivemax"),
+    ("resize", r"upsample"),
     ("loss and softmax", r"softmax|nll_loss|SoftMax"),
     ("gather or scatter", r"index_|gather|scatter|flip"),
     ("reduction", r"reduce_kernel"),

@@ -14,6 +14,7 @@ import sys
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -78,11 +79,13 @@ def observe(recipe: Recipe, data: Dataset, cpu: RunResult, **arguments: Any) -> 
     }
 
 
-def compare_with_cpu(name: str) -> dict[str, Any]:
+def compare_with_cpu(name: str, resolutions: Sequence[int] = ()) -> dict[str, Any]:
     """Train a small recipe on a CPU, and on a GPU eager and captured; return what `observe` saw of the GPU's runs."""
     data = synthetic(160, 40, seed=0)
-    cpu = run(small(name), data, "cpu")
-    runs = {mode: observe(small(name, cuda_graph=mode), data, cpu) for mode in ("off", "on")}
+    # With images of several sizes the whitening bias is frozen in the middle of those of the first size.
+    changes = {"resolutions": tuple(resolutions), "whitening_bias_epochs": 0.5} if resolutions else {}
+    cpu = run(small(name, **changes), data, "cpu")
+    runs = {mode: observe(small(name, **changes, cuda_graph=mode), data, cpu) for mode in ("off", "on")}
     learned = abs(cpu.epochs[0].train_loss - cpu.epochs[1].train_loss)
     return {"eager": runs["off"], "captured": runs["on"], "learned": learned}
 
@@ -129,8 +132,13 @@ def blank(n_train: int, n_test: int) -> Dataset:
     return Dataset("blank", classes, images[0], labels[0], images[1], labels[1], "blank", "")
 
 
-def measure_launches(name: str, captured: bool, compile: str = "off") -> dict[str, Any]:
-    """Train a recipe at full size for two short epochs in launch mode; return what each part asks of the GPU."""
+def measure_launches(
+    name: str, captured: bool, compile: str = "off", resolutions: Sequence[int] = ()
+) -> dict[str, Any]:
+    """Train a recipe at full size for two short epochs in launch mode; return what each part asks of the GPU.
+
+    What a step asks for is that of the second epoch, with the second of the `resolutions`.
+    """
     from gpu_rehearsal import launches
 
     watch = launches.enter(watched=compile == "off")
@@ -138,6 +146,7 @@ def measure_launches(name: str, captured: bool, compile: str = "off") -> dict[st
         named(name),
         cuda_graph="on" if captured else "off",
         compile=compile,
+        resolutions=tuple(resolutions),
         epochs=2.0,
         flat_epochs=0.0,
         tta_margin=1.0,  # how many images a margin spares depends on numbers, of which there are none
@@ -172,12 +181,15 @@ def measure_launches(name: str, captured: bool, compile: str = "off") -> dict[st
     everything = calls()
     numbers = sorted({call.capture for call in everything if call.capture})
     graphs = [[call for call in everything if call.capture == number] for number in numbers]
-    # The first graph makes a batch; the last one updates the weights with the whitening bias frozen.
-    replayed = [call for graph in (graphs[:1] + graphs[-1:]) for call in graph]
+    # The first graphs make a batch, one for each size; the last one updates the weights with the whitening bias frozen.
+    makes = max(1, len(set(resolutions)))
+    used = slice(makes - 1, makes), slice(-1, None)
+    replayed = [call for part in used for graph in graphs[part] for call in graph]
     executed = [call for call in everything[begin:end] if not call.capture]
     converted = second[usual + 1][1] - second[usual][1]
-    for counter in watch.captured[:1] + watch.captured[-1:]:
-        converted += counter
+    for part in used:
+        for counter in watch.captured[part]:
+            converted += counter
     work = launches.work_by_name(executed + replayed)
     families: Counter[str] = Counter()
     for kernel, count in work.items():

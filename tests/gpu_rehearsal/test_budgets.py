@@ -15,24 +15,23 @@ COLUMNS = ("speedrun", "apple_8gpu", "airbench_2024", "page_2019")
 # One step has the whitening bias frozen, and moves no average. The test set has 10,000 images, in batches of 500.
 BUDGETS: dict[str, dict[str, tuple[int, int, int, int]]] = {
     "kernels of a step": {
-        "arithmetic, element by element": (218, 219, 90, 219),
-        "copy or cast": (68, 60, 44, 60),
-        "reduction": (47, 60, 5, 60),
-        "fill with zeros": (31, 28, 1, 28),
+        "arithmetic, element by element": (118, 219, 68, 219),
+        "batch norm": (96, 0, 12, 0),
+        "copy or cast": (47, 59, 35, 59),
+        "reduction": (18, 60, 6, 60),
+        "fill with zeros": (2, 28, 2, 28),
         "convolution": (19, 24, 19, 24),
-        "batch norm": (0, 0, 12, 0),
         "matrix product": (12, 3, 12, 3),
-        "fill": (10, 8, 10, 8),
-        "optimiser over many tensors": (8, 13, 8, 13),
+        "fill": (23, 9, 11, 9),
+        "optimiser over many tensors": (12, 7, 12, 7),
         "max-pool": (8, 8, 8, 8),
-        "copy in memory": (5, 2, 5, 2),
+        "copy in memory": (6, 3, 6, 3),
         "loss and softmax": (4, 4, 4, 4),
         "gather or scatter": (3, 3, 3, 3),
     },
     "conversions of a step": {
-        "float32 to float16": (32, 28, 20, 28),
-        "float16 to float32": (20, 26, 8, 26),
-        "channels last to channels first": (6, 0, 6, 0),  # Muon flattens each filter bank
+        "float32 to float16": (12, 28, 12, 28),
+        "float16 to float32": (14, 26, 14, 26),
         "channels first to channels last": (1, 1, 1, 1),  # the batch of images
         "uint8 to float32": (1, 1, 1, 1),
     },
@@ -114,6 +113,16 @@ def test_a_recipe_asks_for_no_more_than_its_budget(rehearsal: Rehearsal, name: s
     assert not waiting & set(found["steps of an epoch"]), found["steps of an epoch"]
     over = over_budget(found, name, captured=captured)
     assert not over, f"{name} is over its budget; what is worth it goes into BUDGETS:\n" + "\n".join(over)
+
+
+def test_small_images_are_captured_too_and_cost_one_kernel_more(rehearsal: Rehearsal) -> None:
+    found = rehearsal.run("measure_launches", name="speedrun", captured=True, resolutions=[32, 24])
+    assert (found["step mode"], found["reason"], found["violations"]) == ("captured", "", [])
+    # Two sizes, and both states of the whitening bias with the first.
+    assert len(found["nodes of the graphs"]) == 2 + 3
+    assert found["kernels of a step"].pop("resize") == 1
+    over = over_budget(found, "speedrun", captured=True)
+    assert not over, "\n".join(over)
 
 
 def test_what_is_over_budget_is_named(rehearsal: Rehearsal) -> None:

@@ -330,7 +330,7 @@ def test_batches_have_the_type_and_the_memory_format_asked_for(dtype: torch.dtyp
     assert next(first.epoch(0))[0].is_contiguous()
 
 
-def test_what_is_prepared_takes_the_place_of_making_a_batch_at_full_resolution() -> None:
+def test_what_is_prepared_takes_the_place_of_making_a_batch_at_its_resolution() -> None:
     recipe = replace(PLAIN, resolutions=(16, 32), global_batch_size=4)
     batches = TrainBatches(random_images(8, side=32), torch.arange(8), recipe, device=CPU, **NO_SCALING)
     calls: list[int] = []
@@ -340,7 +340,7 @@ def test_what_is_prepared_takes_the_place_of_making_a_batch_at_full_resolution()
         return batches.make(32, *chosen)
 
     expected = [list(batches.epoch(epoch)) for epoch in (0, 1)]
-    batches.prepared = prepared
+    batches.prepared = {32: prepared}
     for epoch in (0, 1):
         for (images, labels), (same, its) in zip(batches.epoch(epoch), expected[epoch], strict=True):
             assert torch.equal(images, same) and torch.equal(labels, its)

@@ -104,7 +104,7 @@ class Replayed:
 
     made: list[Replayed] = []
 
-    def __init__(self, function: Callable[..., Any], *inputs: Tensor) -> None:
+    def __init__(self, function: Callable[..., Any], *inputs: Tensor, other: Replayed | None = None) -> None:
         self.function, self.inputs, self.copies = function, inputs, 0
         for _ in range(graph.WARM_UPS):
             self.outputs = function(*inputs)
@@ -146,10 +146,20 @@ def test_captured_steps_compute_what_eager_ones_do_and_batches_are_made_in_place
     assert all(step.copies == 0 for step in steps)
 
 
+def test_a_captured_run_has_a_step_for_each_size_of_the_images(data: Dataset, replayed: type[Replayed]) -> None:
+    recipe = replace(MUON, resolutions=(16, 24), whitening_bias_epochs=0.4)
+    captured = run(recipe, data)
+    # Batches of either size, both states of the whitening bias with the first, and one with the second.
+    assert captured.environment["step_mode"] == "captured" and len(replayed.made) == 2 + 3
+    sizes = [made.outputs[0].shape[-1] for made in replayed.made[:2]]
+    assert sizes == [24, 16] and all(made.copies for made in replayed.made[:2])
+    assert [images.inputs[0].shape[-1] for images in replayed.made[2:]] == [24, 16, 16]
+
+
 def test_a_step_that_cannot_be_captured_runs_eagerly(
     data: Dataset, eager: dict[str, RunResult], always: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(function: Callable[..., Any], *inputs: Tensor) -> None:
+    def refuse(function: Callable[..., Any], *inputs: Tensor, **_: Any) -> None:
         function(*inputs)  # it fails after a step
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
@@ -165,7 +175,7 @@ def test_a_step_that_cannot_be_captured_runs_eagerly(
 
 
 def test_among_several_ranks_one_that_cannot_capture_ends_all(data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("no")
 
     monkeypatch.setattr(capture, "CapturedFunction", refuse)
@@ -203,7 +213,9 @@ def test_a_step_that_cannot_be_compiled_runs_eagerly(
             raise ZeroDivisionError("in the middle of it\nand more")
 
     always(compile=True)
-    monkeypatch.setattr(capture, "compiled", lambda function: Broken() if isinstance(function, Network) else function)
+    monkeypatch.setattr(
+        capture, "compiled", lambda function, **_: Broken() if isinstance(function, Network) else function
+    )
     with pytest.warns(UserWarning, match="cannot be compiled .*: ZeroDivisionError: in the middle of it$"):
         result = run(SGD, data)
     assert result.environment["step_mode"] == "eager"
@@ -231,8 +243,11 @@ def test_the_step_compiles_as_a_whole_and_once_for_all_runs(
     # All of torch.compile but the code that it writes: graph breaks and guards are found without a GPU.
     monkeypatch.setattr(capture, "compiled", partial(compiled, backend="eager"))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     first = run(recipe, data)
     assert first.environment["step_mode"] == "compiled"
+    # The making of a batch, and the network, once more where its first bias is frozen on the way.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + (2 if recipe is MUON else 1)
     assert_same_run(first, plain, tolerance=1e-9)
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert_same_run(run(recipe, data, seed=1), other_seed, tolerance=1e-9)

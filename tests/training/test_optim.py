@@ -343,6 +343,16 @@ def test_orthogonalising_matrices_of_any_shapes_is_orthogonalising_each(
         torch.testing.assert_close(found, orthogonalise(matrix[None])[0])
 
 
+def test_gradients_too_small_for_float16_are_orthogonalised_in_it() -> None:
+    matrices = [1e-6 * random_matrices(*shape, seed=seed) for seed, shape in enumerate([(8, 20), (12, 6)])]
+    expected = orthogonalise_by_shape(matrices)
+    with torch.autocast("cpu", torch.float16):
+        found = orthogonalise_padded([*matrices, torch.zeros(4, 5)])
+    assert all(each.dtype == torch.float16 for each in found) and not found.pop().any()
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.float(), b, rtol=0, atol=0.05)
+
+
 def filter_banks() -> list[nn.Parameter]:
     return [
         nn.Parameter(random_matrices(*shape, seed=i))
