@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import cache
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_fast.recipe import Recipe
@@ -61,6 +62,10 @@ def _shape_fields(recipe: Recipe) -> Recipe:
 def _flop_per_image(recipe: Recipe, size: int, n_classes: int, frozen: bool) -> float:
     no_shift = torch.zeros(3)
     model = build_model(recipe, n_classes, no_shift, no_shift + 1, convolution="direct", fuse_norm=False, seed=0)
+    if recipe.whitening_size:
+        whiten = model.layers.get_submodule("whiten")
+        assert isinstance(whiten, nn.Conv2d)
+        whiten.weight.requires_grad = False  # set from the images, never learned
     freeze_whitening_bias(model, frozen)
     images, labels = torch.zeros(COUNTED_IMAGES, 3, size, size), torch.zeros(COUNTED_IMAGES, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
