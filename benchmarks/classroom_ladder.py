@@ -4,8 +4,8 @@
 
 Each run becomes a line of results.jsonl: rung, epochs, arithmetic (FLOP), commit, and what `RunResult.to_dict` gives.
 No run is trained twice, so the script can be stopped and started again, with more seeds or epochs; it refuses a folder
-whose runs used other recipes or other data. Clocks are saved only with --quiet, when nothing else ran on the machine. The rung that adds test-time augmentation needs no training of
-its own: it evaluates the network of the rung below.
+whose runs used other recipes or other data. Clocks are saved only with --quiet, when nothing else ran on the machine.
+The rung that adds test-time augmentation needs no training of its own: it evaluates the network of the rung below.
 """
 
 import argparse
