@@ -50,7 +50,7 @@ class Train:
     """
 
     recipe: Annotated[str | None, conf.arg(metavar="NAME")] = None
-    """Recipe to start from: laptop, speedrun, apple_8gpu, smoke, or a rung of the ladder such as page_2019."""
+    """Recipe to start from: laptop, classroom, speedrun, apple_8gpu, smoke, or a rung like page_2019."""
     data: DataOption = None
     """Folder of the data set, or `synthetic` (embedded). Default: CIFAR_FAST_DATA, the cache folder, a download."""
     mirror: MirrorOption = ()
