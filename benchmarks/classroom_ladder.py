@@ -3,9 +3,9 @@
     python benchmarks/classroom_ladder.py --epochs 2 4 --seeds 0 1 2 --out benchmarks/results/classroom_ladder
 
 Each run becomes a line of results.jsonl: rung, epochs, arithmetic (FLOP), commit, and what `RunResult.to_dict` gives.
-No run is trained twice, so the script can be stopped and started again, with more seeds or epochs. Clocks are saved
-only with --quiet, when nothing else ran on the machine. The rung that adds test-time augmentation needs no training of
-its own: it evaluates the network of the rung below.
+No run is trained twice, so the script can be stopped and started again, with more seeds or epochs; it refuses a folder
+whose runs used other recipes or other data. Clocks are saved only with --quiet, when nothing else ran on the machine.
+The rung that adds test-time augmentation needs no training of its own: it evaluates the network of the rung below.
 """
 
 import argparse
@@ -17,24 +17,33 @@ from ablation import line, without_clocks
 from cifar_fast import recipes
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.load import load_cifar10
+from cifar_fast.errors import UserError
 from cifar_fast.experiments.ablation import evaluate_as_trained
 from cifar_fast.experiments.arithmetic import train_flop
+from cifar_fast.recipe import Recipe
 from cifar_fast.training.loop import train
 
 
-def done(results: Path) -> set[tuple[str, float, int]]:
-    """Return the rung, epochs and seed of every saved run."""
+def done(results: Path, data: Dataset) -> set[tuple[str, float, int]]:
+    """Return the rung, epochs and seed of every saved run; raise `UserError` if one is not of this ladder and data."""
     if not results.exists():
         return set()
     runs = [json.loads(text) for text in results.read_text().splitlines()]
+    for run in runs:
+        ladder = {rung.recipe.name: rung.recipe for rung in recipes.classroom_ladder(run["recipe"]["epochs"])}
+        if ladder.get(run["arm"]) != Recipe.from_dict(run["recipe"]):
+            raise UserError(f"{results} has a run of {run['arm']!r} with another recipe; choose another --out")
+        if run["dataset"] != data.describe():
+            raise UserError(f"{results} has runs on other data ({run['dataset']['name']}); choose another --out")
     return {(run["arm"], run["recipe"]["epochs"], run["seed"]) for run in runs}
 
 
 def train_rungs(epochs: float, seed: int, data: Dataset, results: Path, quiet: bool) -> None:
     """Train what is missing of the ladder at `epochs` with `seed`; append each run as it ends."""
     *trained, top = recipes.classroom_ladder(epochs)
+    saved = done(results, data)
     for rung in trained:
-        if (rung.recipe.name, epochs, seed) in done(results):
+        if (rung.recipe.name, epochs, seed) in saved:
             continue
         result = train(rung.recipe, data, seed=seed, progress=False)
         flop = {"train_flop": train_flop(rung.recipe, len(data.train_labels))}
@@ -56,11 +65,14 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine: save the clocks")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
-    data = load_cifar10()
-    for seed in options.seeds:
-        for epochs in options.epochs:
-            train_rungs(epochs, seed, data, options.out / "results.jsonl", options.quiet)
+    try:
+        data = load_cifar10()
+        options.out.mkdir(parents=True, exist_ok=True)
+        for seed in options.seeds:
+            for epochs in options.epochs:
+                train_rungs(epochs, seed, data, options.out / "results.jsonl", options.quiet)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":

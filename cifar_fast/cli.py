@@ -72,7 +72,7 @@ class Train:
     """
 
     recipe: Annotated[str | None, conf.arg(metavar="NAME")] = None
-    """Recipe to start from: laptop, classroom, speedrun, apple_8gpu, smoke, or a rung of the ladder like page_2019."""
+    """Recipe to start from: laptop, classroom, speedrun, apple_8gpu, smoke, or a rung like page_2019."""
     data: DataOption = None
     """Folder of the data set, `synthetic` (embedded) or `cifar100`. Default: CIFAR_FAST_DATA, the cache folder, or a
     download of CIFAR-10."""

@@ -236,10 +236,10 @@ def laptop() -> Recipe:
 
 
 def classroom() -> Recipe:
-    """Return a recipe in which the tricks can be seen, in about a minute a run on two CPU cores without AMX.
+    """Return `laptop` for experiments that repeat many training runs on a CPU.
 
-    It is `laptop` with a narrow network, small images for four of its six epochs, and no averaging. Widths, epochs and
-    image sizes were chosen on held-out training images (`search_classroom` in the saved results).
+    The network is narrow, four of the six epochs are on small images, and nothing is averaged. Widths, epochs and image
+    sizes were chosen on held-out training images (`search_classroom` in the saved results).
     """
     return replace(
         laptop(),
@@ -247,7 +247,7 @@ def classroom() -> Recipe:
         widths=(24, 64, 64),
         epochs=6.0,
         global_batch_size=512,
-        peak_lr=277.0,
+        peak_lr=277.0,  # laptop's rate per image of a batch
         ghost_batch_size=512,
         micro_batch_size=512,
         resolutions=(16, 16, 24, 24, 32),
@@ -259,11 +259,14 @@ def classroom() -> Recipe:
 
 
 def classroom_ladder(epochs: float = 2.0) -> tuple[Rung, ...]:
-    """Return rungs from a plain network of 2018 to `classroom`'s tricks, all with `classroom`'s widths and batch.
+    """Return rungs from a plain network to the tricks of `classroom`, all with its widths and batch size.
 
-    Each rung adds one trick to all below it, and the schedule is scaled to `epochs`, so that a curve over several
-    numbers of epochs shows how much less arithmetic a rung needs for the same accuracy. The learning rate of the foot,
-    0.2, was the best of 0.1, 0.2, 0.4 and 0.8 on held-out images at two epochs.
+    Each rung adds one trick to all below it, and the schedule is scaled to `epochs`. Comparing the rungs at several
+    numbers of epochs shows how much arithmetic a trick saves at the same accuracy.
+
+    Two comparisons are not clean. Muon comes with all of `classroom`'s rates and batch-norm settings, so its rung
+    changes many fields at once. The rungs below it keep the foot's learning rate, which was tuned for the foot alone
+    (`search_classroom_foot` in the saved results).
     """
     top = replace(classroom(), epochs=epochs, resolutions=())
     foot = replace(
@@ -313,7 +316,10 @@ def classroom_ladder(epochs: float = 2.0) -> tuple[Rung, ...]:
 
 
 def _small_first(epochs: float) -> tuple[int, ...]:
-    """Return the side in pixels of each epoch's images: a third of them 16, a third 24, the rest 32."""
+    """Return each epoch's image side in pixels: a third of the epochs at 16, a third at 24, rounded down, then 32.
+
+    Two epochs are one at 24 and one at 32.
+    """
     third = int(epochs // 3)
     return (*(16,) * third, *(24,) * max(third, int(epochs >= 2)), 32)
 

@@ -10,7 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_fast.recipe import Recipe
-from cifar_fast.training.model import build_model
+from cifar_fast.training.batches import steps_per_epoch
+from cifar_fast.training.model import build_model, whiten_first_layer
 from cifar_fast.training.step import forward_backward, freeze_whitening_bias
 
 COUNTED_IMAGES = 2
@@ -26,11 +27,14 @@ def train_flop(recipe: Recipe, n_train: int = 50_000, *, image_size: int = 32, n
 
     Args:
         recipe: what is trained; its `resolutions` say how large the images of each epoch are.
-        n_train: training images an epoch. Those that do not fill a batch are left out, as in training.
+        n_train: number of training images. Those that do not fill a batch are left out of an epoch, as in training.
         image_size: side in pixels of the images of the data set.
         n_classes: number of classes.
+
+    Raises:
+        RecipeError: there are too few images for a batch.
     """
-    per_epoch = n_train // recipe.global_batch_size * recipe.global_batch_size
+    per_epoch = steps_per_epoch(recipe, n_train) * recipe.global_batch_size
     total = 0.0
     for epoch in range(math.ceil(recipe.epochs)):
         size = recipe.resolution(epoch, image_size)
@@ -61,6 +65,8 @@ def _shape_fields(recipe: Recipe) -> Recipe:
 def _flop_per_image(recipe: Recipe, size: int, n_classes: int, frozen: bool) -> float:
     no_shift = torch.zeros(3)
     model = build_model(recipe, n_classes, no_shift, no_shift + 1, convolution="direct", fuse_norm=False, seed=0)
+    # Any images will do: what counts is that the whitening filters are then fixed, and have no gradient.
+    whiten_first_layer(model, recipe, torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8))
     freeze_whitening_bias(model, frozen)
     images, labels = torch.zeros(COUNTED_IMAGES, 3, size, size), torch.zeros(COUNTED_IMAGES, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:

@@ -1,0 +1,34 @@
+"""The counted arithmetic, compared with sums over layers written out here."""
+
+from dataclasses import replace
+
+from cifar_fast import recipes
+from cifar_fast.experiments.arithmetic import train_flop
+
+
+def test_airbench_spends_what_its_layers_add_up_to():
+    recipe = recipes.airbench_2024()
+    # (side of the output, channels in, channels out, side of the filter); max-pool halves after each block's first.
+    layers = [(31, 24, 64, 3), (15, 64, 64, 3), (15, 64, 256, 3), (7, 256, 256, 3), (7, 256, 256, 3), (3, 256, 256, 3)]
+    forward = [2 * side**2 * size**2 * n_in * n_out for side, n_in, n_out, size in layers] + [2 * 256 * 10]
+    whitening = 2 * 31**2 * 2**2 * 3 * 24
+    # Forward, then gradients of filters and inputs; the first block's input has none once the whitening is frozen.
+    learned, frozen = whitening + 3 * sum(forward), whitening + 3 * sum(forward) - forward[0]
+    assert train_flop(recipe) == 50_000 * (3 * learned + 5 * frozen)
+
+
+def test_small_images_and_fewer_epochs_save_arithmetic():
+    recipe = recipes.classroom()
+    halves = [replace(recipe, epochs=2.0, resolutions=sizes) for sizes in ((16,), (32,), (16, 32))]
+    small, large, mixed = map(train_flop, halves)
+    assert small < mixed < large
+    one, more = (train_flop(replace(recipe, epochs=n, resolutions=(), whitening_bias_epochs=0.0)) for n in (1.0, 1.5))
+    assert more == 1.5 * one
+
+
+def test_the_classroom_ladder_ends_at_the_classroom_recipe():
+    *_, top = recipes.classroom_ladder(6.0)
+    assert replace(top.recipe, name="classroom") == recipes.classroom()
+    rungs = recipes.classroom_ladder()
+    assert all(above.changes(below) for below, above in zip(rungs, rungs[1:], strict=False))
+    assert len({rung.recipe.name for rung in rungs}) == len(rungs) == 10
