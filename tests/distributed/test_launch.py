@@ -345,7 +345,7 @@ def test_torchrun_is_joined(arguments, tmp_path):
     assert done.returncode == 0, done.stderr
     result = load_run(tmp_path / "run")
     assert (result.environment["world_size"], result.environment["backend"]) == (2, "gloo")
-    assert done.stdout.count("train_seconds") == 1, "rank 0 alone prints"
+    assert done.stdout.count("(train_seconds)") == 1, "rank 0 alone prints"
 
 
 def test_a_rank_of_torchrun_exits_without_shutting_the_interpreter_down(arguments):
