@@ -100,15 +100,19 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Taken]]:
     def watched(self: TrainingStep, images: Tensor, labels: Tensor) -> Any:
         autocast.clear()
         loss, correct = take(self, images, labels)
-        (update,) = {id(each): each for each in self.updates.values()}.values()
+        # The same kind of update, whether the whitening bias is learned or frozen.
+        ((update, network),) = {
+            (type(each).__name__, type(each.model).__name__ if isinstance(each, Update) else "")
+            for each in self.updates.values()
+        }
         averages = self.ema.model.state_dict().values() if self.ema else ()
         steps.append(
             Taken(
                 loss.item(),
                 [value.clone() for value in self.model.state_dict().values()],
                 [value.clone() for value in averages],
-                type(update).__name__,
-                type(update.model).__name__ if isinstance(update, Update) else "",
+                update,
+                network,
                 list(autocast),
             )
         )
@@ -117,7 +121,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Taken]]:
     def choose_step_mode(recipe: Recipe, *_: object) -> StepMode:
         return StepMode(compile=True) if recipe.compile != "off" else EAGER
 
-    def compiled(function: Any, *_: object) -> Any:
+    def compiled(function: Any, *_: object, **__: object) -> Any:
         return Compiled(function) if isinstance(function, nn.Module) else function
 
     take = TrainingStep.__call__
