@@ -101,8 +101,8 @@ def _spread(values: Sequence[float], unit: str) -> str:
     return f"{fmean(values):.2f}{half} {unit}"
 
 
-Arm = Mapping[str, Any] | Tricks | tuple[Mapping[str, Any], Tricks]
-"""What an arm changes: fields of the recipe, parts of the training run, or both."""
+Arm = Mapping[str, Any] | Recipe | Tricks | tuple[Mapping[str, Any], Tricks]
+"""What an arm changes: fields of the recipe, all of it, parts of the training run, or fields and parts."""
 
 
 def ablation(
@@ -124,7 +124,7 @@ def ablation(
         recipe: the first arm, named `AS_IT_IS`.
         data: the training and test images.
         arms: what each arm changes: fields of the recipe, `{"no smoothing": {"label_smoothing": 0.0}}`, parts of the
-            training run, `{"my loss": Tricks(loss=my_loss)}`, or a pair of both.
+            training run, `{"my loss": Tricks(loss=my_loss)}`, or a pair of both; or another recipe.
         tricks: functions of your own in all arms; those of an arm take their place.
         seeds: each arm is trained once with each of them.
         world_size: number of processes, as for `launch`.
@@ -145,6 +145,7 @@ def ablation(
         raise UserError("an ablation needs at least one arm and one seed")
     pairs = {AS_IT_IS: (recipe, tricks)}
     for name, arm in arms.items():
+        arm = arm.to_dict() if isinstance(arm, Recipe) else arm
         changes, own = arm if isinstance(arm, tuple) else ({}, arm) if isinstance(arm, Tricks) else (arm, NO_TRICKS)
         pairs[name] = Recipe.from_dict(recipe.to_dict() | dict(changes)), tricks.merged(own)
         if not changed_fields(recipe, pairs[name][0]) and pairs[name][1].fingerprint() == tricks.fingerprint():

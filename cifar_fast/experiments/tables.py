@@ -5,11 +5,11 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from cifar_fast.experiments.published import APPLE_2019, Published, comparable
-from cifar_fast.experiments.statistics import CLOCKS, data_set, speeds, summarise, wilson_interval
+from cifar_fast.experiments.statistics import CLOCKS, data_set, mean_interval, speeds, summarise, wilson_interval
 
 # --- text ---
 
@@ -132,12 +132,36 @@ def table(rows: Iterable[Sequence[str]], *, right: bool = False) -> str:
     return "\n".join("  ".join(row).rstrip() for row in aligned)
 
 
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return the rows as an HTML table, the first as its heading."""
+def html_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
+    """Return the rows as an HTML table, the first as its heading, and below it the notes in small print."""
     head, *body = [[html.escape(cell) for cell in row] for row in rows]
     heading = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
-    return f"<table><thead><tr>{heading}</tr></thead><tbody>{lines}</tbody></table>"
+    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>\n" for row in body)
+    below = "<br>\n".join(map(html.escape, notes))
+    shown = f"<table>\n<thead><tr>{heading}</tr></thead>\n<tbody>\n{lines}</tbody></table>"
+    return shown + f"\n<p><small>{below}</small></p>" * bool(notes)
+
+
+def rounded(values: Sequence[float], *, like: tuple[float, float] | None = None, signed: bool = False) -> str:
+    """Return values as text, with the decimals that their interval supports: `+0.21 to +0.64`, or `86.9`.
+
+    Two digits of the interval's half width are kept, in one decimal at least and two at most.
+
+    Args:
+        values: in the unit that is shown, joined by "to".
+        like: the interval that decides; None for two decimals.
+        signed: whether a positive value gets a plus sign.
+    """
+    half_width = (like[1] - like[0]) / 2 if like else 0.0
+    decimals = min(2, max(1, 1 - math.floor(math.log10(half_width)))) if half_width > 0 else 2
+    return " to ".join(f"{value:{'+' * signed}.{decimals}f}" for value in values)
+
+
+def mean_and_half_width(values: Sequence[float], unit: str) -> str:
+    """Return the mean of values, rounded, and half the width of its 95 % interval: `86.9 +- 1.2 %`."""
+    interval = mean_interval(values)
+    half = f" +- {rounded([(interval[1] - interval[0]) / 2], like=interval)}" if interval else ""
+    return f"{rounded([fmean(values)], like=interval)}{half} {unit}"
 
 
 def percent(share: float) -> str:
