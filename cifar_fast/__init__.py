@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast.teaching import widgets as widgets
     from cifar_fast.training.evaluate import evaluate
     from cifar_fast.training.loop import train
+    from cifar_fast.training.pretrained import Pretrained, pretrained
     from cifar_fast.training.result import RunResult, load_run, save_run
     from cifar_fast.training.seeds import Seeds
     from cifar_fast.training.tricks import Tricks
@@ -45,6 +46,7 @@ __all__ = [
     "Benchmark",
     "Comparison",
     "Dataset",
+    "Pretrained",
     "Recipe",
     "RunResult",
     "Seeds",
@@ -74,6 +76,7 @@ __all__ = [
     "load_run",
     "network_plots",
     "plan",
+    "pretrained",
     "recipes",
     "replace",
     "result_plots",
@@ -113,6 +116,7 @@ _NAMES = {
     "experiments.variance": ("Variance", "variance"),
     "training.evaluate": ("evaluate",),
     "training.loop": ("train",),
+    "training.pretrained": ("Pretrained", "pretrained"),
     "training.result": ("RunResult", "load_run", "save_run"),
     "training.seeds": ("Seeds",),
     "training.tricks": ("Tricks",),
