@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -38,11 +39,14 @@ class Picture(Figure):
         """Take matplotlib's options of a figure."""
         super().__init__(facecolor="white", **options)
 
-    def png(self) -> bytes:
-        """Return the figure as the bytes of a PNG file, small enough to be stored in a notebook by the dozen."""
-        raw = io.BytesIO()
-        self.savefig(raw, format="rgba", dpi=self.dpi)
-        image = Image.frombytes("RGBA", self.canvas.get_width_height(), raw.getvalue()).convert("RGB")
+    def png(self, caption: str = "") -> bytes:
+        """Return the figure as the bytes of a PNG file, small enough to be stored in a notebook by the dozen.
+
+        `caption` is written below it.
+        """
+        image = self._pixels()
+        if caption:
+            image = _stacked_images(image, _written(caption, self.get_figwidth())._pixels())
         # Steps of 8 (white excepted) are below what an eye tells apart, and halve the file.
         image = image.point([8 * round(value / 8) if value < 252 else 255 for value in range(256)] * 3)
         if image.getcolors(256):
@@ -51,11 +55,36 @@ class Picture(Figure):
         image.save(file, format="png", optimize=True)
         return file.getvalue()
 
+    def _pixels(self) -> Image.Image:
+        raw = io.BytesIO()
+        self.savefig(raw, format="rgba", dpi=self.dpi)
+        return Image.frombytes("RGBA", self.canvas.get_width_height(), raw.getvalue()).convert("RGB")
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
         """Return what IPython shows, and the alternative text as nbconvert looks for it."""
         title = self.alt or self.get_suptitle()
         data = {"image/png": b64encode(self.png()).decode(), "text/plain": f"<{title}>" if title else repr(self)}
         return data, {"image/png": {"alt": title}}
+
+
+CAPTION: dict[str, Any] = {"fontsize": 11, "color": "#444444", "style": "italic", "va": "top", "ha": "left"}
+LETTERS = 12.5  # of a caption in an inch
+
+
+def _written(text: str, width: float) -> Picture:
+    """Return lines of text as a picture, `width` inches wide."""
+    lines = textwrap.wrap(text, round(LETTERS * width))
+    height = 0.21 * len(lines) + 0.1
+    picture = Picture(figsize=(width, height))
+    picture.text(0.1 / width, 1 - 0.03 / height, "\n".join(lines), linespacing=1.25, **CAPTION)
+    return picture
+
+
+def _stacked_images(above: Image.Image, below: Image.Image) -> Image.Image:
+    whole = Image.new("RGB", (above.width, above.height + below.height), "white")
+    whole.paste(above, (0, 0))
+    whole.paste(below, (0, above.height))
+    return whole
 
 
 def learning_curve(run: RunResult | Sequence[EpochResult], axes: tuple[Axes, Axes] | None = None) -> Figure:
