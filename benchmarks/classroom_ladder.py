@@ -5,6 +5,7 @@
 Each run becomes a line of results.jsonl: rung, epochs, arithmetic (FLOP), commit, and what `RunResult.to_dict` gives.
 No run is trained twice, so the script can be stopped and started again, with more seeds or epochs; it refuses a folder
 whose runs used other recipes or other data. Clocks are saved only with --quiet, when nothing else ran on the machine.
+After each number of epochs table.txt and curves.png are drawn anew from all of them.
 The rung that adds test-time augmentation needs no training of its own: it evaluates the network of the rung below.
 """
 
@@ -20,7 +21,10 @@ from cifar_fast.data.load import load_cifar10
 from cifar_fast.errors import UserError
 from cifar_fast.experiments.ablation import evaluate_as_trained
 from cifar_fast.experiments.arithmetic import train_flop
+from cifar_fast.experiments.rungs import ladder_runs, ladder_table
+from cifar_fast.files import write_text, written_whole
 from cifar_fast.recipe import Recipe
+from cifar_fast.teaching.result_plots import ladder_curves
 from cifar_fast.training.loop import train
 
 
@@ -57,6 +61,15 @@ def train_rungs(epochs: float, seed: int, data: Dataset, results: Path, quiet: b
         print(f"{rung.recipe.name}, {epochs:g} epochs, seed {seed}: {100 * result.accuracy:.2f} %", flush=True)
 
 
+def show(results: Path) -> None:
+    """Write what the saved runs say to table.txt, and draw it in curves.png."""
+    runs = [json.loads(text) for text in results.read_text().splitlines()]
+    if ladder_runs(runs):
+        write_text(results.parent / "table.txt", ladder_table(runs) + "\n")
+        with written_whole(results.parent / "curves.png") as temporary:
+            temporary.write_bytes(ladder_curves(runs).png())
+
+
 def main() -> None:
     """Train seed by seed, so that the saved runs can be compared at any time."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -71,6 +84,7 @@ def main() -> None:
         for seed in options.seeds:
             for epochs in options.epochs:
                 train_rungs(epochs, seed, data, options.out / "results.jsonl", options.quiet)
+                show(options.out / "results.jsonl")
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -22,10 +22,19 @@ if TYPE_CHECKING:  # what `__getattr__` does, for editors and type checkers
     from cifar_fast.experiments.compare import Comparison, compare, load_comparison
     from cifar_fast.experiments.saved import full_scale_tables, results_folder, saved_ablation, saved_runs
     from cifar_fast.experiments.variance import Variance, variance
-    from cifar_fast.teaching import concept_plots, exercises, image_grids, result_plots, scales
+    from cifar_fast.teaching import (
+        concept_plots,
+        exercises,
+        image_grids,
+        lessons,
+        network_plots,
+        result_plots,
+        scales,
+    )
     from cifar_fast.teaching import widgets as widgets
     from cifar_fast.training.evaluate import evaluate
     from cifar_fast.training.loop import train
+    from cifar_fast.training.pretrained import Pretrained, pretrained
     from cifar_fast.training.result import RunResult, load_run, save_run
     from cifar_fast.training.seeds import Seeds
     from cifar_fast.training.tricks import Tricks
@@ -37,6 +46,7 @@ __all__ = [
     "Benchmark",
     "Comparison",
     "Dataset",
+    "Pretrained",
     "Recipe",
     "RunResult",
     "Seeds",
@@ -57,13 +67,16 @@ __all__ = [
     "image_grids",
     "ladder",
     "launch",
+    "lessons",
     "load_benchmark",
     "load_cifar10",
     "load_cifar100",
     "load_comparison",
     "load_or_synthetic",
     "load_run",
+    "network_plots",
     "plan",
+    "pretrained",
     "recipes",
     "replace",
     "result_plots",
@@ -80,7 +93,16 @@ __all__ = [
 # `widgets` is not in __all__: without the extra `notebooks` it cannot be imported, and says so.
 _MODULES = {
     "experiments": ("gpu_report", "plan"),
-    "teaching": ("concept_plots", "exercises", "image_grids", "result_plots", "scales", "widgets"),
+    "teaching": (
+        "concept_plots",
+        "exercises",
+        "image_grids",
+        "lessons",
+        "network_plots",
+        "result_plots",
+        "scales",
+        "widgets",
+    ),
 }
 _NAMES = {
     "data.dataset": ("Dataset",),
@@ -94,6 +116,7 @@ _NAMES = {
     "experiments.variance": ("Variance", "variance"),
     "training.evaluate": ("evaluate",),
     "training.loop": ("train",),
+    "training.pretrained": ("Pretrained", "pretrained"),
     "training.result": ("RunResult", "load_run", "save_run"),
     "training.seeds": ("Seeds",),
     "training.tricks": ("Tricks",),

@@ -315,6 +315,19 @@ def classroom_ladder(epochs: float = 2.0) -> tuple[Rung, ...]:
     return tuple(rungs)
 
 
+def rung_pair(name: str, epochs: float = 2.0) -> tuple[Recipe, Recipe]:
+    """Return the classroom ladder's recipe below the trick `name`, and the one with it, which is called `name`.
+
+    Raises `RecipeError` for a name without a rung, and for the foot, which has none below it.
+    """
+    rungs = classroom_ladder(epochs)
+    names = [rung.recipe.name for rung in rungs]
+    if name not in names[1:]:
+        raise RecipeError(f"no rung of the ladder adds {name!r}; they add {', '.join(names[1:])}")
+    place = names.index(name)
+    return rungs[place - 1].recipe, rungs[place].recipe
+
+
 def _small_first(epochs: float) -> tuple[int, ...]:
     """Return each epoch's image side in pixels: a third of the epochs at 16, a third at 24, rounded down, then 32.
 

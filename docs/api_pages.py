@@ -16,7 +16,7 @@ import cifar_fast
 from cifar_fast.recipe import Bounds, Recipe
 
 ROOMS = ("data", "kernels", "hardware", "training", "distributed", "experiments", "teaching")
-TOP = ("recipe", "recipes", "errors", "files")
+TOP = ("recipe", "recipes", "errors", "files", "shown")
 
 
 def write(folder: Path) -> None:

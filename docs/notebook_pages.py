@@ -1,4 +1,4 @@
-"""The notebooks as pages: their stored outputs, without what only a running kernel can show."""
+"""The notebooks as pages, with their stored outputs, and the solutions of their exercises."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-PROGRESS_BAR = re.compile(r"\s*[^\n]*\[\d+:\d\d[^\n\]]*\]\s*")  # tqdm's, by its clock
-EXPLORER = re.compile(r"Explorer\((?P<values>.*)[)…]", re.DOTALL)  # IPython cuts a long one
-LIVE_CURVE = "LiveCurve()"
-
 
 def write(notebooks: Path, folder: Path) -> None:
     """Write a copy of each notebook for Sphinx to `folder`, and remove copies of notebooks that are gone."""
@@ -20,6 +16,10 @@ def write(notebooks: Path, folder: Path) -> None:
     for old in folder.glob("*.ipynb"):
         if old.name not in there:
             old.unlink()
+    solutions = folder / "solutions"  # to which the notebooks link
+    shutil.rmtree(solutions, ignore_errors=True)
+    if (notebooks / "solutions").is_dir():
+        shutil.copytree(notebooks / "solutions", solutions, ignore=shutil.ignore_patterns("__pycache__"))
     for name, path in there.items():
         text = json.dumps(prepared(json.loads(path.read_text())), ensure_ascii=False)
         copy = folder / name
@@ -28,7 +28,7 @@ def write(notebooks: Path, folder: Path) -> None:
 
 
 def prepared(notebook: dict[str, Any]) -> dict[str, Any]:
-    """Return the notebook with alternative texts where MyST-NB looks for them, and outputs that a page can show."""
+    """Return the notebook with alternative texts where MyST-NB looks for them."""
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
@@ -37,28 +37,11 @@ def prepared(notebook: dict[str, Any]) -> dict[str, Any]:
         elif cell["cell_type"] == "code":
             if "except ModuleNotFoundError" in source:  # what installs the package
                 cell["metadata"].setdefault("tags", []).append("hide-input")
-            cell["outputs"] = [shown for output in cell["outputs"] if (shown := prepared_output(output))]
             alts = [alt for output in cell["outputs"] if (alt := alternative_text(output))]
             if alts:
                 assert len(alts) == 1, f"MyST-NB takes one alternative text for a cell, and this one has more: {source}"
                 cell["metadata"]["mystnb"] = {"image": {"alt": alts[0]}}
     return notebook
-
-
-def prepared_output(output: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a page shows of an output: nothing of a progress bar, a note in the place of sliders."""
-    data = output.get("data", {})
-    text = "".join(data.get("text/plain", ""))
-    if set(data) == {"text/plain"}:
-        if text == LIVE_CURVE or PROGRESS_BAR.fullmatch(text):
-            return None
-        if explorer := EXPLORER.fullmatch(text):
-            names = [f"<code>{name}</code>" for name in re.findall(r"(\w+)=", explorer["values"])]
-            names += ["more"] if text.endswith("…") else []
-            listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
-            note = f"Run this notebook to move {listed} with sliders and see the picture change."
-            return output | {"data": {"text/html": f'<p class="explorer">{note}</p>'}}
-    return output
 
 
 def alternative_text(output: dict[str, Any]) -> str:

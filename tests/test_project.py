@@ -365,15 +365,20 @@ def test_the_longest_files_are_there(pytestconfig):
 
 
 def test_the_tree_says_one_line_about_every_source_file():
-    """The tree is drawn by indentation: `folder/   what it is`, and below it `file.py   what it is`."""
+    """The tree is drawn by indentation: `folder/   what it is`, and below it `file.py   what it is`.
+
+    The modules with the lessons' exercises share the line of `lesson_NN.py`.
+    """
     (tree,) = [lines for _, lines in code_blocks(ROOT / "CONTRIBUTING.md") if lines[:1] == ["cifar_fast/"]]
-    drawn, room = [], ""
+    drawn: list[str] = []
+    rooms: list[str] = []
     for line in tree[1:]:
-        if found := re.fullmatch(r"(  |    )([\w.]+/?) +\w.*", line):
-            indent, name = found[1], found[2]
-            room = name if name.endswith("/") else room if indent == "    " else ""
-            drawn += [] if name.endswith("/") else [room + name]
-    there = [path.relative_to(PACKAGE).as_posix() for path in SOURCES]
+        if found := re.fullmatch(r"((?:  )+)([\w.]+/?) +\w.*", line):
+            depth, name = len(found[1]) // 2, found[2]
+            rooms[depth - 1 :] = [name] if name.endswith("/") else []
+            drawn += [] if name.endswith("/") else ["".join(rooms) + name]
+    there = {re.sub(r"lesson_\d\d", "lesson_NN", path.relative_to(PACKAGE).as_posix()) for path in SOURCES}
+    there |= {"teaching/exercises/lesson_NN.py"}
     assert sorted(drawn) == sorted(name for name in there if not name.endswith("/__init__.py"))
 
 

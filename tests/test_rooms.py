@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "cifar_fast"
 ROOMS = (
     ("errors",),
     ("files",),
+    ("shown",),
     ("recipe",),
     ("recipes",),
     ("data", "kernels"),

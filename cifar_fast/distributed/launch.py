@@ -174,7 +174,9 @@ class Trainer:
         weights = self._processes.folder / "weights.safetensors"
         folder = str(Path(out).absolute()) if out is not None else None
         title = f"{tricks.titled(recipe)} on {self.data.name}, {self.world_size} processes"
-        with Progress(recipe, self.data, title=title, show=progress, expected_seconds=expected_seconds) as shown:
+        with Progress(
+            recipe, self.data, title=title, seed=seed, show=progress, expected_seconds=expected_seconds
+        ) as shown:
 
             def show_progress(rank: int, message: tuple[str, Any]) -> None:
                 kind, content = message

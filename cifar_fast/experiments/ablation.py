@@ -8,16 +8,17 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.distributed.launch import Trainer, choose_world_size, require_travel
 from cifar_fast.errors import UserError
-from cifar_fast.experiments.statistics import data_set, hardware, mean_interval
-from cifar_fast.experiments.tables import table
+from cifar_fast.experiments.statistics import mean_interval
+from cifar_fast.experiments.tables import mean_and_half_width, rounded
 from cifar_fast.hardware.clock import Clock
 from cifar_fast.recipe import Recipe, changed_fields, choices
+from cifar_fast.shown import data_set, hardware, html_table, table
 from cifar_fast.training.evaluate import Evaluation, evaluate
+from cifar_fast.training.progress import counted
 from cifar_fast.training.result import EpochResult, RunResult
 from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
@@ -26,9 +27,12 @@ AS_IT_IS = "as it is"
 """The name of the first arm, the unchanged recipe; saved results have it too."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ablation:
-    """Finished runs by the name of their arm; the others are compared with the first."""
+    """Finished runs by the name of their arm; the others are compared with the first.
+
+    It prints as a table, in a notebook as HTML; `table` has more digits.
+    """
 
     arms: dict[str, list[dict[str, Any]]]
     """Each run as `RunResult.to_dict()` gives it; its clocks are None if other work shared the machine."""
@@ -68,14 +72,46 @@ class Ablation:
                     points(self.differences(name)) if number else "",
                 )
             )
+        return f"{table(rows)}\n\n" + "\n".join(self.notes())
+
+    def notes(self) -> list[str]:
+        """Return what a table leaves out, a line each: data set and recipe, then the machine."""
         first = next(iter(self.arms.values()))[0]
         data, recipe = first["dataset"], first["recipe"]
-        return (
-            f"{table(rows)}\n\n"
-            f"data set: {data_set(data)}; "
-            f"recipe {recipe['name']!r}, {recipe['epochs']:g} epochs\n"
-            f"hardware: {hardware(first['environment'])}; torch {first['environment']['torch']}"
-        )
+        return [
+            f"data set: {data_set(data)}; recipe {recipe['name']!r}, {recipe['epochs']:g} epochs",
+            f"hardware: {hardware(first['environment'])}; torch {first['environment']['torch']}",
+        ]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return a table as rows of text, its numbers rounded to what the intervals support."""
+        rows: list[tuple[str, ...]] = [
+            ("arm", "n", "accuracy", "train_seconds", "difference, paired by seed", "verdict")
+        ]
+        for number, (name, runs) in enumerate(self.arms.items()):
+            accuracy = mean_and_half_width([100 * run["accuracy"] for run in runs], "%")
+            seconds = [run["train_seconds"] for run in runs]
+            timed = "not timed" if None in seconds else mean_and_half_width(seconds, "s")
+            change = _change(self.differences(name)) if number else ""
+            rows.append((name, str(len(runs)), accuracy, timed, change, self.verdict(name) if number else ""))
+        return rows
+
+    def __repr__(self) -> str:
+        return "\n".join([table(self.rows()), "", f"+- and brackets: {INTERVALS}", *self.notes()])
+
+    def _repr_html_(self) -> str:
+        return html_table(self.rows(), [f"\u00b1 and brackets: {INTERVALS}", *self.notes()]).replace("+-", "\u00b1")
+
+
+INTERVALS = "95 % intervals (Student's t) over the seeds"
+
+
+def _change(differences: Sequence[float]) -> str:
+    """Return the mean of differences in accuracy (0 ... 1) and its interval, in points."""
+    scaled = [100 * difference for difference in differences]
+    interval = mean_interval(scaled)
+    between = f" ({rounded(interval, like=interval, signed=True)})" if interval else ""
+    return f"{rounded([fmean(scaled)], like=interval, signed=True)}{between} points"
 
 
 def _verdict(differences: Sequence[float]) -> str:
@@ -101,8 +137,8 @@ def _spread(values: Sequence[float], unit: str) -> str:
     return f"{fmean(values):.2f}{half} {unit}"
 
 
-Arm = Mapping[str, Any] | Tricks | tuple[Mapping[str, Any], Tricks]
-"""What an arm changes: fields of the recipe, parts of the training run, or both."""
+Arm = Mapping[str, Any] | Recipe | Tricks | tuple[Mapping[str, Any], Tricks]
+"""What an arm changes: fields of the recipe, all of it, parts of the training run, or fields and parts."""
 
 
 def ablation(
@@ -124,7 +160,7 @@ def ablation(
         recipe: the first arm, named `AS_IT_IS`.
         data: the training and test images.
         arms: what each arm changes: fields of the recipe, `{"no smoothing": {"label_smoothing": 0.0}}`, parts of the
-            training run, `{"my loss": Tricks(loss=my_loss)}`, or a pair of both.
+            training run, `{"my loss": Tricks(loss=my_loss)}`, or a pair of both; or another recipe.
         tricks: functions of your own in all arms; those of an arm take their place.
         seeds: each arm is trained once with each of them.
         world_size: number of processes, as for `launch`.
@@ -145,6 +181,7 @@ def ablation(
         raise UserError("an ablation needs at least one arm and one seed")
     pairs = {AS_IT_IS: (recipe, tricks)}
     for name, arm in arms.items():
+        arm = arm.to_dict() if isinstance(arm, Recipe) else arm
         changes, own = arm if isinstance(arm, tuple) else ({}, arm) if isinstance(arm, Tricks) else (arm, NO_TRICKS)
         pairs[name] = Recipe.from_dict(recipe.to_dict() | dict(changes)), tricks.merged(own)
         if not changed_fields(recipe, pairs[name][0]) and pairs[name][1].fingerprint() == tricks.fingerprint():
@@ -154,12 +191,12 @@ def ablation(
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in pairs}
     with (
         Trainer(data, world_size=world_size, device=device) as trainer,
-        tqdm(total=len(seeds) * len(pairs), desc=f"ablation on {data.name}", unit="run", disable=not progress) as bar,
+        counted(f"ablation on {data.name}", len(seeds) * len(pairs), "run", show=progress) as begin,
     ):
         trainer.warm_up(recipe, tricks)
         for seed in seeds:
             for name, (changed, own) in pairs.items():
-                bar.set_postfix_str(f"{name}, seed {seed}")
+                begin(f"{name}, seed {seed}")
 
                 def tell(epoch: EpochResult, name: str = name, seed: int = seed) -> None:
                     if on_epoch:
@@ -169,7 +206,6 @@ def ablation(
                 runs[name].append(run.to_dict())
                 if on_run:
                     on_run(name, runs[name][-1])
-                bar.update()
     return Ablation(runs)
 
 
@@ -181,15 +217,15 @@ def tta_ablation(results: Sequence[RunResult], data: Dataset, *, progress: bool 
     """
     arms: dict[str, list[dict[str, Any]]] = {f"tta={tta}": [] for tta in choices("tta")}
     n_runs = len(results) * len(arms)
-    with tqdm(total=n_runs, desc=f"TTA on {data.name}", unit="evaluation", disable=not progress) as bar:
+    with counted(f"TTA on {data.name}", n_runs, "evaluation", show=progress) as begin:
         for result in results:
             for tta in choices("tta"):
+                begin(f"tta={tta}, seed {result.seed}")
                 clock = Clock(next(result.model.parameters()).device)
                 with clock.running():
                     found = evaluate_as_trained(result, data, tta)
                 now = {"accuracy": found.accuracy, "loss": found.loss, "evaluate_seconds": clock.seconds}
                 arms[f"tta={tta}"].append(result.to_dict() | now)
-                bar.update()
     return Ablation(arms)
 
 

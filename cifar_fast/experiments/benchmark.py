@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,12 @@ from cifar_fast.data.dataset import Dataset
 from cifar_fast.distributed.launch import Trainer, check_fit, choose_world_size, require_travel
 from cifar_fast.errors import RecipeError, RunError, UserError
 from cifar_fast.experiments.statistics import excludes, summarise
-from cifar_fast.experiments.tables import percent, run_log
+from cifar_fast.experiments.tables import comparison_rows, mean_and_half_width, run_log
 from cifar_fast.files import write_text
 from cifar_fast.hardware.device import environment, select_device
 from cifar_fast.recipe import Recipe, changed_fields
+from cifar_fast.shown import data_set, html_table, percent
+from cifar_fast.training.progress import in_a_notebook
 from cifar_fast.training.result import INDICES, RunResult, save_logits, write_json
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
@@ -54,9 +57,12 @@ FIELDS = (
 LINE_START = b'{"run": '
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Benchmark:
-    """Finished runs of one recipe on one data set and one kind of hardware."""
+    """Finished runs of one recipe on one data set and one kind of hardware.
+
+    It prints as a few lines, in a notebook as a table beside published runs.
+    """
 
     recipe: Recipe
     runs: list[dict[str, Any]]
@@ -67,6 +73,29 @@ class Benchmark:
     def summary(self) -> dict[str, Any]:
         """Return n, the share of runs at the target with its interval, and the spread of accuracy and clocks."""
         return summarise(self.runs, self.target)
+
+    def __repr__(self) -> str:
+        if not self.runs:
+            return f"{self.recipe.name}: no finished run"
+        found = self.summary()
+        accuracy, seconds = found["accuracy"], found["train_seconds"]
+        reached = f"{found['at_target']} of {found['n']} ({percent(found['share_at_target'])})"
+        spread = mean_and_half_width([100 * run["accuracy"] for run in self.runs], "%")
+        return "\n".join(
+            [
+                f"{found['recipe']}: {reached} reached {percent(found['target'])}",
+                f"accuracy: mean {spread}, {percent(accuracy['min'])} to {percent(accuracy['max'])}",
+                f"train_seconds: median {seconds['median']:.2f} s, {seconds['min']:.2f} to {seconds['max']:.2f} s",
+                f"n = {found['n']}; data set: {data_set(found['dataset'])}",
+                f"hardware: {found['hardware']}; torch {found['versions']['torch']}",
+            ]
+        )
+
+    def _repr_html_(self) -> str | None:
+        if not self.runs:
+            return None
+        warning, rows, notes = comparison_rows(self.summary())
+        return f"<p><b>{escape(warning)}</b></p>\n" * bool(warning) + html_table(rows, notes)
 
 
 def benchmark(
@@ -158,7 +187,7 @@ def benchmark(
             lines.append(line)
             if on_run:
                 on_run(line)
-            elif progress and trainer.is_main:
+            elif progress and trainer.is_main and not in_a_notebook():  # where the bar leaves a line
                 tqdm.write(run_line(line, runs))
         # Also when no run was missing: the target may be a new one, or the last call was killed just before this.
         on_main(trainer, folder.rewrite_summaries)

@@ -63,7 +63,7 @@ NAMED_CHANGES = 3
 """Changed fields that the name of an arm shows."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Comparison:
     """Runs of two arms, A and B, paired by seed. Differences are B minus A, in percentage points of test accuracy."""
 
@@ -228,11 +228,13 @@ class Comparison:
         arms, rows = self.rows()
         return "\n".join([table(arms), "", table(rows), "", f"VERDICT: {self.verdict()}", "", *self.notes()])
 
+    def __repr__(self) -> str:
+        return f"{self.verdict()} (n = {_count(self.pairs, 'pair')}; `table` shows all)"
+
     def _repr_html_(self) -> str:
         arms, rows = self.rows()
-        notes = "<br>".join(map(html.escape, self.notes()))
         verdict = f"<p><b>{html.escape(self.verdict())}</b></p>"
-        return f"{html_table(arms)}{html_table(rows)}{verdict}<p><small>{notes}</small></p>"
+        return f"{html_table(arms)}\n{verdict}\n{html_table(rows, self.notes())}".replace("+-", "\u00b1")
 
     def summary(self) -> dict[str, Any]:
         """Return settings and result as plain values, ready for JSON; differences are in points."""

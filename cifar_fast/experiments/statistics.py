@@ -7,6 +7,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from cifar_fast.shown import data_set as data_set
+from cifar_fast.shown import hardware as hardware
+
 CLOCKS = ("train_seconds", "evaluate_seconds", "total_seconds")
 
 
@@ -175,22 +178,6 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
         "mean_95": None if interval is None else list(interval),
         "max": max(values),
     }
-
-
-def hardware(environment: Mapping[str, Any]) -> str:
-    """Return an environment's machine and its processes in words."""
-    processes, backend = environment.get("world_size", 1), environment.get("backend")
-    together = f", {processes} processes" + (f" ({backend})" if backend else "") if processes > 1 else ""
-    if environment["gpu"]:
-        return f"{processes} x {environment['gpu']}{together}" if processes > 1 else environment["gpu"]
-    threads = f"{environment['threads']} thread" + ("s" if environment["threads"] != 1 else "")
-    each = " each" if together else ""
-    return f"{environment['cpu']}, {environment['cpu_capability']}{together}, {threads}{each}"
-
-
-def data_set(data: Mapping[str, Any]) -> str:
-    """Return in words the name and size of a data set, given as `Dataset.describe()`."""
-    return f"{data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images)"
 
 
 def _different(values: Iterable[str]) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
+from collections.abc import Mapping, Sequence
+from statistics import fmean, median
 from typing import Any
 
 from cifar_fast.experiments.published import APPLE_2019, Published, comparable
-from cifar_fast.experiments.statistics import CLOCKS, data_set, speeds, summarise, wilson_interval
+from cifar_fast.experiments.statistics import CLOCKS, mean_interval, speeds, summarise, wilson_interval
+from cifar_fast.shown import data_set
+from cifar_fast.shown import html_table as html_table
+from cifar_fast.shown import percent as percent
+from cifar_fast.shown import table as table
 
 # --- text ---
 
@@ -45,8 +48,12 @@ def run_log(runs: Sequence[Mapping[str, Any]], target: float) -> str:
     return "\n".join(lines) + "\n"
 
 
-def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_2019) -> str:
-    """Return as text the runs of `summary` beside published ones, with a loud warning if the data set is another."""
+def comparison_rows(
+    summary: Mapping[str, Any], published: Published = APPLE_2019
+) -> tuple[str, list[tuple[str, str, str]], list[str]]:
+    """Return a loud warning if the data set is another ("" if not), the rows of a table that puts the runs of `summary`
+    beside published ones, and notes on them.
+    """
     same_data = comparable(summary["dataset"])
     accuracy, seconds = summary["accuracy"], summary["train_seconds"]
     same_target = math.isclose(summary["target"], published.target)
@@ -87,16 +94,18 @@ def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_20
         f"Published clock: {published.clock}.",
         f"Source: {published.source}. Wilson intervals of both columns are ours.",
     ]
-    banner = []
-    if not same_data:
-        rule = "!" * 100
-        banner = [
-            rule,
-            f"NOT COMPARABLE: these runs used the data set {data_set(summary['dataset'])}, which is not all of "
-            "CIFAR-10. Neither their accuracies nor their times can be compared with the published ones.",
-            rule,
-        ]
-    return "\n".join([*banner, table(rows), *notes])
+    warning = (
+        f"NOT COMPARABLE: these runs used the data set {data_set(summary['dataset'])}, which is not all of "
+        "CIFAR-10. Neither their accuracies nor their times can be compared with the published ones."
+    )
+    return "" if same_data else warning, rows, notes
+
+
+def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_2019) -> str:
+    """Return as text the runs of `summary` beside published ones, with a loud warning if the data set is another."""
+    warning, rows, notes = comparison_rows(summary, published)
+    rule = "!" * 100
+    return "\n".join([*([rule, warning, rule] if warning else []), table(rows), *notes])
 
 
 def _versions(summary: Mapping[str, Any]) -> str:
@@ -121,28 +130,26 @@ def _mean(values: Mapping[str, Any], scale: float, unit: str) -> str:
     return f"{text} (95 % interval {scale * low:.2f} to {scale * high:.2f})"
 
 
-def table(rows: Iterable[Sequence[str]], *, right: bool = False) -> str:
-    """Return the rows with aligned columns, to the left or to the right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    aligned = [
-        [cell.rjust(width) if right else cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        for row in rows
-    ]
-    return "\n".join("  ".join(row).rstrip() for row in aligned)
+def rounded(values: Sequence[float], *, like: tuple[float, float] | None = None, signed: bool = False) -> str:
+    """Return values as text, with the decimals that their interval supports: `+0.21 to +0.64`, or `86.9`.
+
+    Two digits of the interval's half width are kept, in one decimal at least and two at most.
+
+    Args:
+        values: in the unit that is shown, joined by "to".
+        like: the interval that decides; None for two decimals.
+        signed: whether a positive value gets a plus sign.
+    """
+    half_width = (like[1] - like[0]) / 2 if like else 0.0
+    decimals = min(2, max(1, 1 - math.floor(math.log10(half_width)))) if half_width > 0 else 2
+    return " to ".join(f"{value:{'+' * signed}.{decimals}f}" for value in values)
 
 
-def html_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return the rows as an HTML table, the first as its heading."""
-    head, *body = [[html.escape(cell) for cell in row] for row in rows]
-    heading = "".join(f"<th>{cell}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in body)
-    return f"<table><thead><tr>{heading}</tr></thead><tbody>{lines}</tbody></table>"
-
-
-def percent(share: float) -> str:
-    """Return a share (0 ... 1) in per cent."""
-    return f"{100 * share:.2f} %"
+def mean_and_half_width(values: Sequence[float], unit: str) -> str:
+    """Return the mean of values, rounded, and half the width of its 95 % interval: `86.9 +- 1.2 %`."""
+    interval = mean_interval(values)
+    half = f" +- {rounded([(interval[1] - interval[0]) / 2], like=interval)}" if interval else ""
+    return f"{rounded([fmean(values)], like=interval)}{half} {unit}"
 
 
 def turns_table(seconds: Mapping[str, Sequence[float]], n_images: int) -> str:

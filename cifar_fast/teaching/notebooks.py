@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,41 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+SOURCE = "CIFAR_FAST_SOURCE"
+"""The environment variable that says where to install the package from."""
+INSTALL_MARK = "except ModuleNotFoundError"
+"""What the cell has that installs the package, and no other."""
 CELL_SECONDS = 3600  # of one cell: at the scale `laptop` an ablation takes a quarter of an hour
+
+
+def repository_address(project: Path | None = None) -> str:
+    """Return the repository's address from a clone's `pyproject.toml`, the one place where it stands; "" if unset."""
+    path = project or FOLDER.parent / "pyproject.toml"
+    values = tomllib.loads(path.read_text()) if path.exists() else {}
+    return str(values.get("project", {}).get("urls", {}).get("Repository", "")).removesuffix("/")
+
+
+def install_cell(address: str) -> str:
+    """Return the first code cell of every notebook, which installs the package where it is missing, as in Colab.
+
+    It takes what `CIFAR_FAST_SOURCE` names, else the clone that the notebook lies in, else the repository at `address`.
+    """
+    otherwise = f"git+{address}" if address else ""
+    lines = [
+        "try:",
+        "    import cifar_fast as cf",
+        f"{INSTALL_MARK}:  # in Colab, for instance",
+        "    import os",
+        "    import pathlib",
+        "",
+        '    clone = pathlib.Path("..").resolve()',
+        f'    beside = f"file://{{clone}}" if (clone / "cifar_fast").is_dir() else "{otherwise}"',
+        f'    source = os.environ.get("{SOURCE}", beside)',
+        *([] if address else [f'    assert source, "set {SOURCE} to the repository\'s address, git+https://..."']),
+        '    %pip install -q "cifar_fast[notebooks] @ {source}"',
+        "    import cifar_fast as cf",
+    ]
+    return "\n".join(lines)
 
 
 def find(names: Sequence[str] = ()) -> list[Path]:
@@ -50,6 +85,7 @@ def execute(path: Path, scale: str = "smoke") -> None:
             "pip install 'cifar_fast[notebooks]'"
         ) from error
     notebook = nbformat.read(path, as_version=4)
+    tidy(notebook)
     before = os.environ.get("CIFAR_FAST_SCALE")
     os.environ["CIFAR_FAST_SCALE"] = scale  # which the kernel inherits
     try:
@@ -72,14 +108,20 @@ def execute(path: Path, scale: str = "smoke") -> None:
 
 
 def tidy(notebook: Any) -> None:
-    """Leave in a notebook only what a reader or a comparison needs: no times, no identifiers of one session."""
+    """Leave in a notebook only what a reader or a comparison needs: no times, no identifiers of one session.
+
+    The cell that installs the package becomes that of `install_cell`.
+    """
     notebook.metadata = METADATA
     notebook.nbformat_minor = 5
+    address = repository_address()
     for number, cell in enumerate(notebook.cells):
         cell.id = f"cell-{number:02d}"
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         if cell.cell_type != "code":
             continue
+        if INSTALL_MARK in cell.source:
+            cell.source = install_cell(address)
         joined: list[Any] = []
         for output in cell.outputs:
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)

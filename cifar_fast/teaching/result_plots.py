@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
+from cifar_fast.errors import UserError
 from cifar_fast.experiments.published import APPLE_2019, Published, comparable
+from cifar_fast.experiments.rungs import TERA, curves, ladder_runs
 from cifar_fast.experiments.statistics import data_set, hardware, mean_interval, summarise, wilson_interval
 from cifar_fast.experiments.tables import percent
 
@@ -35,11 +39,14 @@ class Picture(Figure):
         """Take matplotlib's options of a figure."""
         super().__init__(facecolor="white", **options)
 
-    def png(self) -> bytes:
-        """Return the figure as the bytes of a PNG file, small enough to be stored in a notebook by the dozen."""
-        raw = io.BytesIO()
-        self.savefig(raw, format="rgba", dpi=self.dpi)
-        image = Image.frombytes("RGBA", self.canvas.get_width_height(), raw.getvalue()).convert("RGB")
+    def png(self, caption: str = "") -> bytes:
+        """Return the figure as the bytes of a PNG file, small enough to be stored in a notebook by the dozen.
+
+        `caption` is written below it.
+        """
+        image = self._pixels()
+        if caption:
+            image = _stacked_images(image, _written(caption, self.get_figwidth())._pixels())
         # Steps of 8 (white excepted) are below what an eye tells apart, and halve the file.
         image = image.point([8 * round(value / 8) if value < 252 else 255 for value in range(256)] * 3)
         if image.getcolors(256):
@@ -48,11 +55,36 @@ class Picture(Figure):
         image.save(file, format="png", optimize=True)
         return file.getvalue()
 
+    def _pixels(self) -> Image.Image:
+        raw = io.BytesIO()
+        self.savefig(raw, format="rgba", dpi=self.dpi)
+        return Image.frombytes("RGBA", self.canvas.get_width_height(), raw.getvalue()).convert("RGB")
+
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, str], dict[str, Any]]:
         """Return what IPython shows, and the alternative text as nbconvert looks for it."""
         title = self.alt or self.get_suptitle()
         data = {"image/png": b64encode(self.png()).decode(), "text/plain": f"<{title}>" if title else repr(self)}
         return data, {"image/png": {"alt": title}}
+
+
+CAPTION: dict[str, Any] = {"fontsize": 11, "color": "#444444", "style": "italic", "va": "top", "ha": "left"}
+LETTERS = 12.5  # of a caption in an inch
+
+
+def _written(text: str, width: float) -> Picture:
+    """Return lines of text as a picture, `width` inches wide."""
+    lines = textwrap.wrap(text, round(LETTERS * width))
+    height = 0.21 * len(lines) + 0.1
+    picture = Picture(figsize=(width, height))
+    picture.text(0.1 / width, 1 - 0.03 / height, "\n".join(lines), linespacing=1.25, **CAPTION)
+    return picture
+
+
+def _stacked_images(above: Image.Image, below: Image.Image) -> Image.Image:
+    whole = Image.new("RGB", (above.width, above.height + below.height), "white")
+    whole.paste(above, (0, 0))
+    whole.paste(below, (0, above.height))
+    return whole
 
 
 def learning_curve(run: RunResult | Sequence[EpochResult], axes: tuple[Axes, Axes] | None = None) -> Figure:
@@ -281,3 +313,104 @@ def predicted_scaling(predictions: Sequence[Prediction]) -> Figure:
         fontsize="medium",
     )
     return figure
+
+
+MARKERS = "osD^vPX*hd"
+LABEL_GAP = 15.0  # points between two labels of curves
+
+
+def ladder_curves(runs: Iterable[Mapping[str, Any]]) -> Picture:
+    """Draw test accuracy over the arithmetic of training, a curve for each rung of the classroom ladder.
+
+    A curve further to the left needs less arithmetic for the same accuracy. Bars are 95 % intervals of the mean
+    (Student's t) over seeds.
+
+    Args:
+        runs: lines of the ladder's `results.jsonl`; rungs without runs are left out.
+
+    Raises:
+        UserError: there is no run of a recipe of the ladder.
+    """
+    runs = ladder_runs(runs)
+    found = {name: curve for name, curve in curves(runs).items() if curve}
+    if not found:
+        raise UserError("there is no run of the classroom ladder to draw; benchmarks/classroom_ladder.py trains them")
+    figure = Picture(figsize=(8, 5.6), layout="constrained")
+    axis = figure.subplots()
+    ends = []
+    for place, (name, curve) in enumerate(found.items()):
+        # From dark blue to ochre, even in lightness, for every kind of colour vision; markers tell neighbours apart.
+        colour = colormaps["cividis"](0.82 * place / max(1, len(found) - 1))
+        x = [point.flop / TERA for point in curve]
+        y = [100 * point.mean for point in curve]
+        half = [50 * (point.interval[1] - point.interval[0]) if point.interval else 0.0 for point in curve]
+        marker = MARKERS[place % len(MARKERS)]
+        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6, "capsize": 3}
+        axis.errorbar(x, y, yerr=half, linewidth=2, elinewidth=1.2, **style)
+        ends.append((x[-1], y[-1], name.replace("_", " "), colour))
+    axis.set_xscale("log")
+    low, high = (limit(point.flop / TERA for curve in found.values() for point in curve) for limit in (min, max))
+    axis.set_xlim(low / 1.15, high * 1.15)
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("arithmetic of training in TFLOP, logarithmic", fontsize=13)
+    axis.set_ylabel("test accuracy in %", fontsize=13)
+    axis.tick_params(labelsize=12)
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    points = [point for curve in found.values() for point in curve]
+    seeds = sorted({len(point.accuracy) for point in points})
+    n = f"n = {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "")
+    names = " / ".join(dict.fromkeys(run["dataset"]["name"] for run in runs))
+    axis.set_title(f"One trick after another on a narrow network ({names}, {n})", fontsize=13, loc="left")
+    _label_ends(axis, ends)
+    first, last = (curve[-1] for curve in (list(found.values())[0], list(found.values())[-1]))
+    figure.alt = (
+        f"Test accuracy over the arithmetic of training for {len(found)} rungs of the ladder, from "
+        f"{100 * first.mean:.1f} % at {first.flop / TERA:.1f} TFLOP ({list(found)[0]}) to {100 * last.mean:.1f} % at "
+        f"{last.flop / TERA:.1f} TFLOP ({ends[-1][2]})"
+    )
+    return figure
+
+
+def _label_ends(axis: Axes, ends: Sequence[tuple[float, float, str, Any]]) -> None:
+    """Write each curve's name to the right of the axes, as near to its end as the other names allow."""
+    figure = axis.get_figure(root=True)
+    assert isinstance(figure, Figure)
+    figure.draw_without_rendering()
+    ordered = sorted(ends, key=lambda end: end[1])
+    scale = 72 / figure.dpi
+    wanted = [scale * axis.transData.transform((x, y))[1] for x, y, _, _ in ordered]
+    for (x, y, name, colour), height in zip(ordered, spaced(wanted, LABEL_GAP), strict=True):
+        place = axis.transData.inverted().transform((0, height / scale))[1]
+        axis.annotate(
+            name,
+            (x, y),
+            (1.03, axis.transLimits.transform((x, place))[1]),
+            textcoords="axes fraction",
+            fontsize=12,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.8, "alpha": 0.6, "shrinkA": 0, "shrinkB": 4},
+        )
+
+
+def spaced(places: Sequence[float], gap: float) -> list[float]:
+    """Return `places`, in ascending order, moved as little as it takes to have at least `gap` between neighbours.
+
+    Those that would meet form a block around the mean of where they want to be.
+    """
+    blocks: list[list[float]] = []
+    for place in places:
+        blocks.append([place])
+        while len(blocks) > 1 and _top(blocks[-2], gap) + gap > _bottom(blocks[-1], gap):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    return [_bottom(block, gap) + gap * i for block in blocks for i in range(len(block))]
+
+
+def _bottom(block: Sequence[float], gap: float) -> float:
+    return sum(block) / len(block) - gap * (len(block) - 1) / 2
+
+
+def _top(block: Sequence[float], gap: float) -> float:
+    return _bottom(block, gap) + gap * (len(block) - 1)

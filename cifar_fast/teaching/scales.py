@@ -12,7 +12,7 @@ from cifar_fast import recipes
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.load import load_or_synthetic
 from cifar_fast.errors import UserError
-from cifar_fast.recipe import Recipe
+from cifar_fast.recipe import Recipe, changed_fields
 
 NAMES = ("smoke", "classroom", "laptop", "gpu", "8gpu")
 VARIABLE = "CIFAR_FAST_SCALE"
@@ -50,6 +50,10 @@ class Scale:
     """Global batch at most of such a recipe; None: its own."""
     narrower: int = 1
     """Factor by which `shrink` divides the networks' widths."""
+    rung_epochs: float = 2.0
+    """Epochs of the recipes that `rung` returns."""
+    rung_size: tuple[int, tuple[int, ...]] | None = None
+    """Global batch and widths of those recipes; None: the ladder's."""
 
     def __str__(self) -> str:
         """Return the line that stands at the top of a notebook."""
@@ -105,6 +109,31 @@ class Scale:
             widths=tuple(max(8, width // self.narrower) for width in recipe.widths),
         )
 
+    def rung(self, name: str) -> tuple[Recipe, Recipe]:
+        """Return the classroom ladder's recipe below the trick `name`, and the one with it, at this scale.
+
+        Small images first take an epoch more than the others, because a single epoch has none.
+
+        Raises `RecipeError` if no rung adds a trick of that name.
+        """
+        below, with_it = recipes.rung_pair(name, self.rung_epochs)
+        if "resolutions" in changed_fields(below, with_it):
+            below, with_it = recipes.rung_pair(name, max(2.0, self.rung_epochs))
+        return self._rung_sized(below), self._rung_sized(with_it)
+
+    def _rung_sized(self, recipe: Recipe) -> Recipe:
+        if self.rung_size is None:
+            return recipe
+        batch, widths = self.rung_size
+        return replace(
+            recipe,
+            widths=widths,
+            global_batch_size=batch,
+            ghost_batch_size=batch,
+            micro_batch_size=batch,
+            peak_lr=recipe.peak_lr * batch / recipe.global_batch_size,
+        )
+
 
 def here(name: str | None = None) -> Scale:
     """Return the scale that this machine gets, that `CIFAR_FAST_SCALE` names, or that `name` names.
@@ -146,6 +175,8 @@ def _smoke(why: str) -> Scale:
         most_epochs=2.0,
         most_images_per_step=256,
         narrower=8,
+        rung_epochs=1.0,
+        rung_size=(256, (8, 8, 8)),
     )
 
 
@@ -162,6 +193,7 @@ def _classroom(why: str) -> Scale:
         most_epochs=3.0,
         most_images_per_step=512,
         narrower=4,
+        rung_epochs=1.0,  # two arms with three seeds are then less than three minutes
     )
 
 

@@ -1,7 +1,12 @@
-"""Explorers for notebooks: sliders over the figures of `concept_plots` and `image_grids`, and a growing curve."""
+"""Explorers for notebooks: sliders over the figures of `concept_plots` and `image_grids`, and a growing curve.
+
+Without a kernel, on GitHub for instance, an explorer is the picture of its first position, and its caption says what
+moving the sliders shows. A learning curve is then the curve of the whole run.
+"""
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -46,11 +51,13 @@ class Explorer(ipywidgets.VBox):
 
     `controls` has them by the name of the function's argument, `figure` is the picture that is shown, and `message`
     says why values cannot be drawn. The picture is replaced in place: no flicker, and no new output in the cell.
+    `caption` stands below the picture that is stored.
     """
 
-    def __init__(self, draw: Callable[..., Picture], **controls: Any) -> None:
-        """Take the function and, for each of its arguments, a widget with a `value`."""
+    def __init__(self, draw: Callable[..., Picture], moving: str = "", **controls: Any) -> None:
+        """Take the function, a sentence on what moving shows, and for each argument a widget with a `value`."""
         self.draw, self.controls = draw, controls
+        self.caption = f"Run this notebook to move {_listed(list(controls))}. {moving}".strip()
         self.figure: Picture | None = None
         self.picture = Shown()
         self.message = ipywidgets.HTML()
@@ -79,33 +86,56 @@ class Explorer(ipywidgets.VBox):
         for name, value in values.items():
             self.controls[name].value = value
 
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the sliders for a page with a kernel, and for one without the picture of their first position."""
+        assert self.figure is not None
+        alt = f"{self.figure.alt}. {self.caption}"
+        data = dict(super()._repr_mimebundle_(**options))
+        data |= {"image/png": b64encode(self.figure.png(self.caption)).decode(), "text/plain": f"<{alt}>"}
+        return data, {"image/png": {"alt": alt}}
+
     def __repr__(self) -> str:
-        """Return the controls' values, which is what a page without widgets shows."""
+        """Return the controls' values."""
         values = (f"{name}={control.value!r}" for name, control in self.controls.items())
         return f"Explorer({', '.join(values)})"
 
 
-class LiveCurve(ipywidgets.VBox):
+class LiveCurve:
     """The learning curve of a training run in progress: `train(..., on_epoch=curve.add)` lets it grow in its cell."""
 
     def __init__(self) -> None:
         """Start without an epoch."""
         self.epochs: list[EpochResult] = []
-        self.picture = Shown()
-        self.message = ipywidgets.HTML("The curve appears after the first epoch.")
-        super().__init__([self.message, self.picture])
+        self.figure = Picture(figsize=(9, 3.8))
+        self.figure.alt = "The learning curve appears after the first epoch"
+        self.figure.text(0.5, 0.5, self.figure.alt, ha="center", va="center", fontsize=12, color="#444444")
+        self._cells: list[Any] = []
 
     def add(self, epoch: EpochResult) -> None:
         """Redraw the curve with one more epoch."""
         self.epochs.append(epoch)
         figure = learning_curve(self.epochs)
         assert isinstance(figure, Picture)
-        self.picture.value = figure.png()
-        self.message.value = f"epoch {epoch.epoch}: test accuracy {percent(epoch.test_accuracy)}"
+        after = f"{epoch.epoch} epoch" + "s" * (epoch.epoch != 1)
+        figure.alt = f"Learning curve after {after}: test accuracy {percent(epoch.test_accuracy)}"
+        figure.suptitle(figure.alt, fontsize="medium")
+        self.figure = figure
+        for cell in self._cells:
+            cell.update(figure)
+
+    def _ipython_display_(self) -> None:
+        """Show the curve so far in a cell, where it grows."""
+        from IPython.display import display
+
+        self._cells.append(display(self.figure, display_id=True))
 
     def __repr__(self) -> str:
-        """Return what a page without widgets shows."""
-        return "LiveCurve()"
+        return f"<{self.figure.alt}>"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names in a row: a, b and c."""
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _control(kind: Any, name: str, **options: Any) -> Any:
@@ -141,6 +171,7 @@ def augmentation(images: Tensor, *, dataset: str, padding: int = 4, most_cutout:
 
     return Explorer(
         draw,
+        moving="The crop, the flip and the square that cutout erases follow the sliders.",
         image=_whole("image", 0, 0, len(images) - 1),
         top=_whole("crop, top", padding, 0, 2 * padding),
         left=_whole("crop, left", padding, 0, 2 * padding),
@@ -161,6 +192,7 @@ def label_smoothing(logits: Tensor, label: int, classes: Sequence[str]) -> Explo
 
     return Explorer(
         draw,
+        moving="With more smoothing the lowest loss lies at a less confident prediction, a higher temperature.",
         label_smoothing=_real("label_smoothing", 0.2, 0.0, 0.9, 0.01),
         temperature=_powers("temperature", 1.0, -1, 1, ".2f"),
     )
@@ -172,17 +204,29 @@ def calibration(logits: Mapping[str, Tensor], labels: Tensor, *, dataset: str) -
     def draw(temperature: float) -> Picture:
         return concept_plots.calibration(logits, labels, dataset=dataset, temperature=temperature)
 
-    return Explorer(draw, temperature=_powers("temperature", 1.0, -1, 1, ".2f"))
+    return Explorer(
+        draw,
+        moving="A temperature changes how confident a network is, and never which class it predicts.",
+        temperature=_powers("temperature", 1.0, -1, 1, ".2f"),
+    )
 
 
 def activations() -> Explorer:
     """Explore the activations, and which of them commute with max-pool, over the alpha of CELU."""
-    return Explorer(concept_plots.activation_curves, celu_alpha=_real("celu_alpha", 0.3, 0.025, 1.0, 0.025, ".3f"))
+    return Explorer(
+        concept_plots.activation_curves,
+        moving="With a small alpha CELU approaches ReLU.",
+        celu_alpha=_real("celu_alpha", 0.3, 0.025, 1.0, 0.025, ".3f"),
+    )
 
 
 def number_formats() -> Explorer:
     """Explore what float16, bfloat16 and float32 make of a number."""
-    return Explorer(concept_plots.number_formats, value=_powers("number", 1e-5, -12, 8, ".3g"))
+    return Explorer(
+        concept_plots.number_formats,
+        moving="Very small numbers vanish in float16 first, very large ones become infinite.",
+        value=_powers("number", 1e-5, -12, 8, ".3g"),
+    )
 
 
 def loss_scale(gradients: Mapping[str, Tensor]) -> Explorer:
@@ -191,7 +235,11 @@ def loss_scale(gradients: Mapping[str, Tensor]) -> Explorer:
     def draw(loss_scale: int) -> Picture:
         return concept_plots.gradient_sizes(gradients, loss_scale)
 
-    return Explorer(draw, loss_scale=_select("loss scale", 1, [2**power for power in range(0, 33, 2)]))
+    return Explorer(
+        draw,
+        moving="A larger loss scale lifts small gradients above what float16 can hold, until the large ones overflow.",
+        loss_scale=_select("loss scale", 1, [2**power for power in range(0, 33, 2)]),
+    )
 
 
 def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
@@ -204,6 +252,7 @@ def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
 
     return Explorer(
         draw,
+        moving="The smaller the groups, the more their means and variances scatter.",
         group_size=_select("group_size, images", sizes[len(sizes) // 2], sizes),
         channel=_whole("channel", 0, 0, channels - 1),
     )
@@ -217,6 +266,7 @@ def scaled_activation(values: Tensor, *, dataset: str) -> Explorer:
 
     return Explorer(
         draw,
+        moving="A scale and an alpha that grow together give the same curve, only larger.",
         scale=_powers("scale", 0.25, -1.5, 0.5, ".2f"),
         bias=_real("bias", -0.1, -1.0, 1.0, 0.05),
         celu_alpha=_real("celu_alpha", 0.075, 0.025, 1.0, 0.025, ".3f"),
@@ -231,6 +281,7 @@ def whitening(images: Tensor, *, dataset: str) -> Explorer:
 
     return Explorer(
         draw,
+        moving="A larger eps leaves the directions of small variance small, so that their noise is not blown up.",
         size=_select("patch size, pixels", 3, (2, 3, 4)),
         eps=_powers("whitening_eps", 1e-2, -6, 0, ".1e"),
     )
@@ -245,6 +296,7 @@ def schedule(recipe: Recipe) -> Explorer:
     most = 2 * recipe.epochs
     return Explorer(
         draw,
+        moving="The curve follows its knots, beside that of the recipe.",
         epochs=_real("epochs", recipe.epochs, 1.0, most, 0.5, ".1f"),
         start_lr_fraction=_real("start_lr_fraction", recipe.start_lr_fraction, 0.0, 1.0, 0.05),
         warmup_fraction=_real("warmup_fraction", recipe.warmup_fraction, 0.0, 0.95, 0.05),
@@ -262,6 +314,7 @@ def newton_schulz(matrices: Mapping[str, Tensor]) -> Explorer:
 
     return Explorer(
         draw,
+        moving="A few iterations bring all singular values near 1.",
         matrix=_control(ipywidgets.Dropdown, "matrix", value=next(iter(matrices)), options=list(matrices)),
         steps=_whole("iterations", 3, 0, 10),
     )
@@ -278,6 +331,7 @@ def averaging(decay: float = 0.99, every: int = 5, *, values: Sequence[float] | 
 
     return Explorer(
         draw,
+        moving="A larger decay looks further back: the curve is smoother, and lags behind.",
         decay=_real("ema_decay, a step", decay, 0.0, 0.999, 0.001, ".3f"),
         every=_whole("ema_every, steps", every, 1, 50),
     )
@@ -287,6 +341,7 @@ def averages_on_a_bowl(ema_decay: float = 0.9, lookahead_alpha: float = 0.5, eve
     """Explore what EMA and Lookahead do to the path of two weights under noisy gradients."""
     return Explorer(
         concept_plots.averages_on_a_bowl,
+        moving="A larger decay cancels more of the noise, and follows the path more slowly.",
         ema_decay=_real("ema_decay, a step", ema_decay, 0.0, 0.99, 0.01),
         lookahead_alpha=_real("lookahead_alpha", lookahead_alpha, 0.05, 1.0, 0.05),
         every=_whole("every, steps", every, 1, 20),
@@ -302,7 +357,11 @@ def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Explo
     def draw(target: float) -> Picture:
         return concept_plots.time_to_accuracy(runs, target / 100)
 
-    return Explorer(draw, target=_real("target, %", round(0.9 * best, 1), 0.0, 100.0, 0.1, ".1f"))
+    return Explorer(
+        draw,
+        moving="For every target there is another time, and sometimes another winner.",
+        target=_real("target, %", round(0.9 * best, 1), 0.0, 100.0, 0.1, ".1f"),
+    )
 
 
 def share_intervals(share: float = 0.82, n: int = 50) -> Explorer:
@@ -312,7 +371,10 @@ def share_intervals(share: float = 0.82, n: int = 50) -> Explorer:
         return concept_plots.share_intervals(share / 100, n)
 
     return Explorer(
-        draw, share=_real("at the target, %", 100 * share, 0.0, 100.0, 1.0, ".0f"), n=_whole("runs", n, 1, 500)
+        draw,
+        moving="With more runs the interval of the share shrinks, slowly: four times as many halve it.",
+        share=_real("at the target, %", 100 * share, 0.0, 100.0, 1.0, ".0f"),
+        n=_whole("runs", n, 1, 500),
     )
 
 
@@ -331,6 +393,7 @@ def workers(measured: StepCosts, recipe: Recipe, n_train: int, n_test: int, link
 
     return Explorer(
         draw,
+        moving="More workers shorten the computing; latency and bandwidth decide what averaging the gradients adds.",
         world_size=_select("workers", sizes[-1], sizes),
         latency=_powers("latency, us", 1e6 * link.latency_seconds, 0, 5, ".3g"),
         bandwidth=_powers("bandwidth, GB/s", link.bytes_per_second / 1e9, -1, 3, ".3g"),
@@ -347,6 +410,7 @@ def tta_votes(
 
     return Explorer(
         draw,
+        moving="More views of an image get a vote, and their mean decides.",
         image=_whole("image", 0, 0, len(images) - 1),
         tta=_control(ipywidgets.Dropdown, "tta", value=tta, options=choices("tta")),
     )

@@ -93,7 +93,7 @@ def train(
     total_steps = setup.batches.total_steps()
     title = f"{tricks.titled(recipe)} on {data.name}"
     with (
-        Progress(recipe, data, title=title, show=progress, expected_seconds=expected_seconds) as shown,
+        Progress(recipe, data, title=title, seed=seeds, show=progress, expected_seconds=expected_seconds) as shown,
         tricks.seeded(seeds.augmentation, ranks.rank, on),
     ):
 

@@ -1,17 +1,22 @@
-"""Shows how far a training run is: a bar on a terminal or in a notebook, a plain line every ten seconds elsewhere."""
+"""Shows how far a training run is: a bar on a terminal or in a notebook, a plain line every ten seconds elsewhere.
+
+In a notebook the bar ends as a line that says what came out, so that a stored notebook has no dead bar.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from tqdm.auto import tqdm
 
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.recipe import Recipe
+from cifar_fast.shown import percent
 from cifar_fast.training.batches import steps_per_epoch
 from cifar_fast.training.evaluate import VIEWS
 from cifar_fast.training.result import EpochResult
@@ -22,6 +27,9 @@ UNSURE = 0.25
 """Share of the test images that get test-time augmentation where `tta_margin` leaves out the others: a guess."""
 TRUSTED = 0.2
 """Share of the work after which the time left follows from this run's own pace alone."""
+BAR_CELLS = 20
+BAR_SECONDS = 0.25
+"""Seconds at least between two drawings of a notebook's bar."""
 
 
 def views_per_image(recipe: Recipe, epoch: int) -> float:
@@ -49,6 +57,7 @@ class Progress:
         data: Dataset,
         *,
         title: str | None = None,
+        seed: object = None,
         show: bool = True,
         expected_seconds: float | None = None,
         stream: TextIO | None = None,
@@ -60,6 +69,7 @@ class Progress:
             recipe: what is trained.
             data: what it is trained on.
             title: what to call the run.
+            seed: of the run, which the line that ends a notebook's bar names; None: nothing is said of it.
             show: False shows nothing.
             expected_seconds: how long the run should take, for the time left until its own pace tells.
             stream: where to write; None: standard error.
@@ -87,13 +97,16 @@ class Progress:
         self._epoch_accuracies: list[float] = []
         self._accuracy = "accuracy follows after epoch 1"
         self._bar: tqdm | None = None
+        self._cell: CellBar | None = None
+        self._last: EpochResult | None = None
+        self._named = self.title if seed is None else f"{self.title}, seed {seed}"
 
     def __enter__(self) -> Progress:
         self._started = self._last_line = self._clock()
         if not self._show:
             return self
         if in_a_notebook():
-            self._bar = tqdm(total=self._total_steps, desc=self.title, unit="step")
+            self._cell = CellBar(self._outcome())
         elif self.stream.isatty():
             self._bar = tqdm(
                 total=self._total_steps, bar_format="{percentage:3.0f}%|{bar:20}| {desc}", file=self.stream
@@ -101,9 +114,19 @@ class Progress:
         self._write()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
+        if self._cell is not None:
+            stopped = f"{self._named}: stopped in epoch {self._epoch} of {self._n_epochs}"
+            self._cell.end(stopped if error else self._outcome())
+
+    def _outcome(self) -> str:
+        """Return the line that ends a notebook's bar. It begins like that, too: to compare outputs, nbval reads the
+        first form of an output, and a reader sees the last.
+        """
+        accuracy, seconds = (self._last.test_accuracy, self._last.train_seconds) if self._last else (0.0, 0.0)
+        return f"{self._named}: {percent(accuracy)} after {seconds:.1f} s of training"
 
     def step(self, done: int, accuracy: float | None = None) -> None:
         """Note that `done` steps are done in all, the last with that share of its batch right, if that is known."""
@@ -115,6 +138,8 @@ class Progress:
             if not self._epochs:
                 self._accuracy = f"training accuracy {mean:.1%}"
         new, self._steps = done - self._steps, done
+        if self._cell is not None:
+            self._write()
         if self._bar is not None and self._bar.update(new):
             self._write()
         self.tick()
@@ -123,14 +148,15 @@ class Progress:
         """Note the accuracy after an epoch."""
         self._work += self._evaluation_work[self._epochs]
         self._epochs += 1
+        self._last = epoch
         self._accuracy = f"test accuracy {epoch.test_accuracy:.2%}"
-        if self._bar is not None or (self._show and self._epochs == self._n_epochs):
+        if self._bar is not None or self._cell is not None or (self._show and self._epochs == self._n_epochs):
             self._write()
         self.tick()
 
     def tick(self) -> None:
         """Write a line if the output is no terminal and the last one is ten seconds old."""
-        if self._show and self._bar is None and self._clock() - self._last_line >= LINE_SECONDS:
+        if self._show and self._bar is self._cell is None and self._clock() - self._last_line >= LINE_SECONDS:
             self._write()
 
     @property
@@ -147,20 +173,86 @@ class Progress:
 
     def __str__(self) -> str:
         """Return epoch, time left and accuracy in words."""
-        epoch = min(self._steps // self._steps_per_epoch, self._n_epochs - 1) + 1
         seconds = self.seconds_left
         left = "" if seconds is None else f"{clock_time(seconds)} left, "
-        return f"epoch {epoch} of {self._n_epochs}, {left}{self._accuracy}"
+        return f"epoch {self._epoch} of {self._n_epochs}, {left}{self._accuracy}"
+
+    @property
+    def _epoch(self) -> int:
+        """The epoch that is being trained, from 1."""
+        return min(self._steps // self._steps_per_epoch, self._n_epochs - 1) + 1
 
     def _write(self) -> None:
-        if self._bar is None:
-            share = self._steps / self._total_steps
+        share = self._steps / self._total_steps
+        if self._cell is not None:
+            self._cell.show(share, f"{self.title}, {self}")
+        elif self._bar is not None:
+            self._bar.set_description_str(f"{self.title}: {self}")
+        else:
             print(f"{self.title}: {share:.0%}, {self}", file=self.stream, flush=True)
             self._last_line = self._clock()
-        elif self._bar.bar_format:
-            self._bar.set_description_str(f"{self.title}: {self}")
-        elif self._steps:  # a notebook's bar starts without
-            self._bar.set_postfix_str(str(self))
+
+
+class CellBar:
+    """A bar in a notebook's cell, which ends as a line of text in the same place."""
+
+    def __init__(self, line: str) -> None:
+        """Start with `line`, which the first `show` replaces."""
+        from IPython.display import display
+
+        self._handle = display(_as_text(line), raw=True, display_id=True)
+        self._shown = -math.inf
+
+    def show(self, share: float, text: str) -> None:
+        """Draw the bar with that share done, and `text` behind it, unless it was drawn a moment ago."""
+        if (now := time.monotonic()) - self._shown >= BAR_SECONDS:
+            self._shown = now
+            full = round(share * BAR_CELLS)
+            bar = "\u2588" * full + "\u2591" * (BAR_CELLS - full)
+            self._handle.update(_as_text(f"{bar} {text}"), raw=True)
+
+    def end(self, line: str) -> None:
+        """Put `line` in place of the bar."""
+        self._handle.update(_as_text(line), raw=True)
+
+
+def _as_text(line: str) -> dict[str, Any]:
+    return {"text/plain": line}
+
+
+@contextmanager
+def counted(title: str, total: int, unit: str, *, show: bool = True) -> Iterator[Callable[[str], None]]:
+    """Show a bar over `total` pieces of work; in a notebook it ends as a line.
+
+    Yields a function that is called with what each piece is, before it begins.
+    """
+    started, done = time.monotonic(), -1
+    cell = CellBar(_count_line(title, 0.0, total, unit)) if show and in_a_notebook() else None
+    with tqdm(total=total, desc=title, unit=unit, disable=not show or cell is not None) as bar:
+
+        def begin(text: str) -> None:
+            nonlocal done
+            done += 1
+            if done:
+                bar.update()
+            bar.set_postfix_str(text)
+            if cell:
+                cell.show(done / total, f"{title}, {unit} {done + 1} of {total}: {text}")
+
+        try:
+            yield begin
+        except BaseException:
+            if cell:
+                cell.end(f"{title}: stopped in {unit} {done + 1} of {total}")
+            raise
+        if total:
+            bar.update(total - bar.n)
+        if cell:
+            cell.end(_count_line(title, time.monotonic() - started, total, unit))
+
+
+def _count_line(title: str, seconds: float, total: int, unit: str) -> str:
+    return f"{title}: {total} {unit}{'s' * (total != 1)} in {seconds:.1f} s"
 
 
 def clock_time(seconds: float) -> str:
@@ -171,5 +263,7 @@ def clock_time(seconds: float) -> str:
 
 
 def in_a_notebook() -> bool:
-    """Say whether bars are drawn by a notebook: tqdm decided that when it was imported."""
-    return any(parent.__module__ == "tqdm.notebook" for parent in tqdm.__mro__)
+    """Say whether a notebook's kernel runs this code."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    return hasattr(shell, "kernel")

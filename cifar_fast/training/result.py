@@ -26,6 +26,7 @@ from cifar_fast.errors import RunError
 from cifar_fast.files import write_text, written_whole
 from cifar_fast.hardware.numerics import Numerics
 from cifar_fast.recipe import Recipe
+from cifar_fast.shown import data_set, hardware, html_table, percent, table
 from cifar_fast.training.model import Network, build_network
 from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
@@ -51,9 +52,9 @@ class EpochResult:
     train_seconds: float
 
 
-@dataclass
+@dataclass(repr=False)
 class RunResult:
-    """A finished training run."""
+    """A finished training run. It prints as a few lines, in a notebook as a table."""
 
     recipe: Recipe
     dataset: dict[str, Any]
@@ -71,16 +72,16 @@ class RunResult:
     peak_memory_gb: float
     """Largest memory of the process so far, in 1e9 bytes: allocated on the GPU, or resident on the CPU. Several
     processes add up, and count the pages that they share more than once. A notebook counts its whole kernel."""
-    model: Network = field(repr=False)
+    model: Network
     """The network that was evaluated: the averaged one if the recipe averages."""
     warm_up_seconds: float = 0.0
     """Compiling and capturing the step, before anything is learned; in `total_seconds`, not in `train_seconds`."""
-    logits: Tensor | None = field(default=None, repr=False)
+    logits: Tensor | None = None
     """float16 (n_test, classes) on the CPU, in the order of the test set, with the recipe's test-time augmentation, as
     `halved` returns them; None unless the run was asked to keep them."""
-    test_labels: Tensor | None = field(default=None, repr=False)
+    test_labels: Tensor | None = None
     """int64 (n_test,): the labels that belong to the logits, kept with them."""
-    train_indices: Tensor | None = field(default=None, repr=False)
+    train_indices: Tensor | None = None
     """int64 (n_train,): the images of the full training set that the run was trained on; None for all."""
     tricks: dict[str, Any] = field(default_factory=dict)
     """Name, fingerprint and source of the reader's own parts, from `Tricks.describe`; empty if there are none."""
@@ -94,6 +95,28 @@ class RunResult:
     def loss(self) -> float:
         """Final test loss, with the recipe's test-time augmentation."""
         return self.epochs[-1].test_loss
+
+    def notes(self) -> list[str]:
+        """Return what a table of this run leaves out, a line each."""
+        recipe, seeds = self.recipe, Seeds.of(self.seed).simplest
+        seed = f"seed {seeds}" if isinstance(seeds, int) else str(seeds)
+        return [
+            f"n = 1 run, {seed}; recipe {recipe.name!r}, {recipe.epochs:g} epochs; TTA: {recipe.tta}",
+            f"data set: {data_set(self.dataset)}",
+            f"hardware: {hardware(self.environment)}; torch {self.environment['torch']}",
+        ]
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return accuracy, loss and clocks as the rows of a table."""
+        clocks = ("train_seconds", "evaluate_seconds", "total_seconds")
+        values = tuple(f"{getattr(self, clock):.1f} s" for clock in clocks)
+        return [("test accuracy", "test loss", *clocks), (percent(self.accuracy), f"{self.loss:.3f}", *values)]
+
+    def __repr__(self) -> str:
+        return "\n".join([table(self.rows()), *self.notes()])
+
+    def _repr_html_(self) -> str:
+        return html_table(self.rows(), self.notes())
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but tensors (weights, logits, indices) as plain values, ready for JSON."""

@@ -23,7 +23,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(importlib.import_module("ablation"), "commit", lambda: "of a test")
     whole = recipes.classroom_ladder
 
-    def narrow(epochs: float) -> tuple[recipes.Rung, ...]:
+    def narrow(epochs: float = 2.0) -> tuple[recipes.Rung, ...]:
         small = {"widths": (4, 4, 4), "global_batch_size": 64, "ghost_batch_size": 0, "micro_batch_size": 0}
         return tuple(
             replace(rung, recipe=replace(rung.recipe, **small)) for rung in (whole(epochs)[0], *whole(epochs)[-2:])
@@ -46,6 +46,10 @@ def test_each_rung_is_trained_once_and_mixed_results_are_refused(script, tiny_da
     assert [run["arm"] for run in runs] == ["plain", "small_images", "tta"]
     assert [run["recipe"]["tta"] for run in runs] == ["none", "none", "flip_shift"]
     assert all(run["train_flop"] > 0 and run["train_seconds"] is None for run in runs)
+
+    script.show(results)
+    assert "small_images" in (tmp_path / "table.txt").read_text()
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
     with pytest.raises(UserError, match="has runs on other data"):
         script.done(results, replace(tiny_data, fingerprint="other"))

@@ -167,6 +167,30 @@ def test_the_table_names_arms_spreads_data_and_hardware():
     assert "5.00 s" in untimed and "not timed" in untimed
 
 
+def test_an_ablation_prints_with_as_many_digits_as_its_intervals_support():
+    arms = {
+        AS_IT_IS: [run(seed, 0.9 + 0.02 * seed, 10.0) for seed in range(3)],
+        "arm <b>": [run(seed, 0.92 + 0.0201 * seed, 10.0 + seed) for seed in range(3)],
+    }
+    runs = Ablation(arms)
+    head, first, second, _, *notes = str(runs).splitlines()
+    cells = ["as it is", "3", "92.0 +- 5.0 %", "10.00 +- 0.00 s"]
+    assert [cell for cell in first.split("  ") if cell] == cells
+    assert second.split() == "arm <b> 3 94.0 +- 5.0 % 11.0 +- 2.5 s +2.01 (+1.99 to +2.03) points more accurate".split()
+    assert notes[1:] == runs.notes() and notes[0] == "+- and brackets: 95 % intervals (Student's t) over the seeds"
+    page = runs._repr_html_()
+    for cell in ("<th>difference, paired by seed</th>", "<td>arm &lt;b&gt;</td>", "<td>92.0 \u00b1 5.0 %</td>"):
+        assert cell in page
+    assert "<small>" in page and "hardware: Some Processor" in page
+    assert repr(runs) == str(runs)
+
+
+def test_an_arm_can_be_a_whole_recipe(tiny_data):
+    other = replace(RECIPE, name="other", tta="none")
+    runs = ablation(RECIPE, tiny_data, {"other": other}, seeds=[0], device="cpu", progress=False)
+    assert recipes.Recipe.from_dict(runs.arms["other"][0]["recipe"]) == other
+
+
 def save_runs(folder: Path, arms: dict[str, list[dict]]) -> None:
     lines = [json.dumps({"arm": arm, "commit": "0", **each}) for arm, runs in arms.items() for each in runs]
     folder.mkdir()

@@ -182,6 +182,7 @@ def test_the_table_names_what_holds_and_what_is_for_reference():
     page = found._repr_html_()
     assert page.count("<table>") == 2 and "<b>" in page and f"{low:+.2f} to {high:+.2f}" in page
     assert "&lt;i&gt;" in replace(found, names=("<i>", "b"))._repr_html_()
+    assert str(found) == repr(found) == f"{found.verdict()} (n = 6 pairs; `table` shows all)"
 
 
 def test_a_difference_is_expressed_in_epochs_where_longer_runs_show_what_an_epoch_is_worth():

@@ -7,9 +7,12 @@ from dataclasses import replace
 
 from made_up import CIFAR10, CIFAR10_FINGERPRINT, RUNS
 
+from cifar_fast import recipes
+from cifar_fast.experiments.benchmark import Benchmark
 from cifar_fast.experiments.published import APPLE_2019
 from cifar_fast.experiments.statistics import summarise
-from cifar_fast.experiments.tables import comparison_table, run_log, turns_table
+from cifar_fast.experiments.tables import comparison_table, mean_and_half_width, rounded, run_log, turns_table
+from cifar_fast.shown import html_table
 
 
 def test_the_run_log_has_a_line_for_each_run_and_the_originals_closing_summary():
@@ -64,3 +67,31 @@ def test_turns_table_compares_each_way_with_the_first_round_by_round():
         ["plain", "50.0", "1.00", "1.00 to 1.00"],
         ["fast", "100.0", "2.00", "1.00 to 4.00"],
     ]
+
+
+def test_a_benchmark_prints_its_spread_and_in_a_notebook_the_table_beside_published_runs():
+    found = Benchmark(recipes.apple_8gpu(), RUNS, 0.94)
+    assert str(found).startswith("apple_8gpu: 4 of 5 (80.00 %) reached 94.00 %\naccuracy: mean 94.04 +- ")
+    assert "n = 5; data set: CIFAR-10" in str(found) and "hardware: Some Processor" in str(found)
+    page = found._repr_html_()
+    assert "<td>accuracy min</td><td>93.74 %</td><td>93.74 %</td>" in page and "NOT COMPARABLE" not in page
+    other = [run | {"dataset": CIFAR10 | {"fingerprint": "0123456789abcdef"}} for run in RUNS]
+    assert "<b>NOT COMPARABLE" in Benchmark(recipes.apple_8gpu(), other, 0.94)._repr_html_()
+    none = Benchmark(recipes.apple_8gpu(), [], 0.94)
+    assert str(none) == "apple_8gpu: no finished run" and none._repr_html_() is None
+
+
+def test_numbers_have_the_digits_that_their_interval_supports():
+    assert rounded([1.2345]) == "1.23"
+    assert rounded([1.2345], like=(1.0, 1.5)) == "1.23" and rounded([1.2345], like=(0.0, 3.0)) == "1.2"
+    assert rounded([100.0], like=(0.0, 300.0)) == "100.0"  # nbval knows a measured number by its point
+    assert rounded((-0.5, 0.25), like=(-0.5, 0.25), signed=True) == "-0.50 to +0.25"
+    assert mean_and_half_width([1.0], "s") == "1.00 s"
+    assert mean_and_half_width([10.0, 12.0, 14.0], "s") == "12.0 +- 5.0 s"
+
+
+def test_an_html_table_has_a_heading_rows_and_notes_and_no_tag_of_its_cells():
+    page = html_table([("a", "b"), ("<i>", "1 & 2")], ["n < 3"])
+    assert page.count("<tr>") == 2 and page.count("<th>") == 2
+    assert "<td>&lt;i&gt;</td><td>1 &amp; 2</td>" in page and page.endswith("<p><small>n &lt; 3</small></p>")
+    assert "<small>" not in html_table([("a",)])

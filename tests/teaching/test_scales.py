@@ -150,3 +150,30 @@ def test_gpus_train_recipes_as_they_are(monkeypatch):
     for scale in all_scales(monkeypatch)[3:]:
         whole = recipe.page_2019()
         assert not changed_fields(scale.shrink(whole), whole)
+
+
+# --- the rungs of the ladder ---
+
+RUNGS = [rung.recipe.name for rung in recipe.classroom_ladder()][1:]
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_a_rung_changes_the_same_fields_at_every_scale(monkeypatch, name):
+    wanted = changed_fields(*recipe.rung_pair(name))
+    for scale in all_scales(monkeypatch):
+        below, with_it = scale.rung(name)
+        changed = changed_fields(below, with_it)
+        assert set(changed) == set(wanted) and with_it.name == name
+        assert {field: changed[field] for field in changed if field != "peak_lr"} == {
+            field: wanted[field] for field in changed if field != "peak_lr"
+        }
+        assert below.epochs == with_it.epochs == (2.0 if name == "small_images" else scale.rung_epochs)
+        assert below.global_batch_size == below.ghost_batch_size
+
+
+def test_a_rung_is_the_ladders_at_classroom_and_tiny_at_smoke():
+    below, with_it = here("classroom").rung("muon")
+    assert (below, with_it) == recipe.rung_pair("muon", 1.0)
+    small, _ = here("smoke").rung("muon")
+    assert max(small.widths) <= 8 and here("smoke").n_train // small.global_batch_size >= 8
+    assert small.peak_lr / small.global_batch_size == pytest.approx(below.peak_lr / below.global_batch_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from base64 import b64decode
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -47,13 +48,13 @@ def picture(values: list[float]) -> Picture:
     return figure
 
 
-def make(**controls: Any) -> Any:
+def make(moving: str = "", **controls: Any) -> Any:
     def draw(height: int) -> Picture:
         if height > 8:
             raise UserError(f"height={height} is <too> much")
         return picture([0, height])
 
-    return widgets().Explorer(draw, height=ipywidgets.IntSlider(value=1, max=10), **controls)
+    return widgets().Explorer(draw, moving, height=ipywidgets.IntSlider(value=1, max=10), **controls)
 
 
 def line(explorer: Any) -> list[float]:
@@ -84,14 +85,24 @@ def test_a_button_returns_to_the_start_values():
     assert explorer.controls["height"].value == 1 and bytes(explorer.picture.value) == before
 
 
-def test_a_live_curve_grows_by_an_epoch():
+def test_a_live_curve_grows_by_an_epoch_in_the_cell_that_shows_it(monkeypatch):
+    display = import_module("IPython.display")
+    shown: list[Any] = []
+
+    class Handle:
+        def update(self, figure: Any) -> None:
+            shown[-1] = figure
+
+    monkeypatch.setattr(display, "display", lambda figure, display_id: (shown.append(figure), Handle())[1])
     curve = widgets().LiveCurve()
+    curve._ipython_display_()
+    assert shown[0].alt == "The learning curve appears after the first epoch"
     for number in (1, 2):
-        before = bytes(curve.picture.value)
-        accuracy = 0.4 + 0.1 * number
+        before, accuracy = shown[0].png(), 0.4 + 0.1 * number
         curve.add(EpochResult(number, 1.5, accuracy, 1.4, accuracy, "none", float(number)))
-        assert bytes(curve.picture.value) != before
-        assert curve.message.value == f"epoch {number}: test accuracy {100 * accuracy:.2f} %"
+        assert shown == [curve.figure] and curve.figure.png() != before
+        after = "1 epoch" if number == 1 else "2 epochs"
+        assert repr(curve) == f"<Learning curve after {after}: test accuracy {100 * accuracy:.2f} %>"
 
 
 def test_nothing_is_printed_or_displayed(capfd):
@@ -109,12 +120,18 @@ def test_what_cannot_be_drawn_is_said_and_the_picture_stays():
     assert explorer.message.value == "" and line(explorer) == [0, 2]
 
 
-def test_an_explorer_is_a_container_whose_text_is_its_values():
-    explorer = make()
-    assert isinstance(explorer, ipywidgets.VBox)
-    bundle = explorer._repr_mimebundle_()
-    assert bundle["text/plain"] == repr(explorer) == "Explorer(height=1)"
-    assert "application/vnd.jupyter.widget-view+json" in bundle
+def test_an_explorer_is_sliders_with_a_kernel_and_a_picture_with_a_caption_without():
+    explorer = make(moving="The line rises.")
+    assert isinstance(explorer, ipywidgets.VBox) and repr(explorer) == "Explorer(height=1)"
+    data, metadata = explorer._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in data
+    said = "a line through [0, 1]. Run this notebook to move height. The line rises."
+    assert data["text/plain"] == f"<{said}>" and metadata["image/png"]["alt"] == said
+    stored = Image.open(io.BytesIO(b64decode(data["image/png"])))
+    alone = Image.open(io.BytesIO(explorer.figure.png()))
+    assert stored.width == alone.width and stored.height > alone.height  # the caption stands below
+    assert stored.convert("RGB").crop((0, 0, *alone.size)).tobytes() == alone.convert("RGB").tobytes()
+    assert len(set(stored.convert("L").crop((0, alone.height, *stored.size)).tobytes())) > 1
 
 
 def test_explorers_do_not_share_anything():

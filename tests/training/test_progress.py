@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from cifar_fast import recipes
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.recipe import Recipe
-from cifar_fast.training.progress import Progress, clock_time, step_work, views_per_image
+from cifar_fast.training.progress import Progress, clock_time, counted, in_a_notebook, step_work, views_per_image
 from cifar_fast.training.result import EpochResult
 
 # Ten steps in the first epoch, on small images, and five in the second, the last.
@@ -114,3 +116,81 @@ def test_a_forecast_that_was_wrong_loses_its_say(tiny_data: Dataset) -> None:
 
 def test_times_are_written_as_people_read_them() -> None:
     assert [clock_time(seconds) for seconds in (0, 59.6, 65, 3725)] == ["0:00", "1:00", "1:05", "1:02:05"]
+
+
+# --- in a notebook ---
+
+
+class Cell:
+    """What one output of a notebook's cell showed, one after the other."""
+
+    def __init__(self, data: dict[str, str]) -> None:
+        self.shown = [data["text/plain"]]
+
+    def update(self, data: dict[str, str], raw: bool) -> None:
+        self.shown.append(data["text/plain"])
+
+
+@pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch) -> list[Cell]:
+    """The outputs of a notebook's cell, in which the code of a test runs."""
+    made: list[Cell] = []
+
+    def display(data: dict[str, str], raw: bool, display_id: bool) -> Cell:
+        made.append(Cell(data))
+        return made[-1]
+
+    kernel = SimpleNamespace(kernel="a kernel")
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    monkeypatch.setattr("cifar_fast.training.progress.BAR_SECONDS", 0.0)
+    assert in_a_notebook()
+    return made
+
+
+def test_in_a_notebook_a_bar_becomes_a_line_of_the_form_that_it_began_with(tiny_data, cells, capfd) -> None:
+    time = Time()
+    with Progress(RECIPE, tiny_data, seed=3, clock=time) as shown:
+        for done in range(1, 16):
+            time.now += 1
+            shown.step(done, accuracy=0.25)
+        shown.evaluated(epoch_result(1, 0.4567))
+        shown.evaluated(epoch_result(2, 0.5))
+    (cell,) = cells
+    first, live, last = cell.shown[0], cell.shown[1:-1], cell.shown[-1]
+    assert first == "smoke on synthetic, seed 3: 0.00 % after 0.0 s of training"
+    assert last == "smoke on synthetic, seed 3: 50.00 % after 1.0 s of training"
+    assert len(live) == 18 and all("smoke on synthetic, epoch " in line for line in live)
+    assert live[5].startswith("\u2588" * 7 + "\u2591" * 13) and "training accuracy 25.0%" in live[5]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_interrupted_run_says_where_it_stopped(tiny_data, cells) -> None:
+    with pytest.raises(KeyboardInterrupt), Progress(RECIPE, tiny_data, seed=0) as shown:
+        shown.step(12)
+        raise KeyboardInterrupt
+    assert cells[0].shown[-1] == "smoke on synthetic, seed 0: stopped in epoch 2 of 2"
+
+
+def test_a_count_of_runs_ends_as_a_line_too(cells) -> None:
+    with counted("ablation", 2, "run") as begin:
+        begin("a, seed 0")
+        begin("b, seed 0")
+    assert cells[0].shown[0] == "ablation: 2 runs in 0.0 s"
+    assert cells[0].shown[2].endswith(" ablation, run 2 of 2: b, seed 0") and "\u2588" * 10 in cells[0].shown[2]
+    assert cells[0].shown[-1].startswith("ablation: 2 runs in ")
+    with pytest.raises(ValueError), counted("ablation", 2, "run") as begin:
+        begin("a, seed 0")
+        raise ValueError
+    assert cells[1].shown[-1] == "ablation: stopped in run 1 of 2"
+    with counted("nothing", 1, "run", show=False):
+        pass
+    assert len(cells) == 2
+
+
+def test_elsewhere_a_count_is_a_bar_on_standard_error(capsys) -> None:
+    with counted("ablation", 2, "run") as begin:
+        begin("a, seed 0")
+        begin("b, seed 0")
+    assert "ablation: 100%" in capsys.readouterr().err
+    assert not in_a_notebook()

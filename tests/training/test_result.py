@@ -22,6 +22,7 @@ from cifar_fast.training.loop import train
 from cifar_fast.training.result import RunFolder, RunResult, halved, load_run, save_run
 from cifar_fast.training.seeds import Seeds
 
+CLOCKS = ("train_seconds", "evaluate_seconds", "total_seconds")
 RECIPE = replace(smoke(), n_shards=1, epochs=2.0, widths=(8, 8, 8), precision="float32", convolution="direct")
 
 
@@ -48,6 +49,19 @@ def separate(part: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
 def folder(trained: RunResult, tmp_path: Path) -> Path:
     save_run(trained, tmp_path / "run")
     return tmp_path / "run"
+
+
+def test_a_run_prints_its_result_its_clocks_and_where_it_ran(trained):
+    head, values, *notes = str(trained).splitlines()
+    assert head.split("  ")[0] == "test accuracy" and head.split()[-3:] == list(CLOCKS)
+    assert values.split()[:3] == [f"{100 * trained.accuracy:.2f}", "%", f"{trained.loss:.3f}"]
+    assert values.split()[3:5] == [f"{trained.train_seconds:.1f}", "s"]
+    assert notes[0] == "n = 1 run, seed 0; recipe 'smoke', 2 epochs; TTA: flip"
+    assert notes[1].startswith("data set: synthetic (640 training") and notes[2].startswith("hardware: ")
+    page = trained._repr_html_()
+    assert f"<td>{100 * trained.accuracy:.2f} %</td>" in page and "<small>n = 1 run" in page
+    assert repr(trained) == str(trained)
+    assert "start 1, order 2, augmentation 3" in str(replace(trained, seed=Seeds(start=1, order=2, augmentation=3)))
 
 
 def test_kept_logits_say_what_the_result_says(separate, part):

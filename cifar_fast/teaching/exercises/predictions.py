@@ -1,4 +1,4 @@
-"""Exercises of the notebooks: a prediction first, then the answer."""
+"""A prediction before a cell is run, compared with what was found."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from cifar_fast.errors import UserError
 Answer = float | str | bool
 
 
-def check(prediction: Answer | None, answer: Answer, *, within: float = 0.0, unit: str = "") -> None:
+def compare(prediction: Answer | None, answer: Answer, *, within: float = 0.0, unit: str = "") -> None:
     """Print whether a prediction is right; without one ask for it, and keep the answer.
 
     `within`: how far off a number may be, in the answer's `unit`. Raises `UserError` for a prediction of another kind

@@ -1,0 +1,299 @@
+"""What each rung of the classroom ladder gains, in points of accuracy and in arithmetic.
+
+A run is a line of the `results.jsonl` that `benchmarks/classroom_ladder.py` writes. Runs of another recipe than the
+ladder's are left out, so that a changed ladder does not cite them.
+"""
+
+from __future__ import annotations
+
+import html
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from cifar_fast import recipes
+from cifar_fast.errors import RecipeError
+from cifar_fast.experiments.statistics import data_set, hardware, mean_interval
+from cifar_fast.experiments.tables import rounded, table
+from cifar_fast.recipe import Recipe
+from cifar_fast.recipes import Rung
+
+RESAMPLES = 2000
+"""Draws of the bootstrap."""
+BEYOND = 1.25
+"""Factor in arithmetic by which a curve may be drawn out beyond its ends."""
+TERA = 1e12
+
+
+@dataclass(frozen=True)
+class Point:
+    """The runs of one rung with one number of epochs."""
+
+    epochs: float
+    flop: float
+    """Floating-point operations of a training run."""
+    accuracy: dict[int, float]
+    """Test accuracy, 0 ... 1, by seed."""
+
+    @property
+    def mean(self) -> float:
+        """The mean accuracy, 0 ... 1."""
+        return fmean(self.accuracy.values())
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval of the mean, 0 ... 1; None for a single run."""
+        return mean_interval(list(self.accuracy.values()))
+
+
+Curve = list[Point]
+"""A rung's points, from few epochs to many."""
+
+
+def ladder_runs(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return those of `runs` that trained a recipe of today's ladder."""
+    ladders: dict[float, dict[str, Recipe]] = {}
+    found = []
+    for run in runs:
+        epochs = run["recipe"]["epochs"]
+        if epochs not in ladders:
+            ladders[epochs] = {rung.recipe.name: rung.recipe for rung in recipes.classroom_ladder(epochs)}
+        try:
+            recipe = Recipe.from_dict(run["recipe"])
+        except RecipeError:  # a field of another version
+            continue
+        if ladders[epochs].get(run["arm"]) == recipe:
+            found.append(run)
+    return found
+
+
+def curves(runs: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
+    """Return each rung's points by its name, from the foot of the ladder upwards; rungs without runs have none."""
+    points: dict[str, dict[float, Point]] = {rung.recipe.name: {} for rung in recipes.classroom_ladder()}
+    for run in ladder_runs(runs):
+        epochs = run["recipe"]["epochs"]
+        point = points[run["arm"]].setdefault(epochs, Point(epochs, run["train_flop"], {}))
+        point.accuracy[run["seed"]] = run["accuracy"]
+    return {name: [found[epochs] for epochs in sorted(found)] for name, found in points.items()}
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How many times the arithmetic the recipe below a rung takes for the rung's accuracy."""
+
+    epochs: float
+    """Of the rung, whose accuracy the recipe below is to reach."""
+    factor: float
+    low: float
+    """Lower end of the 95 % interval; 0 if some resamples fall below the curve."""
+    high: float
+    """Upper end; infinity if some resamples lie above the curve."""
+    more: bool = False
+    """Whether the curve below ends before that accuracy, so that `factor` is only a bound."""
+
+    def __str__(self) -> str:
+        """Return the factor in words."""
+        if self.more:
+            return f"more than {self.factor:.1f} times the arithmetic"
+        if 0 < self.low and self.high < math.inf:
+            between = f" (95 % interval {self.low:.2f} to {self.high:.2f})"
+        elif self.low > 0:
+            between = f" (95 % interval: at least {self.low:.2f})"
+        else:
+            between = f" (95 % interval: at most {self.high:.2f})" if self.high < math.inf else " (roughly)"
+        return f"{self.factor:.2f} times the arithmetic{between}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """What a rung gains over the one below it. Nothing has been measured where `differences` is empty."""
+
+    rung: str
+    title: str
+    epochs: float = 0.0
+    differences: tuple[float, ...] = ()
+    """Accuracy with the trick minus accuracy without, in points, seed by seed."""
+    saving: Saving | None = None
+    """None where the curves do not tell."""
+    dataset: str = ""
+    hardware: str = ""
+
+    @property
+    def points(self) -> float:
+        """The mean difference, in points."""
+        return fmean(self.differences)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95 % interval (Student's t) of the mean difference; None for a single pair of runs."""
+        return mean_interval(self.differences)
+
+    def sentences(self) -> tuple[str, str, str]:
+        """Return the gain in points, what it is worth in arithmetic ("" if unknown), and where it was measured."""
+        if not self.differences:
+            return f"{self.title[:1].upper()}{self.title[1:]}: not measured yet.", "", ""
+        interval = self.interval
+        between = f" (95 % interval {rounded(interval, like=interval, signed=True)})" if interval else ""
+        mean = rounded([self.points], like=interval, signed=True)
+        first = f"{self.title[:1].upper()}{self.title[1:]}: {mean} points of test accuracy{between}."
+        worth = ""
+        if self.saving:
+            worth = f"Without it, the same accuracy takes {self.saving}."
+        pairs = "pairs of runs" if len(self.differences) > 1 else "pair of runs"
+        where = (
+            f"n = {len(self.differences)} {pairs} with the same seed, {_epochs(self.epochs)}; "
+            f"data set: {self.dataset}; hardware: {self.hardware}"
+        )
+        return first, worth, where
+
+    def __str__(self) -> str:
+        """Return it as a paragraph of text."""
+        return " ".join(filter(None, self.sentences()[:2])) + f"\n{self.sentences()[2]}" * bool(self.differences)
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        first, worth, where = map(html.escape, self.sentences())
+        name, _, rest = first.partition(": ")
+        said = f"<p><b>{name}</b>: {rest} {worth}</p>"
+        return f"{said}\n<p><small>{where}</small></p>" if where else said
+
+
+def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
+    """Compare a rung with the one below it, at the number of epochs with the most shared seeds, of those the largest.
+
+    Args:
+        rung: name of a trick of the ladder.
+        runs: lines of `results.jsonl`.
+
+    Raises:
+        RecipeError: no rung adds a trick of that name.
+    """
+    below, with_it = recipes.rung_pair(rung)
+    title = next(each.title for each in recipes.classroom_ladder() if each.recipe.name == rung)
+    kept = ladder_runs(runs)
+    found = curves(kept)
+    lower, upper = found[below.name], found[with_it.name]
+    shared = {
+        point.epochs: sorted(set(point.accuracy) & set(other.accuracy))
+        for point in upper
+        for other in lower
+        if other.epochs == point.epochs
+    }
+    if not any(shared.values()):
+        return Gain(rung=rung, title=title)
+    epochs, seeds = max(shared.items(), key=lambda item: (len(item[1]), item[0]))
+    first, second = (next(p for p in curve if p.epochs == epochs).accuracy for curve in (lower, upper))
+    whole = [[point for point in curve if set(seeds) <= set(point.accuracy)] for curve in (lower, upper)]
+    compared = [run for run in kept if run["arm"] in (below.name, with_it.name) and run["recipe"]["epochs"] == epochs]
+    return Gain(
+        rung=rung,
+        title=title,
+        epochs=epochs,
+        differences=tuple(100 * (second[seed] - first[seed]) for seed in seeds),
+        saving=saving(*whole),
+        dataset=_distinct(data_set(run["dataset"]) for run in compared),
+        hardware=_distinct(hardware(run["environment"]) for run in compared),
+    )
+
+
+def saving(lower: Curve, upper: Curve) -> Saving | None:
+    """Return how many times the arithmetic `lower` takes for an accuracy of `upper`; None where they do not tell.
+
+    The accuracy of `lower` between two of its points is interpolated over the logarithm of the arithmetic. Of the
+    points of `upper`, the one with the most epochs is taken whose accuracy lies on the curve of `lower`; if there is
+    none, one that lies no further from its ends than `BEYOND`. If all lie above, the factor is a bound. The interval is
+    a percentile bootstrap: seeds are drawn again, the same for all points.
+    """
+    seeds = sorted(set.intersection(*(set(point.accuracy) for point in (*lower, *upper)))) if lower and upper else []
+    if len(lower) < 2 or len(seeds) < 2:
+        return None
+    for beyond in (1.0, BEYOND):
+        for target in reversed(upper):
+            factor = _factor(lower, target, seeds, beyond)
+            if 0 < factor < math.inf:
+                draws = random.Random(0)
+                factors = sorted(_factor(lower, target, draws.choices(seeds, k=len(seeds))) for _ in range(RESAMPLES))
+                low, high = factors[round(0.025 * (RESAMPLES - 1))], factors[round(0.975 * (RESAMPLES - 1))]
+                return Saving(target.epochs, factor, low, high)
+    least = upper[0]
+    if _factor(lower, least, seeds) == math.inf and (bound := lower[-1].flop / least.flop) > 1:
+        return Saving(least.epochs, bound, bound, math.inf, more=True)
+    return None
+
+
+def _factor(lower: Curve, target: Point, seeds: Sequence[int], beyond: float = BEYOND) -> float:
+    """Return the arithmetic at which the mean of `lower` reaches that of `target`, relative to that of `target`.
+
+    Both ends of the curve are drawn out, straight, by the factor `beyond`. 0 if it starts above the target, infinity if
+    it does not reach it.
+    """
+    wanted = fmean(target.accuracy[seed] for seed in seeds)
+    reached = [(math.log(point.flop), fmean(point.accuracy[seed] for seed in seeds)) for point in lower]
+    pieces = list(zip(reached, reached[1:], strict=False))
+    for number, ((x0, y0), (x1, y1)) in enumerate(pieces):
+        slope = (y1 - y0) / (x1 - x0)
+        low = x0 - math.log(beyond) * (number == 0)
+        high = x1 + math.log(beyond) * (number == len(pieces) - 1)
+        if slope > 0 and low <= (x := x0 + (wanted - y0) / slope) <= high:
+            return math.exp(x) / target.flop
+    return 0.0 if wanted < reached[0][1] else math.inf
+
+
+def ladder_table(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Return as text each rung's accuracy and arithmetic by epochs, and its gain over the rung below."""
+    runs = list(runs)
+    found = curves(runs)
+    rows = [("rung", "epochs", "n", "accuracy, %", "TFLOP", "points, paired with the rung below")]
+    for before, rung in zip((None, *recipes.classroom_ladder()), recipes.classroom_ladder(), strict=False):
+        for point in found[rung.recipe.name]:
+            below = before and next((p for p in found[before.recipe.name] if p.epochs == point.epochs), None)
+            shared = sorted(set(point.accuracy) & set(below.accuracy)) if below else []
+            differences = [100 * (point.accuracy[seed] - below.accuracy[seed]) for seed in shared] if below else []
+            rows.append(
+                (
+                    rung.recipe.name,
+                    f"{point.epochs:g}",
+                    str(len(point.accuracy)),
+                    _plus_minus([100 * value for value in point.accuracy.values()]),
+                    f"{point.flop / TERA:.2f}",
+                    _change(differences),
+                )
+            )
+    gains = [gain(rung.recipe.name, runs) for rung in _above_the_foot()]
+    worth = [f"{each.rung}: {each.saving}" for each in gains if each.saving]
+    kept = ladder_runs(runs)
+    where = [
+        f"data set: {_distinct(data_set(run['dataset']) for run in kept)}",
+        f"hardware: {_distinct(hardware(run['environment']) for run in kept)}",
+    ]
+    title = "What the same accuracy takes without the rung, relative to the rung's arithmetic:"
+    return "\n".join([table(rows), "", *([title, *worth, ""] if worth else []), *where])
+
+
+def _above_the_foot() -> tuple[Rung, ...]:
+    return recipes.classroom_ladder()[1:]
+
+
+def _change(differences: Sequence[float]) -> str:
+    if not differences:
+        return ""
+    interval = mean_interval(differences)
+    between = f" ({interval[0]:+.2f} to {interval[1]:+.2f}), n = {len(differences)}" if interval else ""
+    return f"{fmean(differences):+.2f}{between}"
+
+
+def _plus_minus(values: Sequence[float]) -> str:
+    interval = mean_interval(values)
+    return f"{fmean(values):.2f}" + (f" +- {(interval[1] - interval[0]) / 2:.2f}" if interval else "")
+
+
+def _epochs(number: float) -> str:
+    return f"{number:g} epoch" + "s" * (number != 1)
+
+
+def _distinct(values: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(values))

@@ -1,0 +1,122 @@
+"""What all lessons share: the strip, the gain, the curves of the ladder, the networks drawn."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from cifar_fast import recipes
+from cifar_fast.errors import RecipeError, RunError, UserError
+from cifar_fast.experiments.rungs import TERA
+from cifar_fast.teaching import lessons, network_plots
+from cifar_fast.teaching.result_plots import ladder_curves, spaced
+from cifar_fast.training.model import build_model
+
+NAMES = [rung.recipe.name for rung in recipes.classroom_ladder()]
+
+
+def made_up() -> list[dict]:
+    """Runs of the first four rungs, with two numbers of epochs and three seeds."""
+    return [
+        {
+            "arm": rung.recipe.name,
+            "recipe": rung.recipe.to_dict(),
+            "seed": seed,
+            "accuracy": 0.5 + 0.02 * place + 0.1 * math.log2(epochs) + 0.001 * seed,
+            "train_flop": 3 * TERA * epochs,
+            "dataset": {"name": "CIFAR-10", "n_train": 50_000, "n_test": 10_000},
+            "environment": {"gpu": None, "cpu": "an abacus", "cpu_capability": "wood", "threads": 1},
+        }
+        for epochs in (1.0, 2.0)
+        for place, rung in enumerate(recipes.classroom_ladder(epochs)[:4])
+        for seed in range(3)
+    ]
+
+
+# --- the strip ---
+
+
+def test_the_strip_has_every_rung_and_picks_out_one():
+    figure = lessons.strip("whitening", made_up())
+    (axis,) = figure.axes
+    labels = axis.get_xticklabels()
+    assert [label.get_text() for label in labels] == [name.replace("_", " ") for name in NAMES]
+    assert [label.get_text() for label in labels if label.get_weight() == "bold"] == ["whitening"]
+    assert [text.get_text() for text in axis.texts] == ["60.1", "62.1", "64.1", "66.1", *"?" * (len(NAMES) - 4)]
+    assert axis.get_title(loc="left") == "test accuracy in % after 2 epochs (6.0 TFLOP), n = 3"
+    assert figure.alt.startswith("You are here: whitening, rung 1 of 9 of the ladder, where it reaches 62.1 %; ")
+
+
+def test_without_runs_the_strip_and_the_gain_say_so(monkeypatch):
+    def none(name: str) -> list:
+        raise RunError("there are no saved runs")
+
+    monkeypatch.setattr(lessons, "saved_runs", none)
+    figure = lessons.strip("muon")
+    assert figure.axes[0].get_title(loc="left") == "the ladder, not measured yet"
+    assert figure.alt == "You are here: muon, rung 5 of 9 of the ladder"
+    assert str(lessons.gain("muon")) == "Muon, with its rates: not measured yet."
+
+
+def test_every_trick_of_the_ladder_has_a_strip_and_a_gain_from_the_saved_runs():
+    for name in NAMES[1:]:
+        assert lessons.strip(name).alt.startswith("You are here: ")
+        assert str(lessons.gain(name)).count("\n") <= 1
+    for function in (lessons.strip, lessons.gain):
+        with pytest.raises(RecipeError, match="no rung of the ladder adds 'plain'"):
+            function("plain")
+
+
+# --- the curves ---
+
+
+def test_the_curves_are_those_of_the_rungs_with_runs_each_with_its_name():
+    figure = ladder_curves(made_up())
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.texts] == ["plain", "whitening", "pooling", "dirac"]
+    heights = [bars.lines[0].get_ydata() for bars in axis.containers]
+    assert heights[1] == pytest.approx([52.1, 62.1])
+    assert all(list(bars.lines[0].get_xdata()) == [3.0, 6.0] for bars in axis.containers)
+    assert axis.get_xscale() == "log" and "n = 3" in axis.get_title(loc="left")
+    assert figure.alt == (
+        "Test accuracy over the arithmetic of training for 4 rungs of the ladder, from 60.1 % at 6.0 TFLOP (plain) "
+        "to 66.1 % at 6.0 TFLOP (dirac)"
+    )
+    with pytest.raises(UserError, match="no run of the classroom ladder to draw"):
+        ladder_curves([])
+
+
+def test_labels_that_would_meet_move_apart_and_no_further_than_they_must():
+    assert spaced([0, 50, 100], 10) == [0, 50, 100]
+    assert spaced([0, 4], 10) == [-3, 7]
+    assert spaced([0, 10, 10, 50], 10) == pytest.approx([-10 / 3, 20 / 3, 50 / 3, 50])
+    assert spaced([], 10) == []
+
+
+# --- the networks ---
+
+
+@pytest.mark.parametrize("name", ["baseline_2018", "page_2019", "classroom", "airbench_2024"])
+def test_a_network_is_drawn_with_the_shapes_and_counts_of_the_built_one(name):
+    recipe = recipes.named(name)
+    found = network_plots.stages(recipe)
+    model = build_model(recipe, 10, torch.zeros(3), torch.ones(3))
+    assert sum(stage.learned + stage.fixed for stage in found) == sum(p.numel() for p in model.parameters())
+    assert found[0].shape == (3, 32, 32) and found[-1].shape == (10,)
+    assert sum(stage.residual for stage in found) == (2 if recipe.network == "resnet9" else 0)
+    whitened = [stage for stage in found if "whitening" in "".join(stage.does)]
+    assert len(whitened) == (recipe.whitening_size > 0) and all(stage.fixed > stage.learned for stage in whitened)
+
+
+def test_a_drawing_of_a_network_has_a_line_for_each_stage_and_the_sum():
+    recipe = recipes.classroom()
+    figure = network_plots.draw(recipe)
+    said = [text.get_text() for text in figure.axes[0].texts]
+    assert "24 x 31 x 31" in said and "3x3 conv, max-pool, norm, SiLU" in said and "linear, times 1/256" in said
+    learned = sum(stage.learned for stage in network_plots.stages(recipe))
+    assert any(text.startswith(f"parameters: {learned:,} learned, ") for text in said)
+    assert figure.alt.startswith(
+        "The network convnet6 from an image of 3 x 32 x 32 values through 9 stages to 10 logits"
+    )
