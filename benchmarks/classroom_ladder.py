@@ -1,4 +1,4 @@
-"""Trains every rung of the classroom ladder at several numbers of epochs, and saves the runs.
+"""Trains the rungs of the classroom ladder, and the tricks beside it, at several numbers of epochs; saves the runs.
 
     python benchmarks/classroom_ladder.py --epochs 2 4 --seeds 0 1 2 --out benchmarks/results/classroom_ladder
 
@@ -11,6 +11,7 @@ The rung that adds test-time augmentation needs no training of its own: it evalu
 
 import argparse
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from ablation import line, without_clocks
@@ -34,25 +35,27 @@ def done(results: Path, data: Dataset) -> set[tuple[str, float, int]]:
         return set()
     runs = [json.loads(text) for text in results.read_text().splitlines()]
     for run in runs:
-        ladder = {rung.recipe.name: rung.recipe for rung in recipes.classroom_ladder(run["recipe"]["epochs"])}
-        if ladder.get(run["arm"]) != Recipe.from_dict(run["recipe"]):
+        arm = recipes.classroom_arms(run["recipe"]["epochs"]).get(run["arm"])
+        if arm is None or arm.recipe != Recipe.from_dict(run["recipe"]):
             raise UserError(f"{results} has a run of {run['arm']!r} with another recipe; choose another --out")
         if run["dataset"] != data.describe():
             raise UserError(f"{results} has runs on other data ({run['dataset']['name']}); choose another --out")
     return {(run["arm"], run["recipe"]["epochs"], run["seed"]) for run in runs}
 
 
-def train_rungs(epochs: float, seed: int, data: Dataset, results: Path, quiet: bool) -> None:
-    """Train what is missing of the ladder at `epochs` with `seed`; append each run as it ends."""
-    *trained, top = recipes.classroom_ladder(epochs)
+def train_rungs(
+    epochs: float, seed: int, data: Dataset, results: Path, quiet: bool, tricks: Collection[str] | None = None
+) -> None:
+    """Train what is missing of `tricks`, or of all, at `epochs` with `seed`; append each run as it ends."""
+    *_, last, top = recipes.classroom_ladder(epochs)
     saved = done(results, data)
-    for rung in trained:
-        if (rung.recipe.name, epochs, seed) in saved:
+    for name, rung in recipes.classroom_arms(epochs).items():
+        if rung.recipe == top.recipe or (name, epochs, seed) in saved or (tricks and name not in tricks):
             continue
         result = train(rung.recipe, data, seed=seed, progress=False)
         flop = {"train_flop": train_flop(rung.recipe, len(data.train_labels))}
         lines = [line(rung.recipe.name, result) | flop]
-        if rung is trained[-1]:
+        if rung.recipe == last.recipe:
             found = evaluate_as_trained(result, data, top.recipe.tta)
             changed = {"accuracy": found.accuracy, "loss": found.loss, "recipe": top.recipe.to_dict()}
             lines.append(line(top.recipe.name, result) | flop | changed)
@@ -74,6 +77,7 @@ def main() -> None:
     """Train seed by seed, so that the saved runs can be compared at any time."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0, 6.0, 8.0])
+    parser.add_argument("--only", nargs="+", metavar="TRICK", help="train these alone; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine: save the clocks")
     parser.add_argument("--out", type=Path, required=True)
@@ -83,7 +87,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         for seed in options.seeds:
             for epochs in options.epochs:
-                train_rungs(epochs, seed, data, options.out / "results.jsonl", options.quiet)
+                train_rungs(epochs, seed, data, options.out / "results.jsonl", options.quiet, options.only)
                 show(options.out / "results.jsonl")
     except UserError as error:
         raise SystemExit(f"error: {error}") from None

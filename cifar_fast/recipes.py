@@ -236,105 +236,107 @@ def laptop() -> Recipe:
 
 
 def classroom() -> Recipe:
-    """Return `laptop` for experiments that repeat many training runs on a CPU.
+    """Return the recipe for experiments that repeat many training runs on a CPU: the top of `classroom_ladder`.
 
-    The network is narrow, four of the six epochs are on small images, and nothing is averaged. Widths, epochs and image
-    sizes were chosen on held-out training images (`search_classroom` in the saved results).
+    The network is narrow, and four of the five epochs are on small images. Tricks, epochs and image sizes were chosen
+    on held-out training images (see the saved results).
     """
-    return replace(
-        laptop(),
-        name="classroom",
-        widths=(24, 64, 64),
-        epochs=6.0,
-        global_batch_size=512,
-        peak_lr=277.0,  # laptop's rate per image of a batch
-        ghost_batch_size=512,
-        micro_batch_size=512,
-        resolutions=(16, 16, 24, 24, 32),
-        ema_decay=0.0,
-        ema_off_epochs=0.0,
-        bend_fraction=0.0,
-        bend_lr_fraction=0.0,
-    )
+    return replace(classroom_ladder(5.0)[-1].recipe, name="classroom")
 
 
 def classroom_ladder(epochs: float = 2.0) -> tuple[Rung, ...]:
-    """Return rungs from a plain network to the tricks of `classroom`, all with its widths and batch size.
+    """Return rungs from a plain network to `classroom`, each with one trick more than the rung below.
 
-    Each rung adds one trick to all below it, and the schedule is scaled to `epochs`. Comparing the rungs at several
-    numbers of epochs shows how much arithmetic a trick saves at the same accuracy.
-
-    Two comparisons are not clean. Muon comes with all of `classroom`'s rates and batch-norm settings, so its rung
-    changes many fields at once. The rungs below it keep the foot's learning rate, which was tuned for the foot alone
-    (`search_classroom_foot` in the saved results).
+    The schedule is scaled to `epochs`. Comparing the rungs at several numbers of epochs shows how much arithmetic a
+    trick saves at the same accuracy. A single epoch has no room for small images, so it has no rung for them.
     """
-    top = replace(classroom(), epochs=epochs, resolutions=())
-    foot = replace(
-        top,
+    foot = Recipe(
         name="plain",
-        whitening_size=0,
-        whitening_bias_epochs=0.0,
-        pool_position="after_activation",
-        activation="relu",
-        conv_init="kaiming",
-        freeze_bn_scale=False,
-        bias_lr_scale=1.0,
-        bias_weight_decay_scale=1.0,
-        weight_decay=5e-4,
-        momentum=0.9,
-        peak_lr=0.2,
-        start_lr_fraction=0.0,
-        warmup_fraction=0.2,
-        flip="random",
-        crop_padding=4,
-        color_jitter=0.0,
-        label_smoothing=0.0,
-        optimizer="sgd",
-        tta="none",
-        bn_momentum=0.1,
-        bn_eps=1e-5,
-        logit_scale=0.125,
+        network="convnet6",
+        widths=(24, 64, 64),
+        epochs=epochs,
+        global_batch_size=512,
+        peak_lr=0.1,
+        start_lr_fraction=1.0,
+        warmup_fraction=0.0,
+        final_lr_fraction=1.0,
+        # Of tricks that rungs above switch on
+        whitening_eps=5e-4,
+        muon_lr=0.205,
+        muon_momentum=0.655,
     )
-    rungs = [Rung("start", "a plain network", foot)]
+    rungs = [Rung("start", "a plain network with a constant learning rate", foot)]
 
-    def add(name: str, title: str, *fields: str, **changes: Any) -> None:
-        values = {field: getattr(top, field) for field in fields} | changes
-        rungs.append(Rung("trick", title, replace(rungs[-1].recipe, name=name, **values)))
+    def add(name: str, title: str, **changes: Any) -> None:
+        rungs.append(Rung("trick", title, replace(rungs[-1].recipe, name=name, **changes)))
 
-    add("whitening", "patch whitening", "whitening_size", "whitening_bias_epochs")
-    add("pooling", "max-pool before norm, SiLU", "pool_position", "activation")
-    add("dirac", "filters that start as the identity", "conv_init")
-    add("biases", "frozen scales, fast biases", "freeze_bn_scale", bias_lr_scale=64.0, bias_weight_decay_scale=1 / 64)
-    rates = ("peak_lr", "start_lr_fraction", "warmup_fraction", "momentum", "weight_decay", "logit_scale")
-    biases = ("bias_lr_scale", "bias_weight_decay_scale", "bn_momentum", "bn_eps")
-    add("muon", "Muon, with its rates", "optimizer", *rates, *biases)
-    add("smoothing", "label smoothing", "label_smoothing")
-    add("augmentation", "lighter augmentation, alternating flip", "flip", "crop_padding", "color_jitter")
-    add("small_images", "small images first", resolutions=_small_first(epochs))
-    add("tta", "test-time augmentation", "tta")
+    one_cycle = {"peak_lr": 0.2, "start_lr_fraction": 0.0, "warmup_fraction": 0.2, "final_lr_fraction": 0.0}
+    add("schedule", "a learning rate that warms up, then decays to zero", **one_cycle)
+    add("whitening", "patch whitening", whitening_size=2, whitening_bias_epochs=0.19)
+    add("muon", "Muon for the filters", optimizer="muon")
+    add("warmup", "no warm-up, which Muon does not need", start_lr_fraction=1.0, warmup_fraction=0.0)
+    add("augmentation", "alternating flip and smaller shifts", flip="alternating", crop_padding=2)
+    if sizes := _small_first(epochs):
+        add("small_images", "small images first", resolutions=sizes)
+    add("tta", "test-time augmentation", tta="flip_shift")
     return tuple(rungs)
 
 
-def rung_pair(name: str, epochs: float = 2.0) -> tuple[Recipe, Recipe]:
-    """Return the classroom ladder's recipe below the trick `name`, and the one with it, which is called `name`.
+def beside_classroom_ladder(epochs: float = 2.0) -> dict[str, tuple[str, Rung]]:
+    """Return tricks that are no rungs of the ladder, by name: the name of the rung that each is added to, and itself.
 
-    Raises `RecipeError` for a name without a rung, and for the foot, which has none below it.
+    `dirac` is worth most near the foot, without whitening and Muon. The others are added to the last rung that needs a
+    training run of its own.
     """
-    rungs = classroom_ladder(epochs)
+    ladder = {rung.recipe.name: rung.recipe for rung in classroom_ladder(epochs)}
+    last = "small_images" if "small_images" in ladder else "augmentation"
+    tricks: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+        ("schedule", "dirac", "filters that start as the identity", {"conv_init": "dirac"}),
+        (last, "pooling", "max-pool before the norm", {"pool_position": "before_norm"}),
+        (
+            last,
+            "biases",
+            "frozen scales, fast biases",
+            {"freeze_bn_scale": True, "bias_lr_scale": 8.0, "bias_weight_decay_scale": 1 / 8},
+        ),
+        (last, "smoothing", "label smoothing", {"label_smoothing": 0.1}),
+    )
+    return {
+        name: (below, Rung("trick", title, replace(ladder[below], name=name, **changes)))
+        for below, name, title, changes in tricks
+    }
+
+
+def classroom_arms(epochs: float = 2.0) -> dict[str, Rung]:
+    """Return the rungs of the ladder and the tricks beside it, by name."""
+    beside = {name: rung for name, (_, rung) in beside_classroom_ladder(epochs).items()}
+    return {rung.recipe.name: rung for rung in classroom_ladder(epochs)} | beside
+
+
+def rung_pair(name: str, epochs: float = 2.0) -> tuple[Recipe, Recipe]:
+    """Return the recipe that the trick `name` is added to, and the one with it, which is called `name`.
+
+    Raises `RecipeError` for a name that is no trick of the ladder or beside it, and for the foot, which adds none.
+    """
+    rungs, beside = classroom_ladder(epochs), beside_classroom_ladder(epochs)
+    if name in beside:
+        below, rung = beside[name]
+        return classroom_arms(epochs)[below].recipe, rung.recipe
     names = [rung.recipe.name for rung in rungs]
     if name not in names[1:]:
-        raise RecipeError(f"no rung of the ladder adds {name!r}; they add {', '.join(names[1:])}")
+        known = ", ".join((*names[1:], *beside))
+        raise RecipeError(f"no rung of the ladder adds {name!r}; the tricks on it and beside it are {known}")
     place = names.index(name)
     return rungs[place - 1].recipe, rungs[place].recipe
 
 
 def _small_first(epochs: float) -> tuple[int, ...]:
-    """Return each epoch's image side in pixels: a third of the epochs at 16, a third at 24, rounded down, then 32.
+    """Return each epoch's image side in pixels: two fifths of the epochs at 16, as many at 24, then 32.
 
-    Two epochs are one at 24 and one at 32.
+    Fifths are rounded down, so a single epoch has no small images, and two have one at 24 pixels.
     """
-    third = int(epochs // 3)
-    return (*(16,) * third, *(24,) * max(third, int(epochs >= 2)), 32)
+    small, medium = int(0.4 * epochs), int(0.8 * epochs)
+    return (*(16,) * small, *(24,) * (medium - small), 32) if medium else ()
 
 
 def shortened(recipe: Recipe, epochs: float) -> Recipe:

@@ -19,7 +19,6 @@ from cifar_fast.errors import RecipeError
 from cifar_fast.experiments.statistics import data_set, hardware, mean_interval
 from cifar_fast.experiments.tables import rounded, table
 from cifar_fast.recipe import Recipe
-from cifar_fast.recipes import Rung
 
 RESAMPLES = 2000
 """Draws of the bootstrap."""
@@ -54,13 +53,13 @@ Curve = list[Point]
 
 
 def ladder_runs(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return those of `runs` that trained a recipe of today's ladder."""
+    """Return those of `runs` that trained a recipe of today's ladder, or one of the tricks beside it."""
     ladders: dict[float, dict[str, Recipe]] = {}
     found = []
     for run in runs:
         epochs = run["recipe"]["epochs"]
         if epochs not in ladders:
-            ladders[epochs] = {rung.recipe.name: rung.recipe for rung in recipes.classroom_ladder(epochs)}
+            ladders[epochs] = {name: rung.recipe for name, rung in recipes.classroom_arms(epochs).items()}
         try:
             recipe = Recipe.from_dict(run["recipe"])
         except RecipeError:  # a field of another version
@@ -70,9 +69,21 @@ def ladder_runs(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return found
 
 
-def curves(runs: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
-    """Return each rung's points by its name, from the foot of the ladder upwards; rungs without runs have none."""
-    points: dict[str, dict[float, Point]] = {rung.recipe.name: {} for rung in recipes.classroom_ladder()}
+def curves(runs: Iterable[Mapping[str, Any]], beside: str = "") -> dict[str, Curve]:
+    """Return each rung's points by its name, from the foot of the ladder upwards; rungs without runs have none.
+
+    A trick `beside` the ladder comes after the rung that it is added to.
+    """
+    found = _points(runs)
+    names = [rung.recipe.name for rung in recipes.classroom_ladder()]
+    if beside and beside not in names:
+        names.insert(names.index(_below(beside)) + 1, beside)
+    return {name: found[name] for name in names}
+
+
+def _points(runs: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
+    """Return the points of each rung, and of each trick beside the ladder."""
+    points: dict[str, dict[float, Point]] = {name: {} for name in recipes.classroom_arms()}
     for run in ladder_runs(runs):
         epochs = run["recipe"]["epochs"]
         point = points[run["arm"]].setdefault(epochs, Point(epochs, run["train_flop"], {}))
@@ -163,7 +174,9 @@ class Gain:
 
 
 def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
-    """Compare a rung with the one below it, at the number of epochs with the most shared seeds, of those the largest.
+    """Compare a rung with the one below it, and a trick beside the ladder with the rung that it is added to.
+
+    They are compared at the number of epochs with the most shared seeds, of those the largest.
 
     Args:
         rung: name of a trick of the ladder.
@@ -173,9 +186,9 @@ def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
         RecipeError: no rung adds a trick of that name.
     """
     below, with_it = recipes.rung_pair(rung)
-    title = next(each.title for each in recipes.classroom_ladder() if each.recipe.name == rung)
+    title = recipes.classroom_arms()[rung].title
     kept = ladder_runs(runs)
-    found = curves(kept)
+    found = _points(kept)
     lower, upper = found[below.name], found[with_it.name]
     shared = {
         point.epochs: sorted(set(point.accuracy) & set(other.accuracy))
@@ -244,18 +257,20 @@ def _factor(lower: Curve, target: Point, seeds: Sequence[int], beyond: float = B
 
 
 def ladder_table(runs: Iterable[Mapping[str, Any]]) -> str:
-    """Return as text each rung's accuracy and arithmetic by epochs, and its gain over the rung below."""
-    runs = list(runs)
-    found = curves(runs)
-    rows = [("rung", "epochs", "n", "accuracy, %", "TFLOP", "points, paired with the rung below")]
-    for before, rung in zip((None, *recipes.classroom_ladder()), recipes.classroom_ladder(), strict=False):
-        for point in found[rung.recipe.name]:
-            below = before and next((p for p in found[before.recipe.name] if p.epochs == point.epochs), None)
-            shared = sorted(set(point.accuracy) & set(below.accuracy)) if below else []
-            differences = [100 * (point.accuracy[seed] - below.accuracy[seed]) for seed in shared] if below else []
+    """Return as text each trick's accuracy and arithmetic by epochs, and its gain over what it is added to."""
+    kept = ladder_runs(runs)
+    found = _points(kept)
+    rows = [("trick", "added to", "epochs", "n", "accuracy, %", "TFLOP", "points, paired by seed")]
+    for name, curve in found.items():
+        for point in curve:
+            below = _below(name, point.epochs)
+            other = next((p for p in found[below] if p.epochs == point.epochs), None) if below else None
+            shared = sorted(set(point.accuracy) & set(other.accuracy)) if other else []
+            differences = [100 * (point.accuracy[seed] - other.accuracy[seed]) for seed in shared] if other else []
             rows.append(
                 (
-                    rung.recipe.name,
+                    name,
+                    below,
                     f"{point.epochs:g}",
                     str(len(point.accuracy)),
                     _plus_minus([100 * value for value in point.accuracy.values()]),
@@ -263,19 +278,20 @@ def ladder_table(runs: Iterable[Mapping[str, Any]]) -> str:
                     _change(differences),
                 )
             )
-    gains = [gain(rung.recipe.name, runs) for rung in _above_the_foot()]
+    gains = [gain(name, kept) for name in found if _below(name)]
     worth = [f"{each.rung}: {each.saving}" for each in gains if each.saving]
-    kept = ladder_runs(runs)
     where = [
         f"data set: {_distinct(data_set(run['dataset']) for run in kept)}",
         f"hardware: {_distinct(hardware(run['environment']) for run in kept)}",
     ]
-    title = "What the same accuracy takes without the rung, relative to the rung's arithmetic:"
+    title = "What the same accuracy takes without the trick, relative to the arithmetic with it:"
     return "\n".join([table(rows), "", *([title, *worth, ""] if worth else []), *where])
 
 
-def _above_the_foot() -> tuple[Rung, ...]:
-    return recipes.classroom_ladder()[1:]
+def _below(name: str, epochs: float = 2.0) -> str:
+    """Return the name of the recipe that the trick `name` is added to; "" for the foot of the ladder."""
+    is_foot = name == recipes.classroom_ladder(epochs)[0].recipe.name
+    return "" if is_foot else recipes.rung_pair(name, epochs)[0].name
 
 
 def _change(differences: Sequence[float]) -> str:

@@ -36,6 +36,8 @@ def gain(rung: str) -> Gain:
 def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture:
     """Draw the ladder from its foot to its top, with the accuracy that each rung reached, and `rung` picked out.
 
+    A trick beside the ladder is drawn dashed, after the rung that it is added to.
+
     Args:
         rung: name of a trick of the ladder.
         runs: lines of the ladder's `results.jsonl`; None for the saved ones.
@@ -43,8 +45,9 @@ def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture
     Raises:
         RecipeError: no rung adds a trick of that name.
     """
-    recipes.rung_pair(rung)
-    found = rungs.curves(ladder_runs() if runs is None else runs)
+    below, _ = recipes.rung_pair(rung)
+    beside = rung in recipes.beside_classroom_ladder()
+    found = rungs.curves(ladder_runs() if runs is None else runs, rung)
     names = list(found)
     here, epochs = names.index(rung), _common_epochs(found)
     points = [next((p for p in found[name] if p.epochs == epochs), None) for name in names]
@@ -58,7 +61,8 @@ def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture
     for place, mean in enumerate(means):
         colour = HERE if place == here else DONE if place < here else AHEAD
         height = low if mean is None else mean
-        axis.plot([place - 0.42, place + 0.42], [height, height], color=colour, linewidth=4, solid_capstyle="butt")
+        dashes = (0, (1, 0.5)) if beside and place == here else "solid"  # tried there, and not kept
+        axis.plot([place - 0.42, place + 0.42], 2 * [height], color=colour, linewidth=4, linestyle=dashes)
         text = "?" if mean is None else f"{mean:.1f}"
         weight = "bold" if place == here else "normal"
         axis.annotate(
@@ -75,7 +79,9 @@ def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture
     axis.set_title(title, fontsize="medium", loc="left")
     reached = "" if means[here] is None else f", where it reaches {means[here]:.1f} %"
     figure.alt = (
-        f"You are here: {names[here].replace('_', ' ')}, rung {here} of {len(names) - 1} of the ladder{reached}{told}"
+        f"You are here: {names[here].replace('_', ' ')}, "
+        + (f"beside the ladder, added to {below.name}" if beside else f"rung {here} of {len(names) - 1} of the ladder")
+        + f"{reached}{told}"
     )
     return figure
 

@@ -12,7 +12,7 @@ from cifar_fast import recipes
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.load import load_or_synthetic
 from cifar_fast.errors import UserError
-from cifar_fast.recipe import Recipe, changed_fields
+from cifar_fast.recipe import Recipe
 
 NAMES = ("smoke", "classroom", "laptop", "gpu", "8gpu")
 VARIABLE = "CIFAR_FAST_SCALE"
@@ -116,9 +116,8 @@ class Scale:
 
         Raises `RecipeError` if no rung adds a trick of that name.
         """
-        below, with_it = recipes.rung_pair(name, self.rung_epochs)
-        if "resolutions" in changed_fields(below, with_it):
-            below, with_it = recipes.rung_pair(name, max(2.0, self.rung_epochs))
+        epochs = self.rung_epochs if name in recipes.classroom_arms(self.rung_epochs) else max(2.0, self.rung_epochs)
+        below, with_it = recipes.rung_pair(name, epochs)
         return self._rung_sized(below), self._rung_sized(with_it)
 
     def _rung_sized(self, recipe: Recipe) -> Recipe:
@@ -129,8 +128,6 @@ class Scale:
             recipe,
             widths=widths,
             global_batch_size=batch,
-            ghost_batch_size=batch,
-            micro_batch_size=batch,
             peak_lr=recipe.peak_lr * batch / recipe.global_batch_size,
         )
 

@@ -30,6 +30,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
         )
 
     monkeypatch.setattr(recipes, "classroom_ladder", narrow)
+    monkeypatch.setattr(recipes, "beside_classroom_ladder", lambda epochs=2.0: {})
     return module
 
 
@@ -40,7 +41,7 @@ def test_each_rung_is_trained_once_and_mixed_results_are_refused(script, tiny_da
         script, "train", lambda recipe, *args, **kw: trained.append(recipe.name) or train(recipe, *args, **kw)
     )
     for _ in range(2):
-        script.train_rungs(1.0, 0, tiny_data, results, False)
+        script.train_rungs(2.0, 0, tiny_data, results, False)
     assert trained == ["plain", "small_images"]
     runs = [json.loads(text) for text in results.read_text().splitlines()]
     assert [run["arm"] for run in runs] == ["plain", "small_images", "tta"]
@@ -56,4 +57,4 @@ def test_each_rung_is_trained_once_and_mixed_results_are_refused(script, tiny_da
     runs[0]["recipe"]["peak_lr"] = 0.3
     results.write_text("".join(json.dumps(run) + "\n" for run in runs))
     with pytest.raises(UserError, match="a run of 'plain' with another recipe"):
-        script.train_rungs(1.0, 1, tiny_data, results, False)
+        script.train_rungs(2.0, 1, tiny_data, results, False)

@@ -30,93 +30,97 @@ def run(name: str, epochs: float, seed: int, accuracy: float, flop: float | None
 
 
 def ladder(gain: float, *, budgets: tuple[float, ...] = (1.0, 2.0, 4.0), per_doubling: float = 0.1) -> list[Any]:
-    """Runs of `dirac` and of `pooling` below it, whose accuracy rises by `per_doubling`; both have a little noise."""
+    """Runs of `muon` and of `whitening` below it, whose accuracy rises by `per_doubling`; both have a little noise."""
     noise = (-0.003, 0.001, 0.0, 0.002, 0.0)
     return [
         run(name, epochs, seed, 0.5 + per_doubling * math.log2(epochs) + add + noise[(seed + shift) % 5])
         for epochs in budgets
-        for name, add, shift in (("pooling", 0.0, 0), ("dirac", gain, 2))
+        for name, add, shift in (("whitening", 0.0, 0), ("muon", gain, 2))
         for seed in range(5)
     ]
 
 
 def test_the_difference_is_paired_by_seed_at_the_most_epochs_with_the_most_seeds():
-    runs = ladder(0.02) + [run("pooling", 8.0, 0, 0.9), run("dirac", 8.0, 0, 0.1), run("dirac", 2.0, 9, 0.0)]
-    found = rungs.gain("dirac", reversed(runs))
+    runs = ladder(0.02) + [run("whitening", 8.0, 0, 0.9), run("muon", 8.0, 0, 0.1), run("muon", 2.0, 9, 0.0)]
+    found = rungs.gain("muon", reversed(runs))
     assert (found.epochs, len(found.differences)) == (4.0, 5)
     assert found.points == pytest.approx(2.0)
     assert found.interval == pytest.approx(mean_interval(found.differences))
-    below = {line["seed"]: line["accuracy"] for line in runs if line["arm"] == "pooling" and line["train_flop"] == 4e12}
-    above = {line["seed"]: line["accuracy"] for line in runs if line["arm"] == "dirac" and line["train_flop"] == 4e12}
+    below = {
+        line["seed"]: line["accuracy"] for line in runs if line["arm"] == "whitening" and line["train_flop"] == 4e12
+    }
+    above = {line["seed"]: line["accuracy"] for line in runs if line["arm"] == "muon" and line["train_flop"] == 4e12}
     assert found.differences == pytest.approx([100 * (above[seed] - below[seed]) for seed in range(5)])
 
 
 def test_a_gain_of_a_fifth_of_a_doubling_is_worth_a_fifth_of_a_doubling():
-    found = rungs.gain("dirac", ladder(0.02)).saving
+    found = rungs.gain("muon", ladder(0.02)).saving
     assert found and found.factor == pytest.approx(2**0.2) and not found.more
     assert found.epochs == 2.0  # at four, the curve below ends before
     assert found.low < found.factor < found.high < 1.3
 
 
 def test_a_trick_that_saves_arithmetic_at_the_same_accuracy_is_worth_it():
-    runs = [line | {"train_flop": line["train_flop"] / (1.5 if line["arm"] == "dirac" else 1)} for line in ladder(0.0)]
-    found = rungs.gain("dirac", runs)
+    runs = [line | {"train_flop": line["train_flop"] / (1.5 if line["arm"] == "muon" else 1)} for line in ladder(0.0)]
+    found = rungs.gain("muon", runs)
     assert found.points == pytest.approx(0.0)
     assert found.saving and found.saving.factor == pytest.approx(1.5)
 
 
 def test_what_costs_accuracy_has_a_factor_below_one():
-    found = rungs.gain("dirac", ladder(-0.02)).saving
+    found = rungs.gain("muon", ladder(-0.02)).saving
     assert found and found.factor == pytest.approx(2**-0.2) and found.high < 1
 
 
 def test_beyond_the_curve_there_is_a_bound_and_from_one_budget_or_seed_nothing():
-    found = rungs.gain("dirac", ladder(0.5)).saving
+    found = rungs.gain("muon", ladder(0.5)).saving
     assert found and found.more and found.factor == pytest.approx(4.0)
     assert str(found) == "more than 4.0 times the arithmetic"
-    assert rungs.gain("dirac", ladder(0.02, budgets=(2.0,))).saving is None
-    assert rungs.gain("dirac", [line for line in ladder(0.02) if line["seed"] == 0]).saving is None
+    assert rungs.gain("muon", ladder(0.02, budgets=(2.0,))).saving is None
+    assert rungs.gain("muon", [line for line in ladder(0.02) if line["seed"] == 0]).saving is None
 
 
 def test_a_gain_says_in_words_what_was_measured_and_where():
-    said = str(rungs.gain("dirac", ladder(0.02)))
+    said = str(rungs.gain("muon", ladder(0.02)))
     first, where = said.splitlines()
-    assert first.startswith("Filters that start as the identity: +2.00 points of test accuracy (95 % interval +1.")
+    assert first.startswith("Muon for the filters: +2.00 points of test accuracy (95 % interval +1.")
     assert "Without it, the same accuracy takes 1.15 times the arithmetic (95 % interval 1.1" in first
     assert where == (
         "n = 5 pairs of runs with the same seed, 4 epochs; "
         "data set: CIFAR-10 (50,000 training and 10,000 test images); hardware: an abacus, wood, 1 thread"
     )
-    shown = rungs.gain("dirac", ladder(0.02))._repr_html_()
-    assert "<b>Filters that start as the identity</b>: +2.00 points" in shown and "an abacus" in shown
+    shown = rungs.gain("muon", ladder(0.02))._repr_html_()
+    assert "<b>Muon for the filters</b>: +2.00 points" in shown and "an abacus" in shown
 
 
 def test_a_rung_without_runs_is_not_measured_yet():
     for runs in ([], ladder(0.02)):
         assert str(rungs.gain("tta", runs)) == "Test-time augmentation: not measured yet."
-    assert str(rungs.gain("dirac", [run("dirac", 2.0, 0, 0.5)])).endswith(": not measured yet.")
+    assert str(rungs.gain("muon", [run("muon", 2.0, 0, 0.5)])).endswith(": not measured yet.")
 
 
 def test_runs_of_another_ladder_do_not_count():
     runs = ladder(0.02)
     for line in runs:
         line["recipe"] = line["recipe"] | {"peak_lr": 0.3}
-    assert "not measured yet" in str(rungs.gain("dirac", runs))
+    assert "not measured yet" in str(rungs.gain("muon", runs))
     older = [line | {"recipe": line["recipe"] | {"a field that is gone": 1}} for line in ladder(0.02)]
     assert rungs.ladder_runs(older) == []
 
 
 @pytest.mark.parametrize("name", ["plain", "nonsense"])
 def test_a_name_that_adds_no_trick_is_refused_with_those_that_do(name):
-    with pytest.raises(RecipeError, match=f"no rung of the ladder adds '{name}'; they add {', '.join(NAMES[1:])}"):
+    with pytest.raises(RecipeError, match=f"no rung of the ladder adds '{name}'; .* are {', '.join(NAMES[1:])}, dirac"):
         rungs.gain(name, [])
 
 
 def test_the_table_has_a_line_for_each_rung_and_number_of_epochs():
     said = rungs.ladder_table(ladder(0.02)).splitlines()
-    assert [line.split()[:3] for line in said[1:7]] == [
-        [name, epochs, "5"] for name in ("pooling", "dirac") for epochs in ("1", "2", "4")
+    assert [line.split()[:4] for line in said[1:7]] == [
+        [name, below, epochs, "5"]
+        for name, below in (("whitening", "schedule"), ("muon", "whitening"))
+        for epochs in ("1", "2", "4")
     ]
     assert "+2.00 (" in said[4] and said[4].endswith("n = 5")
-    assert any(line.startswith("dirac: 1.15 times the arithmetic") for line in said)
+    assert any(line.startswith("muon: 1.15 times the arithmetic") for line in said)
     assert said[-1] == "hardware: an abacus, wood, 1 thread"

@@ -46,7 +46,14 @@ def test_the_strip_has_every_rung_and_picks_out_one():
     assert [label.get_text() for label in labels if label.get_weight() == "bold"] == ["whitening"]
     assert [text.get_text() for text in axis.texts] == ["60.1", "62.1", "64.1", "66.1", *"?" * (len(NAMES) - 4)]
     assert axis.get_title(loc="left") == "test accuracy in % after 2 epochs (6.0 TFLOP), n = 3"
-    assert figure.alt.startswith("You are here: whitening, rung 1 of 9 of the ladder, where it reaches 62.1 %; ")
+    assert figure.alt.startswith("You are here: whitening, rung 2 of 7 of the ladder, where it reaches 64.1 %; ")
+
+
+def test_a_trick_beside_the_ladder_comes_after_the_rung_it_is_added_to():
+    figure = lessons.strip("dirac", made_up())
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels[:4] == ["plain", "schedule", "dirac", "whitening"] and len(labels) == len(NAMES) + 1
+    assert figure.alt.startswith("You are here: dirac, beside the ladder, added to schedule; ")
 
 
 def test_without_runs_the_strip_and_the_gain_say_so(monkeypatch):
@@ -56,12 +63,12 @@ def test_without_runs_the_strip_and_the_gain_say_so(monkeypatch):
     monkeypatch.setattr(lessons, "saved_runs", none)
     figure = lessons.strip("muon")
     assert figure.axes[0].get_title(loc="left") == "the ladder, not measured yet"
-    assert figure.alt == "You are here: muon, rung 5 of 9 of the ladder"
-    assert str(lessons.gain("muon")) == "Muon, with its rates: not measured yet."
+    assert figure.alt == "You are here: muon, rung 3 of 7 of the ladder"
+    assert str(lessons.gain("muon")) == "Muon for the filters: not measured yet."
 
 
 def test_every_trick_of_the_ladder_has_a_strip_and_a_gain_from_the_saved_runs():
-    for name in NAMES[1:]:
+    for name in list(recipes.classroom_arms())[1:]:
         assert lessons.strip(name).alt.startswith("You are here: ")
         assert str(lessons.gain(name)).count("\n") <= 1
     for function in (lessons.strip, lessons.gain):
@@ -75,14 +82,14 @@ def test_every_trick_of_the_ladder_has_a_strip_and_a_gain_from_the_saved_runs():
 def test_the_curves_are_those_of_the_rungs_with_runs_each_with_its_name():
     figure = ladder_curves(made_up())
     (axis,) = figure.axes
-    assert [text.get_text() for text in axis.texts] == ["plain", "whitening", "pooling", "dirac"]
+    assert [text.get_text() for text in axis.texts] == ["plain", "schedule", "whitening", "muon"]
     heights = [bars.lines[0].get_ydata() for bars in axis.containers]
     assert heights[1] == pytest.approx([52.1, 62.1])
     assert all(list(bars.lines[0].get_xdata()) == [3.0, 6.0] for bars in axis.containers)
     assert axis.get_xscale() == "log" and "n = 3" in axis.get_title(loc="left")
     assert figure.alt == (
         "Test accuracy over the arithmetic of training for 4 rungs of the ladder, from 60.1 % at 6.0 TFLOP (plain) "
-        "to 66.1 % at 6.0 TFLOP (dirac)"
+        "to 66.1 % at 6.0 TFLOP (muon)"
     )
     with pytest.raises(UserError, match="no run of the classroom ladder to draw"):
         ladder_curves([])
@@ -111,7 +118,7 @@ def test_a_network_is_drawn_with_the_shapes_and_counts_of_the_built_one(name):
 
 
 def test_a_drawing_of_a_network_has_a_line_for_each_stage_and_the_sum():
-    recipe = recipes.classroom()
+    recipe = recipes.laptop()
     figure = network_plots.draw(recipe)
     said = [text.get_text() for text in figure.axes[0].texts]
     assert "24 x 31 x 31" in said and "3x3 conv, max-pool, norm, SiLU" in said and "linear, times 1/256" in said
