@@ -33,6 +33,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.2f} %"
 
 
+def epochs(number: float) -> str:
+    """Return a number of epochs in words: `1 epoch`, `2.5 epochs`."""
+    return f"{number:g} epoch" + "s" * (number != 1)
+
+
 def data_set(data: Mapping[str, Any]) -> str:
     """Return in words the name and size of a data set, given as `Dataset.describe()`."""
     return f"{data['name']} ({data['n_train']:,} training and {data['n_test']:,} test images)"

@@ -16,7 +16,7 @@ from cifar_fast.experiments.statistics import mean_interval
 from cifar_fast.experiments.tables import mean_and_half_width, rounded
 from cifar_fast.hardware.clock import Clock
 from cifar_fast.recipe import Recipe, changed_fields, choices
-from cifar_fast.shown import data_set, hardware, html_table, table
+from cifar_fast.shown import data_set, epochs, hardware, html_table, table
 from cifar_fast.training.evaluate import Evaluation, evaluate
 from cifar_fast.training.progress import counted
 from cifar_fast.training.result import EpochResult, RunResult
@@ -79,7 +79,7 @@ class Ablation:
         first = next(iter(self.arms.values()))[0]
         data, recipe = first["dataset"], first["recipe"]
         return [
-            f"data set: {data_set(data)}; recipe {recipe['name']!r}, {recipe['epochs']:g} epochs",
+            f"data set: {data_set(data)}; recipe {recipe['name']!r}, {epochs(recipe['epochs'])}",
             f"hardware: {hardware(first['environment'])}; torch {first['environment']['torch']}",
         ]
 

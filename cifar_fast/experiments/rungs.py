@@ -16,9 +16,10 @@ from typing import Any
 
 from cifar_fast import recipes
 from cifar_fast.errors import RecipeError
-from cifar_fast.experiments.statistics import data_set, hardware, mean_interval
-from cifar_fast.experiments.tables import rounded, table
+from cifar_fast.experiments.statistics import mean_interval
+from cifar_fast.experiments.tables import rounded
 from cifar_fast.recipe import Recipe
+from cifar_fast.shown import data_set, epochs, hardware, table
 
 RESAMPLES = 2000
 """Draws of the bootstrap."""
@@ -57,14 +58,14 @@ def ladder_runs(runs: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     ladders: dict[float, dict[str, Recipe]] = {}
     found = []
     for run in runs:
-        epochs = run["recipe"]["epochs"]
-        if epochs not in ladders:
-            ladders[epochs] = {name: rung.recipe for name, rung in recipes.classroom_arms(epochs).items()}
+        length = run["recipe"]["epochs"]
+        if length not in ladders:
+            ladders[length] = {name: rung.recipe for name, rung in recipes.classroom_arms(length).items()}
         try:
             recipe = Recipe.from_dict(run["recipe"])
         except RecipeError:  # a field of another version
             continue
-        if ladders[epochs].get(run["arm"]) == recipe:
+        if ladders[length].get(run["arm"]) == recipe:
             found.append(run)
     return found
 
@@ -85,10 +86,10 @@ def _points(runs: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
     """Return the points of each rung, and of each trick beside the ladder."""
     points: dict[str, dict[float, Point]] = {name: {} for name in recipes.classroom_arms()}
     for run in ladder_runs(runs):
-        epochs = run["recipe"]["epochs"]
-        point = points[run["arm"]].setdefault(epochs, Point(epochs, run["train_flop"], {}))
+        length = run["recipe"]["epochs"]
+        point = points[run["arm"]].setdefault(length, Point(length, run["train_flop"], {}))
         point.accuracy[run["seed"]] = run["accuracy"]
-    return {name: [found[epochs] for epochs in sorted(found)] for name, found in points.items()}
+    return {name: [found[length] for length in sorted(found)] for name, found in points.items()}
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Gain:
             worth = f"Without it, the same accuracy takes {self.saving}."
         pairs = "pairs of runs" if len(self.differences) > 1 else "pair of runs"
         where = (
-            f"n = {len(self.differences)} {pairs} with the same seed, {_epochs(self.epochs)}; "
+            f"n = {len(self.differences)} {pairs} with the same seed, {epochs(self.epochs)}; "
             f"data set: {self.dataset}; hardware: {self.hardware}"
         )
         return first, worth, where
@@ -198,14 +199,14 @@ def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
     }
     if not any(shared.values()):
         return Gain(rung=rung, title=title)
-    epochs, seeds = max(shared.items(), key=lambda item: (len(item[1]), item[0]))
-    first, second = (next(p for p in curve if p.epochs == epochs).accuracy for curve in (lower, upper))
+    length, seeds = max(shared.items(), key=lambda item: (len(item[1]), item[0]))
+    first, second = (next(p for p in curve if p.epochs == length).accuracy for curve in (lower, upper))
     whole = [[point for point in curve if set(seeds) <= set(point.accuracy)] for curve in (lower, upper)]
-    compared = [run for run in kept if run["arm"] in (below.name, with_it.name) and run["recipe"]["epochs"] == epochs]
+    compared = [run for run in kept if run["arm"] in (below.name, with_it.name) and run["recipe"]["epochs"] == length]
     return Gain(
         rung=rung,
         title=title,
-        epochs=epochs,
+        epochs=length,
         differences=tuple(100 * (second[seed] - first[seed]) for seed in seeds),
         saving=saving(*whole),
         dataset=_distinct(data_set(run["dataset"]) for run in compared),
@@ -305,10 +306,6 @@ def _change(differences: Sequence[float]) -> str:
 def _plus_minus(values: Sequence[float]) -> str:
     interval = mean_interval(values)
     return f"{fmean(values):.2f}" + (f" +- {(interval[1] - interval[0]) / 2:.2f}" if interval else "")
-
-
-def _epochs(number: float) -> str:
-    return f"{number:g} epoch" + "s" * (number != 1)
 
 
 def _distinct(values: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cifar_fast import recipes
+from cifar_fast import recipes, shown
 from cifar_fast.errors import RunError
 from cifar_fast.experiments import rungs
 from cifar_fast.experiments.rungs import Gain, Point
@@ -104,6 +104,6 @@ def _told(points: Sequence[Point | None], drawn: Sequence[float], epochs: float 
     n = f"n = {seeds[0]}" if len(seeds) == 1 else f"n = {seeds[0]} to {seeds[-1]}"
     flop = sorted({round(point.flop / rungs.TERA, 1) for point in measured})
     work = f"{flop[0]:.1f}" if len(flop) == 1 else f"{flop[0]:.1f} to {flop[-1]:.1f}"
-    length = f"{epochs:g} epoch" + "s" * (epochs != 1)
+    length = shown.epochs(epochs)
     title = f"test accuracy in % after {length} ({work} TFLOP), {n}"
     return title, f"; the rungs reach {min(drawn):.1f} to {max(drawn):.1f} % after {length}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from cifar_fast.errors import RunError, UserError
 from cifar_fast.files import written_whole
 from cifar_fast.recipe import Recipe
-from cifar_fast.shown import data_set, hardware, html_table, percent, table
+from cifar_fast.shown import data_set, epochs, hardware, html_table, percent, table
 from cifar_fast.training.model import Network
 from cifar_fast.training.result import RunResult, run_from_dict, write_json
 
@@ -65,7 +65,7 @@ class Pretrained:
         """Return what the table leaves out, a line each."""
         recipe = self.recipe
         return [
-            f"recipe {recipe.name!r}, {recipe.epochs:g} epochs; TTA: {recipe.tta}; weights in bfloat16",
+            f"recipe {recipe.name!r}, {epochs(recipe.epochs)}; TTA: {recipe.tta}; weights in bfloat16",
             f"data set: {data_set(self.dataset)}",
             f"hardware: {hardware(self.run['environment'])}",
         ]

@@ -26,7 +26,7 @@ from cifar_fast.errors import RunError
 from cifar_fast.files import write_text, written_whole
 from cifar_fast.hardware.numerics import Numerics
 from cifar_fast.recipe import Recipe
-from cifar_fast.shown import data_set, hardware, html_table, percent, table
+from cifar_fast.shown import data_set, epochs, hardware, html_table, percent, table
 from cifar_fast.training.model import Network, build_network
 from cifar_fast.training.seeds import Seeds
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
@@ -101,7 +101,7 @@ class RunResult:
         recipe, seeds = self.recipe, Seeds.of(self.seed).simplest
         seed = f"seed {seeds}" if isinstance(seeds, int) else str(seeds)
         return [
-            f"n = 1 run, {seed}; recipe {recipe.name!r}, {recipe.epochs:g} epochs; TTA: {recipe.tta}",
+            f"n = 1 run, {seed}; recipe {recipe.name!r}, {epochs(recipe.epochs)}; TTA: {recipe.tta}",
             f"data set: {data_set(self.dataset)}",
             f"hardware: {hardware(self.environment)}; torch {self.environment['torch']}",
         ]

@@ -298,8 +298,7 @@ def test_a_reader_runs_cells_moves_controls_and_interrupts_a_training_run(page, 
         until(page, lambda: prompt(page, FAILS) == f"[{FAILS + 1}]:", "all cells up to the one that fails have run")
         assert "scale: smoke" in said(page, 0) and "ZeroDivisionError" in said(page, FAILS)
         assert re.search(r"on synthetic, seed 0: [\d.]+ % after [\d.]+ s of training", said(page, TRAINS))
-        curve = cell(page, TRAINS).locator("img")
-        assert curve.count() == 1 and curve.get_attribute("alt").startswith("Learning curve after 2 epochs: ")
+        assert cell(page, TRAINS).locator("img").count() == 1  # the curve, of which only the last form is left
         errors = [index for index in range(FAILS) if "Traceback" in said(page, index)]
         assert not errors, said(page, errors[0])
 
@@ -315,8 +314,9 @@ def test_a_reader_runs_cells_moves_controls_and_interrupts_a_training_run(page, 
 
         run(page, TRAINS_LONG)
         until(page, lambda: "test accuracy" in said(page, TRAINS_LONG), "the bar says how far it is")
-        growing = cell(page, TRAINS_LONG).locator("img[alt^='Learning curve after']")
-        until(page, lambda: growing.count() == 1, "the curve grows while it trains")
+        growing = cell(page, TRAINS_LONG).locator("img")
+        before = growing.get_attribute("src")
+        until(page, lambda: growing.get_attribute("src") != before, "the curve grows while it trains")
         page.locator("[data-command='notebook:interrupt-kernel'], [data-jp-item-name=interrupt]").first.click()
         until(page, lambda: prompt(page, TRAINS_LONG) != "[*]:", "the training run is interrupted")
         assert "KeyboardInterrupt" in said(page, TRAINS_LONG) and "stopped in epoch" in said(page, TRAINS_LONG)

@@ -161,7 +161,7 @@ def test_the_table_names_arms_spreads_data_and_hardware():
     assert "92.00 +- 4.97 %" in shown[AS_IT_IS] and "10.00 +- 0.00 s" in shown[AS_IT_IS]
     assert "points" not in shown[AS_IT_IS]
     assert "+2.03 (+1.89 to +2.18) points: more accurate" in shown["arm"]
-    assert "data set: made up (50,000 training and 10,000 test images); recipe 'smoke', 1 epochs" in runs.table()
+    assert "data set: made up (50,000 training and 10,000 test images); recipe 'smoke', 1 epoch\n" in runs.table()
     assert "Some Processor" in runs.table() and "torch 2.14.1" in runs.table()
     untimed = Ablation({AS_IT_IS: [run(0, 0.9, 5.0)], "arm": [run(0, 0.9, None)]}).table()
     assert "5.00 s" in untimed and "not timed" in untimed
