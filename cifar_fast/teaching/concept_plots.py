@@ -164,13 +164,13 @@ def calibration(
             alpha=0.8,
             zorder=3,
         )
-        left.plot([], [], **style, label=f"{name}: calibration error {100 * found.error:.1f} %")
+        left.plot([], [], **style, label=f"{name}: calibration error {100 * found.error:.1f} points")
         right.stairs(100 * share, edges, linewidth=2, label=words[-1], **line)
     left.set(xlabel="confidence: probability of the predicted class", ylabel="accuracy")
     left.set(xlim=(0, 1.03), ylim=(0, 1.03), aspect="equal")
     right.set(xlabel="confidence", ylabel="images in %", xlim=(0, 1.03))
     right.set_ylim(0, 1.35 * right.dataLim.y1)  # room for the legend
-    for axis, place in ((left, "lower right"), (right, "upper right")):
+    for axis, place in ((left, "best"), (right, "upper right")):  # overconfident networks lie below the diagonal
         tidy(axis)
         axis.legend(fontsize="small", loc=place)
     figure.suptitle(f"data set: {dataset}, {len(labels):,} images; temperature {temperature:.2f}", fontsize="medium")
@@ -218,6 +218,7 @@ def activation_curves(celu_alpha: float = 0.3, *, seed: int = 0) -> Picture:
     right.set(xlim=(low, 0.05), ylim=(low, 0.05))
     right.locator_params(nbins=6)
     right.set(xlabel="pool first: activation of the maximum", ylabel="pool last: maximum of the activations")
+    right.set_title(f"{len(windows):,} windows of random numbers, standard deviation 2", fontsize="small")
     for axis in (left, right):
         tidy(axis)
         axis.legend(fontsize="small", loc="upper left")

@@ -78,7 +78,7 @@ def test_calibration_is_drawn_at_the_temperature_and_marked_by_the_number_of_ima
         assert torch.equal(torch.from_numpy(dots.get_offsets().data), expected)
         assert steps.get_data().values.sum() == pytest.approx(100)
         assert steps.get_data().values.tolist() == pytest.approx((found.count / 2).tolist())
-        assert f"calibration error {100 * found.error:.1f} %" in " ".join(labels(left))
+        assert f"calibration error {100 * found.error:.1f} points" in " ".join(labels(left))
     assert "data set: noise, 200 images; temperature 2.00" == figure.get_suptitle()
     sure = [float(text.split("confidence ")[1].split(" %")[0]) for text in labels(right)]
     assert sure[1] > sure[0] + 10  # larger logits, more confidence
