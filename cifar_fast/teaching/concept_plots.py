@@ -462,7 +462,8 @@ def gradient_sizes(gradients: Mapping[str, Tensor], loss_scale: float = 1.0) -> 
     """Draw how large the gradients of layers are, and which of them float16 rounds to 0 or to infinity.
 
     Args:
-        gradients: by the layer's name, float (n,) without zeros, of a mean loss; the first five layers are drawn.
+        gradients: by the layer's name, float (n,) without zeros, of a mean loss. From the sixth layer on the styles
+            repeat, with hollow markers.
         loss_scale: the loss, and so each gradient, is multiplied by it before it is rounded.
 
     Returns:
@@ -476,7 +477,8 @@ def gradient_sizes(gradients: Mapping[str, Tensor], loss_scale: float = 1.0) -> 
     axis.axvspan(smallest, normal, facecolor="#F6F1C4", edgecolor=GREY, hatch="..", linewidth=0, alpha=0.7)
     axis.axvspan(largest, octaves[-1], facecolor="#DDDDDD", edgecolor="black", hatch="//", linewidth=0, alpha=0.7)
     words, all_scaled = [], []
-    for (name, values), style in zip(gradients.items(), SERIES, strict=False):
+    for number, (name, values) in enumerate(gradients.items()):
+        style = SERIES[number % len(SERIES)] | ({"markerfacecolor": "white"} if number >= len(SERIES) else {})
         scaled = values.double() * loss_scale
         all_scaled.append(scaled.abs().log2())
         heights, _ = np.histogram(all_scaled[-1].clamp(octaves[0], octaves[-1] - 0.5).numpy(), bins=octaves)

@@ -159,6 +159,15 @@ def test_the_shares_of_gradients_are_where_they_are_after_scaling(scale, said):
     assert said.split(": ")[1] in first.get_label() and said.split(": ")[1] in axes.figure.alt
 
 
+def test_no_layer_is_left_out_of_the_sizes_of_gradients():
+    layers = {f"layer {number}": torch.full((4,), 2.0**-number) for number in range(8)}
+    (axes,) = concept_plots.gradient_sizes(layers).axes
+    drawn = [line for line in axes.lines if line.get_label().startswith("layer")]
+    assert len(drawn) == 8 and all(name in axes.figure.alt for name in layers)
+    looks = {(line.get_color(), line.get_marker(), line.get_markerfacecolor()) for line in drawn}
+    assert len(looks) == 8
+
+
 # --- ways in turns ---
 
 
