@@ -715,7 +715,8 @@ def bowl_paths(
         seed: of the noise, which is the same with and without Lookahead.
 
     Returns:
-        `alone`: the weights; `ema`: their average; `lookahead`: the weights that Lookahead moves.
+        `alone`: the weights; `ema`: their average; `lookahead`: the fast weights that Lookahead moves; `slow`: its slow
+        weights, which stand still between two moves.
 
     Raises:
         UserError: a decay, a fraction or an interval is out of range.
@@ -725,7 +726,7 @@ def bowl_paths(
             f"ema_decay={ema_decay} must be at least 0 and below 1, lookahead_alpha={lookahead_alpha} 0 ... 1, and "
             f"every={every} at least 1 step"
         )
-    paths: dict[str, list[Tensor]] = {"alone": [], "ema": [], "lookahead": []}
+    paths: dict[str, list[Tensor]] = {"alone": [], "ema": [], "lookahead": [], "slow": []}
     for steered in (False, True):
         random = torch.Generator().manual_seed(seed)
         model: Any = nn.Linear(2, 1, bias=False)
@@ -740,8 +741,8 @@ def bowl_paths(
                     if steered:
                         lookahead.move()
             paths["lookahead" if steered else "alone"].append(model.weight.detach().flatten().clone())
-            if not steered:
-                paths["ema"].append(ema.model.get_parameter("weight").detach().flatten().clone())
+            second = lookahead.slow[0] if steered else ema.model.get_parameter("weight")
+            paths["slow" if steered else "ema"].append(second.detach().flatten().clone())
     return {name: torch.stack(path) for name, path in paths.items()}
 
 
@@ -766,29 +767,31 @@ def averages_on_a_bowl(
     losses = {name: (0.5 * curvature * path**2).sum(1)[-(steps // 3) :].mean().item() for name, path in paths.items()}
     everything = torch.cat(list(paths.values()))
     (low_x, low_y), (high_x, high_y) = (everything.amin(0) - 0.4).tolist(), (everything.amax(0) + 0.4).tolist()
-    high_y += 0.3 * (high_y - low_y)  # room for the legend
+    high_y += 0.4 * (high_y - low_y)  # room for the legend
     x, y = torch.linspace(low_x, high_x, 80), torch.linspace(low_y, high_y, 80)
     loss = 0.5 * CURVATURE[0] * x[None] ** 2 + 0.5 * CURVATURE[1] * y[:, None] ** 2
     figure = Picture(figsize=(9.4, 3.9), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True, sharey=True)
     second = {
         "ema": (f"their EMA, decay {ema_decay:g} a step, every {every}", BLUE, "o"),
-        "lookahead": (f"with Lookahead, alpha {lookahead_alpha:g}, every {every}", VERMILION, "s"),
+        "slow": (f"Lookahead's slow weights, alpha {lookahead_alpha:g}, every {every}", VERMILION, "s"),
     }
-    found = [f"SGD: loss {losses['alone']:.2f}"]
+    found = [f"SGD: loss {losses['alone']:.2f}", f"Lookahead's fast weights: loss {losses['lookahead']:.2f}"]
     for axis, (name, (title, color, marker)) in zip(axes, second.items(), strict=True):
         axis.contour(x, y, loss, levels=[0.25, 1, 2.5, 5, 9, 14, 20], colors="#CCCCCC", linewidths=0.7)
         axis.plot(*paths["alone"].T, color=GREY, linewidth=0.9, label=found[0])
+        if name == "slow":
+            axis.plot(*paths["lookahead"].T, color=color, linewidth=0.9, linestyle=":", label=found[1], zorder=3)
         found.append(f"{title}: loss {losses[name]:.2f}")
-        axis.plot(*paths[name].T, color=color, linewidth=0.9, label=found[-1], zorder=3)
-        axis.plot(*paths[name][::every].T, color=color, linewidth=2, marker=marker, markersize=4, zorder=4)
+        style: Any = {"color": color, "linewidth": 2, "marker": marker, "markersize": 4}
+        axis.plot(*paths[name][::every].T, **style, label=found[-1], zorder=4)
         axis.scatter([0], [0], marker="*", s=110, color="black", zorder=5)
         axis.legend(fontsize="small", loc="upper center")
         axis.set(xlabel="first weight", xlim=(low_x, high_x), ylim=(low_y, high_y))
         tidy(axis)
     axes[0].set_ylabel("second weight")
     axes[0].set_title("EMA only watches: the path stays the same", fontsize="medium")
-    axes[1].set_title("Lookahead steers: training continues from the squares", fontsize="medium")
+    axes[1].set_title("Lookahead steers: the fast weights restart from each square", fontsize="medium")
     figure.suptitle(f"{steps} noisy steps towards the minimum (star)", fontsize="medium")
     figure.alt = f"Paths of two weights to the minimum of a bowl; {'; '.join(found)}"
     return figure

@@ -326,6 +326,8 @@ def test_an_average_leaves_the_way_alone_and_lookahead_does_not():
     first, second = concept_plots.bowl_paths(0.9, 0.5, 5), concept_plots.bowl_paths(0.5, 0.5, 5)
     assert torch.equal(first["alone"], second["alone"]) and not torch.equal(first["ema"], second["ema"])
     assert torch.equal(first["alone"][:5], first["lookahead"][:5])  # until the first move
+    moves = torch.arange(41) // 5 * 5  # the slow weights stand still from one move to the next
+    assert torch.equal(first["slow"], first["lookahead"][moves])
     assert not torch.equal(first["alone"][5], first["lookahead"][5])
     halfway = (first["alone"][0] + first["alone"][5]) / 2
     torch.testing.assert_close(first["lookahead"][5], halfway)
@@ -341,10 +343,14 @@ def test_the_bowl_draws_the_ways_and_says_their_losses():
     figure = concept_plots.averages_on_a_bowl(0.8, 0.25, 4)
     paths = concept_plots.bowl_paths(0.8, 0.25, 4)
     losses = [(0.5 * (path**2 * torch.tensor([1.0, 8.0])).sum(1))[-13:].mean().item() for path in paths.values()]
-    for axes, name, loss in zip(figure.axes, ("ema", "lookahead"), losses[1:], strict=True):
+    losses = dict(zip(paths, losses, strict=True))
+    for axes, name in zip(figure.axes, ("ema", "slow"), strict=True):
         words = labels(axes)
-        assert words[0] == f"SGD: loss {losses[0]:.2f}" and words[1].endswith(f"every 4: loss {loss:.2f}")
-        assert curves(axes)[words[1]].get_xydata().tolist() == paths[name].tolist()
+        assert words[0] == f"SGD: loss {losses['alone']:.2f}"
+        assert words[-1].endswith(f"every 4: loss {losses[name]:.2f}")
+        assert curves(axes)[words[-1]].get_xydata().tolist() == paths[name][::4].tolist()
+    assert words[1] == f"Lookahead's fast weights: loss {losses['lookahead']:.2f}"
+    assert curves(figure.axes[1])[words[1]].get_xydata().tolist() == paths["lookahead"].tolist()
     with pytest.raises(UserError, match="lookahead_alpha=1.5"):
         concept_plots.averages_on_a_bowl(0.9, 1.5)
 
