@@ -22,7 +22,7 @@ from cifar_fast.teaching import notebooks
 ROOT = Path(__file__).resolve().parents[2]
 STORED = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EACH = pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
-# The thirteen, each with the recipe's fields that it is about.
+# The fourteen, each with the recipe's fields that it is about.
 ABOUT = {
     "00_quickstart": (),
     "01_the_clock": (),
@@ -37,6 +37,7 @@ ABOUT = {
     "10_averaging_and_tta": ("ema_decay", "lookahead_alpha", "tta"),
     "11_eight_ways_at_once": ("n_shards",),
     "12_the_timing_cell": (),
+    "13_your_own_trick": (),
 }
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/<*~)\]-])/(?:[\w.+-]+/)+[\w.+-]*|[A-Z]:\\\w+")
 MOST_LINES, MOST_BYTES = 15, 400_000
@@ -63,10 +64,10 @@ def outputs(path: Path) -> list[tuple[Any, Any]]:
     return [(cell, output) for cell in cells(path, "code") for output in cell["outputs"]]
 
 
-# --- the thirteen ---
+# --- the fourteen ---
 
 
-def test_all_thirteen_are_there_and_found():
+def test_all_fourteen_are_there_and_found():
     assert [path.stem for path in STORED] == list(ABOUT)
     assert notebooks.find() == STORED
 
