@@ -65,6 +65,7 @@ _FULCRUM = "Fulcrum's report, July 2026 (n = 200); the keeper of the record has 
 
 RECORDS = (
     Record("DAWNBench's first, ResNet-164", 2017, "16 vCPU", 79 * 3600.0, "the clock to beat", _DAWNBENCH),
+    Record("DAWNBench's best on one GPU", 2018, "1 V100", 341.0, "where Page's posts of 2018 start", _PAGE),
     Record("fast.ai", 2018, "8 V100", 174.0, "-", _DAWNBENCH),
     Record("Page, DAWNBench", 2018, "1 V100", 75.0, "a small ResNet-9: baseline_2018", _PAGE),
     Record("Page, bag of tricks", 2019, "1 V100", 26.0, "the ladder of 01: page_2019", _PAGE),

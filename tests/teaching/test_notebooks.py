@@ -25,7 +25,7 @@ EACH = pytest.mark.parametrize("path", STORED, ids=lambda path: path.stem)
 # The fourteen, each with the recipe's fields that it is about.
 ABOUT = {
     "00_quickstart": (),
-    "01_the_clock": (),
+    "01_a_plain_loop": (),
     "02_data_on_the_device": ("preload",),
     "03_half_precision": ("precision",),
     "04_label_smoothing": ("label_smoothing",),
