@@ -186,23 +186,26 @@ def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
     Raises:
         RecipeError: no rung adds a trick of that name.
     """
-    below, with_it = recipes.rung_pair(rung)
+    recipes.rung_pair(rung)
     title = recipes.classroom_arms()[rung].title
     kept = ladder_runs(runs)
     found = _points(kept)
-    lower, upper = found[below.name], found[with_it.name]
+    # What a trick is added to can depend on the epochs, because a single one has no small images.
+    below = {point.epochs: found[_below(rung, point.epochs)] for point in found[rung]}
     shared = {
         point.epochs: sorted(set(point.accuracy) & set(other.accuracy))
-        for point in upper
-        for other in lower
+        for point in found[rung]
+        for other in below[point.epochs]
         if other.epochs == point.epochs
     }
     if not any(shared.values()):
         return Gain(rung=rung, title=title)
     length, seeds = max(shared.items(), key=lambda item: (len(item[1]), item[0]))
-    first, second = (next(p for p in curve if p.epochs == length).accuracy for curve in (lower, upper))
-    whole = [[point for point in curve if set(seeds) <= set(point.accuracy)] for curve in (lower, upper)]
-    compared = [run for run in kept if run["arm"] in (below.name, with_it.name) and run["recipe"]["epochs"] == length]
+    curves = (below[length], found[rung])
+    first, second = (next(p for p in curve if p.epochs == length).accuracy for curve in curves)
+    whole = [[point for point in curve if set(seeds) <= set(point.accuracy)] for curve in curves]
+    names = (_below(rung, length), rung)
+    compared = [run for run in kept if run["arm"] in names and run["recipe"]["epochs"] == length]
     return Gain(
         rung=rung,
         title=title,

@@ -53,6 +53,14 @@ def test_the_difference_is_paired_by_seed_at_the_most_epochs_with_the_most_seeds
     assert found.differences == pytest.approx([100 * (above[seed] - below[seed]) for seed in range(5)])
 
 
+def test_a_trick_is_compared_with_what_it_was_added_to_at_those_epochs():
+    runs = [run(name, 1.0, seed, 0.5 + add) for name, add in (("augmentation", 0.0), ("tta", 0.01)) for seed in (0, 1)]
+    runs += [run(name, 2.0, 0, 0.6 + add) for name, add in (("small_images", 0.0), ("tta", 0.02))]
+    found = rungs.gain("tta", runs)
+    assert found.epochs == 1.0 and found.differences == pytest.approx((1.0, 1.0))
+    assert rungs.gain("tta", runs[4:]).points == pytest.approx(2.0)
+
+
 def test_a_gain_of_a_fifth_of_a_doubling_is_worth_a_fifth_of_a_doubling():
     found = rungs.gain("muon", ladder(0.02)).saving
     assert found and found.factor == pytest.approx(2**0.2) and not found.more
