@@ -277,6 +277,26 @@ def test_the_table_of_laptop_runs_says_what_was_measured():
         assert has_amx == {machine == "with AMX"}
 
 
+def test_the_table_of_the_ladder_says_what_was_measured():
+    from cifar_fast import recipes
+    from cifar_fast.experiments import rungs
+    from cifar_fast.experiments.saved import saved_runs
+
+    runs = saved_runs("classroom_ladder")
+    rows = [" | ".join(row) for row in table_rows(RESULTS / "README.md")]
+    for name in list(recipes.classroom_arms())[1:]:
+        found = rungs.gain(name, runs)
+        if found.differences:
+            low, high = found.interval
+            assert (
+                f"`{name}` | {found.title} | {found.epochs:g} | {len(found.differences)} | "
+                f"{found.points:+.2f} ({low:+.2f} to {high:+.2f})"
+            ) in rows
+    worth = {name: f"{rungs.gain(name, runs).points:.1f}" for name in ("muon", "whitening", "schedule", "tta")}
+    said = "Muon is worth {muon} points, whitening {whitening}, a schedule {schedule}, TTA {tta}".format(**worth)
+    assert said in (ROOT / "README.md").read_text()
+
+
 def test_the_table_of_tricks_says_what_was_measured():
     from cifar_fast.experiments.ablation import points
     from cifar_fast.experiments.saved import saved_ablation
