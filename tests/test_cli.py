@@ -473,12 +473,12 @@ def test_mistakes_of_compare(compare_command, tmp_path, monkeypatch, capsys, arg
 
 
 def test_arms_are_recipes_with_common_and_own_changes():
-    words = ["laptop", "classroom", "--epochs", "5", "--b", "resolutions=()", "freeze_bn_scale=true", "flip=random"]
+    words = ["laptop", "classroom", "--epochs", "3", "--b", "resolutions=()", "freeze_bn_scale=true", "flip=random"]
     command = cli.parse(["compare", *words, "--a", "widths=(8, 8, 8)"])
     assert isinstance(command, cli.Compare)
     a, b = command.arms()
-    assert (a.name, a.epochs, a.widths) == ("laptop-changed, widths=(8, 8, 8)", 5.0, (8, 8, 8))
-    assert (b.epochs, b.resolutions, b.freeze_bn_scale, b.flip) == (5.0, (), True, "random")
+    assert (a.name, a.epochs, a.widths) == ("laptop-changed, widths=(8, 8, 8)", 3.0, (8, 8, 8))
+    assert (b.epochs, b.resolutions, b.freeze_bn_scale, b.flip) == (3.0, (), True, "random")
     assert b.widths == recipes.classroom().widths and b.name.startswith("classroom-changed, ")
 
 
