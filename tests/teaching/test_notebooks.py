@@ -73,6 +73,11 @@ def test_all_fourteen_are_there_and_found():
 
 
 @EACH
+def test_no_backslash_of_a_formula_became_a_control_character(path):
+    assert not re.search(r"[\x00-\x09\x0b-\x1f]", "".join(text(cell["source"]) for cell in load(path)["cells"]))
+
+
+@EACH
 def test_cells_are_short_and_the_file_is_small(path):
     for number, cell in enumerate(load(path)["cells"]):
         lines = [line for line in text(cell["source"]).splitlines() if not line.startswith("| ")]  # tables are as long
