@@ -56,13 +56,13 @@ from cifar_fast.data.load import load_cifar10
 from cifar_fast.data.synthetic import synthetic
 from cifar_fast.distributed.processes import WatchedProcesses
 from cifar_fast.errors import UserError
-from cifar_fast.experiments.statistics import hardware, spread
+from cifar_fast.experiments.statistics import spread
 from cifar_fast.experiments.step_costs import endless, random_dataset, steady_step, with_batch_size
-from cifar_fast.experiments.tables import table
 from cifar_fast.hardware.device import environment, keep_freed_memory
 from cifar_fast.hardware.numerics import Numerics
 from cifar_fast.kernels import amx, fused
 from cifar_fast.recipe import Recipe
+from cifar_fast.shown import hardware, table
 from cifar_fast.training import optim
 from cifar_fast.training.alone import Alone
 from cifar_fast.training.layers import Block, Conv3x3, GhostBatchNorm, Scale

@@ -27,9 +27,8 @@ from tyro import conf
 
 from cifar_fast import recipes
 from cifar_fast.errors import RankError, TrainingError, UserError
-from cifar_fast.experiments.statistics import data_set, hardware
-from cifar_fast.experiments.tables import percent, table
 from cifar_fast.recipe import Recipe, changed_fields
+from cifar_fast.shown import data_set, hardware, percent, table
 from cifar_fast.teaching import notebooks
 
 if TYPE_CHECKING:

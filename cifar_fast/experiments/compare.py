@@ -37,18 +37,11 @@ from cifar_fast.distributed.launch import Trainer, check_fit, choose_world_size,
 from cifar_fast.errors import RunError, UserError
 from cifar_fast.experiments.benchmark import RESULTS, BenchmarkFolder, load_benchmark, note, on_main, train_once
 from cifar_fast.experiments.power import RunsNeeded, expected_deviation, run_seconds
-from cifar_fast.experiments.statistics import (
-    anytime_interval,
-    anytime_t_bound,
-    data_set,
-    hardware,
-    mean_interval,
-    sign_test,
-)
-from cifar_fast.experiments.tables import html_table, percent, table
+from cifar_fast.experiments.statistics import anytime_interval, anytime_t_bound, mean_interval, sign_test
 from cifar_fast.files import write_text
 from cifar_fast.hardware.device import environment, select_device
 from cifar_fast.recipe import Recipe, changed_fields
+from cifar_fast.shown import data_set, hardware, html_table, percent, table
 from cifar_fast.training.result import write_json
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
 

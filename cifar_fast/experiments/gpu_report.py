@@ -14,8 +14,8 @@ from cifar_fast import recipes
 from cifar_fast.errors import RunError
 from cifar_fast.experiments.published import RECORDS, comparable
 from cifar_fast.experiments.saved import results_folder
-from cifar_fast.experiments.statistics import data_set, hardware, spread, wilson_interval
-from cifar_fast.experiments.tables import percent, table
+from cifar_fast.experiments.statistics import spread, wilson_interval
+from cifar_fast.shown import data_set, hardware, percent, table
 
 FILE = "gpu.json"
 COMMAND = "python benchmarks/gpu.py --out benchmarks/results/gpu"

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from cifar_fast.experiments.all_reduce import Link, MeasuredAllReduce, link_all_reduce_seconds
 from cifar_fast.experiments.step_costs import StepCosts
-from cifar_fast.experiments.tables import table
 from cifar_fast.experiments.world_sizes import describe_world_sizes, planned_world_sizes, require_allowed
 from cifar_fast.recipe import Recipe
+from cifar_fast.shown import table
 from cifar_fast.training.batches import steps_per_epoch
 from cifar_fast.training.evaluate import VIEWS
 

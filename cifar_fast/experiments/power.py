@@ -22,9 +22,9 @@ from cifar_fast.experiments.plan import predict
 from cifar_fast.experiments.saved import saved_runs
 from cifar_fast.experiments.statistics import anytime_t_bound
 from cifar_fast.experiments.step_costs import measure_step
-from cifar_fast.experiments.tables import html_table, table
 from cifar_fast.hardware.device import select_device
 from cifar_fast.recipe import Recipe
+from cifar_fast.shown import html_table, table
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 DIFFERENCES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.0)

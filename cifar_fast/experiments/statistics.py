@@ -7,8 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from cifar_fast.shown import data_set as data_set
-from cifar_fast.shown import hardware as hardware
+from cifar_fast.shown import hardware
 
 CLOCKS = ("train_seconds", "evaluate_seconds", "total_seconds")
 

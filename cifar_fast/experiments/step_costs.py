@@ -17,11 +17,11 @@ from torch.profiler import ProfilerActivity, profile
 from cifar_fast.data.dataset import IMAGE_SIZE, Dataset
 from cifar_fast.distributed.ranks import choose_backend
 from cifar_fast.errors import RecipeError, UserError
-from cifar_fast.experiments.statistics import hardware
 from cifar_fast.experiments.world_sizes import planned_world_sizes, require_allowed
 from cifar_fast.hardware.clock import Clock, synchronize
 from cifar_fast.hardware.device import keep_freed_memory, select_device
 from cifar_fast.recipe import Recipe
+from cifar_fast.shown import hardware
 from cifar_fast.training.alone import Alone
 from cifar_fast.training.batches import TrainBatches, steps_per_epoch
 from cifar_fast.training.capture import prepare_step

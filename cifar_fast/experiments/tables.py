@@ -9,10 +9,7 @@ from typing import Any
 
 from cifar_fast.experiments.published import APPLE_2019, Published, comparable
 from cifar_fast.experiments.statistics import CLOCKS, mean_interval, speeds, summarise, wilson_interval
-from cifar_fast.shown import data_set
-from cifar_fast.shown import html_table as html_table
-from cifar_fast.shown import percent as percent
-from cifar_fast.shown import table as table
+from cifar_fast.shown import data_set, percent, table
 
 # --- text ---
 

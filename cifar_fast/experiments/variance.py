@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cifar_fast.errors import UserError
 from cifar_fast.experiments.benchmark import load_benchmark, logits_file
-from cifar_fast.experiments.tables import percent, table
+from cifar_fast.shown import percent, table
 from cifar_fast.training.result import LOGITS, RunResult, load_logits
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -21,20 +21,18 @@ from torch import Tensor, nn
 
 from cifar_fast.errors import UserError
 from cifar_fast.experiments.all_reduce import ring_all_reduce
-from cifar_fast.experiments.plan import Prediction
 from cifar_fast.experiments.published import LADDER_2019, Record
-from cifar_fast.experiments.statistics import data_set, hardware, mean_interval, reaches, speeds, wilson_interval
-from cifar_fast.experiments.tables import percent
+from cifar_fast.experiments.statistics import speeds, wilson_interval
 from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import Rung
-from cifar_fast.teaching.result_plots import TERMS, Picture
+from cifar_fast.shown import data_set, hardware, percent
+from cifar_fast.teaching.result_plots import Picture
 from cifar_fast.training import optim
 from cifar_fast.training.averaging import EMA, Lookahead
 from cifar_fast.training.evaluate import calibration as calibrate
 from cifar_fast.training.model import activation
 from cifar_fast.training.optim import NEWTON_SCHULZ, lr_schedule, orthogonalise
 from cifar_fast.training.result import RunResult
-from cifar_fast.training.seeds import Seeds
 
 BLUE, VERMILION, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#999999"
 SERIES: tuple[dict[str, Any], ...] = (
@@ -55,77 +53,6 @@ def tidy(axis: Axes) -> None:
 
 
 # --- the loss and the network ---
-
-
-def label_smoothing(
-    logits: Tensor, label: int, classes: Sequence[str], *, label_smoothing: float = 0.2, temperature: float = 1.0
-) -> Picture:
-    """Draw the smoothed target beside the softmax at a temperature, and the loss over the temperature with and without.
-
-    Args:
-        logits: float (K,), of one image.
-        label: its class, an index.
-        classes: names of the K classes.
-        label_smoothing: share of the target that is spread evenly, 0 ... 1.
-        temperature: the logits are divided by it.
-
-    Returns:
-        The figure. Without smoothing extra confidence in the right class always lowers the loss, down to 0 at a
-        temperature of 0. With smoothing the loss cannot fall below the target's entropy, and overconfidence raises it.
-    """
-    logits, k = logits.double(), len(classes)
-    target = torch.full((k,), label_smoothing / k, dtype=torch.float64)
-    target[label] += 1 - label_smoothing
-    predicted = (logits / temperature).softmax(0)
-
-    def loss(smoothing: float, t: float) -> float:
-        return F.cross_entropy(logits[None] / t, torch.tensor([label]), label_smoothing=smoothing).item()
-
-    figure = Picture(figsize=(9.4, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
-    places = np.arange(k)
-    left.bar(
-        places - 0.2, target.numpy(), width=0.4, color=BLUE, label=f"target, label_smoothing = {label_smoothing:g}"
-    )
-    left.bar(
-        places + 0.2,
-        predicted.numpy(),
-        width=0.4,
-        color="#F0E442",
-        edgecolor="black",
-        linewidth=0.6,
-        hatch="///",
-        label=f"softmax at temperature {temperature:.2g}",
-    )
-    left.set_xticks(places.tolist(), classes, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
-    left.set(ylabel="probability", ylim=(0, 1.22), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
-    left.legend(fontsize="small", loc="upper center", ncols=2)
-
-    temperatures = torch.logspace(-1, 1, 81).tolist()
-    curves = {"hard target": (0.0, SERIES[1]), "smoothed target": (label_smoothing, SERIES[0])}
-    for name, (smoothing, style) in curves.items():
-        values, now = [loss(smoothing, t) for t in temperatures], loss(smoothing, temperature)
-        label_now = f"{name}: loss {now:.3f}"
-        right.plot(temperatures, values, color=style["color"], linestyle=style["linestyle"], label=label_now)
-        right.plot(
-            temperature, now, color=style["color"], marker=style["marker"], markersize=8, markeredgecolor="black"
-        )
-    entropy = torch.special.entr(target).sum().item()
-    right.axhline(entropy, color="black", linestyle=":", label=f"entropy of the target: {entropy:.3f}")
-    right.set(xlabel="temperature (lower: more confident)", ylabel="cross entropy in nats", xscale="log")
-    right.set_xticks([0.1, 0.2, 0.5, 1, 2, 5, 10], ["0.1", "0.2", "0.5", "1", "2", "5", "10"])
-    right.xaxis.set_minor_locator(NullLocator())
-    highest = max(math.log(k), loss(label_smoothing, temperature), loss(0.0, temperature))
-    right.set_ylim(-0.02 * highest, 1.5 * highest)  # room for the legend
-    right.legend(fontsize="small", loc="upper center")
-    for axis in (left, right):
-        tidy(axis)
-    figure.suptitle(f"one image of class {classes[label]}", fontsize="medium")
-    figure.alt = (
-        f"Target and softmax over {k} classes; at temperature {temperature:.2g} the hard target costs "
-        f"{loss(0.0, temperature):.3f} and the smoothed one {loss(label_smoothing, temperature):.3f}"
-    )
-    return figure
 
 
 def calibration(
@@ -225,46 +152,6 @@ def activation_curves(celu_alpha: float = 0.3, *, seed: int = 0) -> Picture:
     right.legend(fontsize="small", loc="lower right")
     figure.suptitle("max-pool commutes with an activation that never falls", fontsize="medium")
     figure.alt = "Curves of four activations; pooling before or after: " + "; ".join(verdicts)
-    return figure
-
-
-def pool_positions(convolved: Tensor, *, dataset: str) -> Picture:
-    """Draw the inputs of an activation by the position of max-pool: after it, between norm and it, before the norm.
-
-    Args:
-        convolved: float (N, C, H, W), what a convolution gives.
-        dataset: name of the data set.
-
-    Returns:
-        The figure. Norms take their statistics of all that reaches them, and have scale 1 and bias 0.
-    """
-
-    def norm(x: Tensor) -> Tensor:
-        return F.batch_norm(x, None, None, training=True)
-
-    x = convolved.float()
-    seen = {
-        "after_activation": norm(x),
-        "before_activation": F.max_pool2d(norm(x), 2),
-        "before_norm": norm(F.max_pool2d(x, 2)),
-    }
-    figure = Picture(figsize=(9, 3.6), layout="constrained")
-    axis = figure.subplots()
-    edges, words = torch.linspace(-3, 4, 71), []
-    for (position, values), style in zip(seen.items(), SERIES, strict=False):
-        above, mean = (values > 0).double().mean(), round(values.mean().item(), 2) + 0.0  # no -0.00
-        words.append(f"{position}: {100 * above:.1f} % above 0, mean {mean:.2f}")
-        shares = torch.histogram(values.flatten().cpu(), edges).hist / values.numel()
-        axis.stairs(
-            100 * shares, edges, color=style["color"], linestyle=style["linestyle"], linewidth=2, label=words[-1]
-        )
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set(xlabel="input of the activation, in standard deviations of the norm's input", ylabel="share in %")
-    axis.set(xlim=(-3, 4), ylim=(0, 1.45 * axis.dataLim.y1))  # room for the legend
-    axis.legend(fontsize="small", loc="upper right", title="pool_position")
-    tidy(axis)
-    figure.suptitle(f"data set: {dataset}, {len(x)} images", fontsize="medium")
-    figure.alt = "Distribution of the inputs of the activation; " + "; ".join(words)
     return figure
 
 
@@ -379,43 +266,6 @@ def scaled_activation(
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     figure.suptitle(f"data set: {dataset}; {100 * passed:.0f} % of the inputs of CELU are positive", fontsize="medium")
     figure.alt = f"CELU with {' and with '.join(ways)}: curves of one shape, and after the next norm one curve"
-    return figure
-
-
-def norm_parameters(networks: Mapping[str, nn.Module], which: str = "bias") -> Picture:
-    """Draw the biases, or the scales, of every batch norm of some networks: a dot a channel.
-
-    Args:
-        networks: by name, at most five of the same layers.
-        which: `bias` or `weight`, which is batch norm's scale.
-
-    Returns:
-        The figure; a black bar is the mean of a norm's channels.
-    """
-    figure = Picture(figsize=(9.4, 3.9), layout="constrained")
-    axis = figure.subplots()
-    names: list[str] = []
-    found = []
-    for number, ((title, network), style) in enumerate(zip(networks.items(), SERIES, strict=False)):
-        norms = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm2d)}
-        values = [getattr(module, which).detach().float().cpu() for module in norms.values()]
-        names = [name.removeprefix("layers.").removesuffix(".norm").replace(".", "\n") for name in norms]
-        for place, some in enumerate(values):
-            # Channels side by side, so that dots of like values do not hide each other.
-            beside = place - 0.4 + 0.8 * (number + 0.15 + 0.7 * torch.linspace(0, 1, len(some))) / len(networks)
-            axis.scatter(beside, some, s=14, alpha=0.6, linewidth=0, color=style["color"], marker=style["marker"])
-            axis.hlines(some.mean(), beside.min(), beside.max(), color="black", linewidth=1.5, zorder=3)
-        every = torch.cat(values)
-        found.append(f"{title}: mean {every.mean():.3f}, root mean square {every.square().mean().sqrt():.3f}")
-        axis.scatter([], [], color=style["color"], marker=style["marker"], s=24, label=found[-1])
-    word, start = {"bias": ("bias", 0.0), "weight": ("scale", 1.0)}[which]
-    axis.axhline(start, color="black", linewidth=0.8, linestyle="--", label="initial value")
-    axis.set(ylabel=f"{word} of a channel", xlim=(-0.6, len(names) - 0.4))
-    axis.set_xticks(range(len(names)), names, fontsize="small")
-    tidy(axis)
-    figure.legend(loc="outside lower center", ncols=1 + (len(found) > 1), fontsize="small")
-    figure.suptitle(f"batch-norm {word} of every channel, from input to output", fontsize="medium")
-    figure.alt = f"Learned {word} of each batch norm's channels: {'; '.join(found)}"
     return figure
 
 
@@ -634,70 +484,6 @@ def newton_schulz(matrix: Tensor, steps: int = 3) -> Picture:
     return figure
 
 
-def running_average(values: Sequence[float], decay: float, every: int = 1) -> list[float]:
-    """Return after each step the average that `EMA` keeps: it starts at the first value and is moved after every
-    `every`-th step."""
-    averages = [values[0]]
-    for step, value in enumerate(values[1:], start=1):
-        averages.append(decay * averages[-1] + (1 - decay) * value if step % every == 0 else averages[-1])
-    return averages
-
-
-def ema_horizon(
-    decay: float, every: int = 1, *, steps: int = 600, values: Sequence[float] | None = None, seed: int = 0
-) -> Picture:
-    """Draw the weight of each past step in an exponential moving average, and a noisy curve with its average.
-
-    Args:
-        decay: what an update keeps of the average, 0 ... 1, 1 excluded.
-        every: steps between two updates.
-        steps: how far back is drawn, and how long the curve is.
-        values: a curve, one number a step; None draws a random one that falls to 0 under noise.
-        seed: of that random curve.
-
-    Returns:
-        The figure. The mean age of what is averaged, `every * decay / (1 - decay)` steps, is the horizon.
-
-    Raises:
-        UserError: a decay or an interval is out of range.
-    """
-    if not 0 <= decay < 1 or every < 1:
-        raise UserError(f"decay={decay} must be at least 0 and below 1, and every={every} at least 1 step")
-    ages = torch.arange(0, steps + 1, every)
-    weights = (1 - decay) * decay ** (ages / every).double()
-    mean_age = every * decay / (1 - decay)
-    if values is None:
-        noise = torch.randn(steps, generator=torch.Generator().manual_seed(seed))
-        values = (torch.exp(-5 * torch.arange(steps) / steps) + 0.15 * noise).tolist()
-        what = "a weight (random numbers)"
-    else:
-        what = "value"
-    figure = Picture(figsize=(9.4, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.vlines(-ages, 0, weights, color=BLUE, linewidth=min(3.0, 300 * every / steps), label="weight of a step")
-    left.axvline(-mean_age, color=VERMILION, linestyle="--", label=f"mean age {mean_age:.4g} steps")
-    left.set(xlabel="step, counted from the last update", ylabel="weight in the average", xlim=(-steps, 0.01 * steps))
-    left.set_ylim(0, 1.08 * weights[0].item())
-    left.legend(fontsize="small", loc="upper left")
-    right.plot(range(len(values)), values, color=GREY, linewidth=0.8, label="each step")
-    average = running_average(values, decay, every)
-    right.plot(range(len(values)), average, color=BLUE, linewidth=2, label=f"average, decay {decay:g} every {every}")
-    right.set(xlabel="step", ylabel=what)
-    right.legend(fontsize="small", loc="upper right")
-    for axis in (left, right):
-        tidy(axis)
-    covered = weights.sum().item()
-    figure.suptitle(
-        f"the last {steps} steps make up {100 * covered:.1f} % of the average; decay {decay:g} every {every} steps",
-        fontsize="medium",
-    )
-    figure.alt = (
-        f"Weights that fall by a factor of {decay:g} every {every} steps, of mean age {mean_age:.4g} steps, "
-        "and a noisy curve with its smoother, later average"
-    )
-    return figure
-
-
 CURVATURE = (1.0, 8.0)
 """Of the loss in `averages_on_a_bowl`: half the curvature times the squared weight, summed over both weights."""
 
@@ -797,72 +583,6 @@ def averages_on_a_bowl(
     return figure
 
 
-def ablation(runs: Mapping[str, Sequence[RunResult | Mapping[str, Any]]]) -> Picture:
-    """Draw accuracy and seconds of several seeds with and without a trick: each run a dot, below them their mean.
-
-    Args:
-        runs: by the name of the arm, at least one run each: results, or lines of results.jsonl.
-
-    Returns:
-        The figure. Runs of one seed are joined. Bars are 95 % intervals of the mean (Student's t). Of two arms with
-        the same seeds the titles give the mean difference with its 95 % interval, paired by seed.
-    """
-    arms = {name: [run.to_dict() if isinstance(run, RunResult) else run for run in some] for name, some in runs.items()}
-    first = next(iter(arms.values()))[0]
-    figure = Picture(figsize=(10, 1.7 + 0.75 * len(arms)), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    words = []
-    for axis, field, scale, unit in zip(axes, ("accuracy", "train_seconds"), (100, 1), ("%", "s"), strict=True):
-        values = {name: {Seeds.of(run["seed"]): scale * run[field] for run in some} for name, some in arms.items()}
-        for row, (name, style) in enumerate(zip(arms, SERIES, strict=False)):
-            now = list(values[name].values())
-            axis.scatter(now, [row - 0.1] * len(now), color=style["color"], marker=style["marker"], s=36, zorder=3)
-            interval = mean_interval(now)
-            half = 0.0 if interval is None else (interval[1] - interval[0]) / 2
-            axis.errorbar(
-                fmean(now), row + 0.22, xerr=half or None, color="black", marker="D", markersize=5, capsize=3, zorder=3
-            )
-            text = f"{fmean(now):.2f}" + (f" \u00b1 {half:.2f}" if interval else "") + f" {unit}, n = {len(now)}"
-            axis.annotate(
-                text,
-                (fmean(now), row + 0.22),
-                xytext=(0, -6),
-                textcoords="offset points",
-                ha="center",
-                va="top",
-                fontsize=8,
-            )
-        names = list(arms)
-        for row in range(len(names) - 1):
-            upper, lower = values[names[row]], values[names[row + 1]]
-            for seed in upper.keys() & lower.keys():
-                axis.plot([upper[seed], lower[seed]], [row - 0.1, row + 0.9], color=GREY, linewidth=0.8, zorder=1)
-        if len(names) == 2 and (pairs := _paired(*values.values())):
-            axis.set_title(f"difference: {pairs} {unit}", fontsize="medium")
-            words.append(f"{field} {pairs} {unit}")
-        axis.margins(x=0.2)
-        axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set(xlabel="test accuracy in %", ylim=(len(arms) - 0.35, -0.45))
-    # Too long a name breaks behind its equals sign, not within a word.
-    names = [textwrap.fill(name.replace("=", "= "), 24).replace("= ", "=") for name in arms]
-    axes[0].set_yticks(range(len(arms)), names)
-    axes[1].set(xlabel="train_seconds")
-    figure.suptitle(f"data set: {data_set(first['dataset'])}; {hardware(first['environment'])}", fontsize="medium")
-    figure.alt = f"Accuracy and train_seconds of {' and '.join(arms)}" + (f"; {'; '.join(words)}" if words else "")
-    return figure
-
-
-def _paired(before: Mapping[Any, float], after: Mapping[Any, float]) -> str:
-    """Return the mean difference of the values of equal keys with its 95 % interval, if all keys are the same."""
-    if before.keys() != after.keys():
-        return ""
-    differences = [after[key] - before[key] for key in before]
-    interval = mean_interval(differences)
-    text = f"{fmean(differences):+.2f}"
-    return text if interval is None else f"{text} (95 % interval {interval[0]:+.2f} to {interval[1]:+.2f})"
-
-
 def clocks(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Picture:
     """Draw where the time of runs went: training, evaluation, and what neither clock counts.
 
@@ -902,47 +622,6 @@ def clocks(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Picture:
         f"{name}: {line['train_seconds']:.1f} s of training in {line['total_seconds']:.1f} s"
         for name, line in lines.items()
     )
-    return figure
-
-
-def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]], target: float = 0.94) -> Picture:
-    """Draw test accuracy over `train_seconds`, and when each run first reaches a target: what DAWNBench ranked.
-
-    Args:
-        runs: by name, at most five, of one data set: results, or lines of results.jsonl.
-        target: accuracy, 0 ... 1.
-
-    Returns:
-        The figure. A point is the end of an epoch; the open one, the last, has the recipe's test-time augmentation.
-    """
-    lines = {name: run.to_dict() if isinstance(run, RunResult) else run for name, run in runs.items()}
-    figure = Picture(figsize=(9, 4), layout="constrained")
-    axis = figure.subplots()
-    words = []
-    for (name, line), style in zip(lines.items(), SERIES, strict=False):
-        seconds = [epoch["train_seconds"] for epoch in line["epochs"]]
-        accuracies = [epoch["test_accuracy"] for epoch in line["epochs"]]
-        when = next((s for s, a in zip(seconds, accuracies, strict=True) if reaches(a, target)), None)
-        words.append(f"{name}: " + ("not reached" if when is None else f"after {when:.1f} s of {seconds[-1]:.1f} s"))
-        axis.plot(seconds, [100 * accuracy for accuracy in accuracies], label=words[-1], zorder=3, **style)
-        last = {"color": style["color"], "marker": style["marker"], "markerfacecolor": "white"}
-        axis.plot(seconds[-1], 100 * accuracies[-1], markersize=8, zorder=4, **last)
-        if when is not None:
-            axis.vlines(when, 0, 100 * target, color=style["color"], linestyle=style["linestyle"], linewidth=1)
-    axis.axhline(100 * target, color="black", linewidth=1)
-    axis.annotate(
-        f"target {percent(target)}", (0.01, 100 * target), xycoords=("axes fraction", "data"), xytext=(0, 3),
-        textcoords="offset points", fontsize=8,
-    )  # fmt: skip
-    lowest = min(epoch["test_accuracy"] for line in lines.values() for epoch in line["epochs"])
-    axis.set(xlabel="train_seconds", ylabel="test accuracy in %")
-    axis.set_xlim(left=0)
-    axis.set_ylim(100 * min(lowest, target) - 4, 101)
-    tidy(axis)
-    figure.legend(loc="outside lower center", ncols=2, fontsize="small", frameon=False)
-    first = next(iter(lines.values()))
-    figure.suptitle(f"data set: {data_set(first['dataset'])}; {hardware(first['environment'])}", fontsize="medium")
-    figure.alt = f"Test accuracy over train_seconds; {percent(target)} is reached by " + "; ".join(words)
     return figure
 
 
@@ -1103,59 +782,3 @@ def all_reduce_ring(n_workers: int = 4) -> Picture:
         f"{n_workers - 1} each piece gathers its sum on its way round the ring, in the others the sums go round"
     )
     return figure
-
-
-def timeline(prediction: Prediction, alone: Prediction | None = None, *, most_lanes: int = 8) -> Picture:
-    """Draw the steps of several workers over time: computing, then one all-reduce that all of them wait for.
-
-    Args:
-        prediction: of any number of workers.
-        alone: the same training on one worker, drawn above on the same axis of time; None for none.
-        most_lanes: workers that are drawn; the others look the same.
-
-    Returns:
-        The figure, which says that it is a prediction.
-    """
-    n = prediction.world_size
-    drawn = min(n, most_lanes)
-    lanes = [] if alone is None else [("one worker", alone)]
-    lanes += [(f"worker {i} of {n}", prediction) for i in range(1, drawn + 1)]
-    window = 1000 * max(_step_seconds(one) for _, one in lanes)  # milliseconds
-    figure = Picture(figsize=(9.4, 2.0 + 0.24 * len(lanes)), layout="constrained")
-    axis = figure.subplots()
-    for lane, (_, one) in enumerate(lanes):
-        step, start = 1000 * _step_seconds(one), 0.0
-        for name, style in TERMS.items():
-            length = 1000 * one.terms[name] / one.steps
-            if name == "set-up" or length == 0:
-                continue
-            pieces = [(i * step + start, length) for i in range(math.ceil(window / step - 1e-9))]
-            axis.broken_barh(pieces, (lane - 0.38, 0.76), facecolor=style["color"], hatch=style["hatch"],
-                             edgecolor="white", linewidth=0.5)  # fmt: skip
-            start += length
-    for name, style in TERMS.items():
-        if name != "set-up":
-            axis.bar(0, 0, color=style["color"], hatch=style["hatch"], edgecolor="white", linewidth=0, label=name)
-    axis.set(xlim=(0, window), ylim=(len(lanes) - 0.4, -0.6), xlabel="milliseconds")
-    axis.set_yticks(range(len(lanes)), [name for name, _ in lanes], fontsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
-    step = _step_seconds(prediction)
-    share = prediction.all_reduce_seconds / prediction.steps / step
-    words = f"{1000 * step:.3g} ms a step, {100 * share:.0f} % of it all-reduce"
-    workers = f"{n} worker{'s' if n > 1 else ''}" + (f" ({n - drawn} more look the same)" if n > drawn else "")
-    faster = "" if alone is None else f", {_step_seconds(alone) / step:.2f} times as fast as one"
-    link = prediction.link
-    figure.suptitle(
-        f"PREDICTION, not a measurement: {prediction.recipe} on {workers}: {words}{faster}\n"
-        f"train_seconds {prediction.train_seconds:.1f} s; link: {1e6 * link.latency_seconds:,.1f} us and "
-        f"{link.bytes_per_second / 1e9:.3g} GB/s; {prediction.gradient_bytes / 1e6:.3g} MB of gradients\n"
-        f"steps measured on one {prediction.hardware}",
-        fontsize=9,
-    )
-    figure.alt = f"Predicted timeline of {n} workers: {words}{faster}"
-    return figure
-
-
-def _step_seconds(prediction: Prediction) -> float:
-    return (prediction.train_seconds - prediction.setup_seconds) / prediction.steps

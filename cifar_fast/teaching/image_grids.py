@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,9 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from cifar_fast.errors import UserError
-from cifar_fast.recipe import Recipe
 from cifar_fast.teaching.concept_plots import SERIES, VERMILION, tidy
 from cifar_fast.teaching.result_plots import Picture
 from cifar_fast.training import augment
-from cifar_fast.training.batches import Choices, pixel_statistics
 from cifar_fast.training.evaluate import predict_logits, views
 from cifar_fast.training.layers import patch_covariance, whitening_filters
 from cifar_fast.training.model import Network
@@ -107,76 +105,6 @@ def draw_images(axis: Axes, images: Tensor, columns: int, room: float = 0.0) -> 
 # --- augmentation ---
 
 
-def augment_images(
-    images: Tensor, choices: Choices, recipe: Recipe, mean: Tensor | None = None, std: Tensor | None = None
-) -> Tensor:
-    """Return uint8 `images` (N, 3, H, W) as training under `recipe` sees them, by given `choices`, in pixel values.
-
-    `choices.index` is not read: the images stay in order. `mean`, `std`: float32 (3,), those of the data set (jitter
-    and cutout act on normalised images); else measured on the images. Values beyond 0 ... 255 are cut off.
-    """
-    if mean is None or std is None:
-        mean, std = pixel_statistics(images)
-    mean, std = mean[:, None, None], std[:, None, None]
-    padded = F.pad(images, (recipe.crop_padding,) * 4, mode="reflect")
-    seen = augment.crop(padded, choices.top, choices.left, images.shape[-1])
-    seen = (augment.flip(seen, choices.mirrored).float() - mean) / std
-    if recipe.color_jitter:
-        seen = augment.jitter(seen, choices.contrast, choices.brightness)
-    if recipe.cutout:
-        seen = augment.cutout(seen, choices.cutout_top, choices.cutout_left, recipe.cutout)
-    return (seen * std + mean).round().clamp(0, 255).to(torch.uint8)
-
-
-def augmented_images(
-    images: Tensor,
-    choices: Mapping[str, Choices],
-    recipe: Recipe,
-    *,
-    dataset: str,
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-) -> Picture:
-    """Draw images as they are stored, and below them, a row each, several augmented versions.
-
-    Args:
-        images: uint8 (N, 3, H, W), eight of them look best.
-        choices: by the name of the row, for instance two epochs, as `draw_choices` draws them.
-        recipe: which augmentations there are, and how strong they are.
-        dataset: name of the data set.
-        mean: float32 (3,), of the data set's pixels; else measured on the images.
-        std: likewise.
-
-    Returns:
-        The figure.
-    """
-    rows = {"as stored": images}
-    rows |= {name: augment_images(images, one, recipe, mean, std) for name, one in choices.items()}
-    unit = 8.2 / len(images)
-    figure = Picture(figsize=(9, len(rows) * unit + 0.4), layout="constrained")
-    axis = figure.subplots()
-    draw_images(axis, torch.cat(list(rows.values())), len(images))
-    for row, name in enumerate(rows):
-        axis.text(-0.08, row + 0.47, _wrapped(name), ha="right", va="center", fontsize=9)
-    figure.suptitle(f"data set: {dataset}; {_augmentations(recipe)}", fontsize="medium")
-    figure.alt = f"{len(images)} images of {dataset}, and the same images augmented: {', '.join(choices)}"
-    return figure
-
-
-def _augmentations(recipe: Recipe) -> str:
-    """Return in words what the recipe does to its training images."""
-    parts = []
-    if recipe.crop_padding:
-        parts.append(f"crop from a border of {recipe.crop_padding} pixels")
-    if recipe.flip != "none":
-        parts.append(f"{recipe.flip} flip")
-    if recipe.cutout:
-        parts.append(f"cutout of {recipe.cutout} x {recipe.cutout} pixels")
-    if recipe.color_jitter:
-        parts.append(f"jitter of {recipe.color_jitter:g}")
-    return ", ".join(parts) or "no augmentation"
-
-
 def augmentation_steps(
     image: Tensor,
     *,
@@ -238,34 +166,6 @@ def augmentation_steps(
 
 
 # --- whitening ---
-
-
-def eigenpatches(images: Tensor, size: int = 3, eps: float = 1e-2, *, dataset: str) -> Picture:
-    """Draw the whitening filters of `size` x `size` patches, the direction of the largest variance first.
-
-    Args:
-        images: normalised (N, C, H, W), C = 3, floating point; some hundred are enough.
-        size: side of the patches in pixels.
-        eps: added to each eigenvalue.
-        dataset: name of the data set.
-
-    Returns:
-        The figure: each filter stretched over its own range, grey is 0, with the patch variance along it.
-    """
-    filters = whitening_filters(images, size, eps)  # (3 size^2, 3, size, size)
-    pixels = (127.5 + 127.5 * filters / filters.abs().amax((1, 2, 3), keepdim=True)).round().to(torch.uint8)
-    variances = _eigenvalues(patch_covariance(images, size)).tolist()
-    columns = 9 if size > 2 else 6
-    return _gallery(
-        pixels,
-        columns,
-        [f"{variance:.2g}" for variance in variances],
-        ["black"] * len(pixels),
-        title=f"eigenpatches of {size} x {size} pixels; below each the variance of the patches along it "
-        f"(pixels have variance 1)\ndata set: {dataset}, {len(images):,} images, eps = {eps:g}",
-        alt=f"{len(pixels)} whitening filters; the variance of the patches falls from {variances[0]:.2g} along the "
-        f"first to {variances[-1]:.2g} along the last",
-    )
 
 
 def _eigenvalues(covariance: Tensor) -> Tensor:

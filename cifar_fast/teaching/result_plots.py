@@ -17,8 +17,8 @@ from PIL import Image
 from cifar_fast.errors import UserError
 from cifar_fast.experiments.published import APPLE_2019, Published, comparable
 from cifar_fast.experiments.rungs import TERA, curves, ladder_runs
-from cifar_fast.experiments.statistics import data_set, hardware, mean_interval, summarise, wilson_interval
-from cifar_fast.experiments.tables import percent
+from cifar_fast.experiments.statistics import mean_interval, summarise, wilson_interval
+from cifar_fast.shown import data_set, hardware, percent
 
 if TYPE_CHECKING:
     from cifar_fast.experiments.benchmark import Benchmark

@@ -15,16 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from cifar_fast.errors import UserError
-from cifar_fast.experiments.all_reduce import Link
-from cifar_fast.experiments.plan import predict
-from cifar_fast.experiments.step_costs import StepCosts
-from cifar_fast.experiments.tables import percent
-from cifar_fast.experiments.world_sizes import planned_world_sizes
-from cifar_fast.recipe import Recipe, choices
+from cifar_fast.recipe import Recipe
+from cifar_fast.shown import percent
 from cifar_fast.teaching import concept_plots, image_grids
 from cifar_fast.teaching.result_plots import Picture, learning_curve
-from cifar_fast.training.model import Network
-from cifar_fast.training.result import EpochResult, RunResult
+from cifar_fast.training.result import EpochResult
 
 try:
     import ipywidgets
@@ -182,22 +177,6 @@ def augmentation(images: Tensor, *, dataset: str, padding: int = 4, most_cutout:
     )
 
 
-def label_smoothing(logits: Tensor, label: int, classes: Sequence[str]) -> Explorer:
-    """Explore target, softmax and loss of one image: its logits, float (K,), its class, the names of the classes."""
-
-    def draw(label_smoothing: float, temperature: float) -> Picture:
-        return concept_plots.label_smoothing(
-            logits, label, classes, label_smoothing=label_smoothing, temperature=temperature
-        )
-
-    return Explorer(
-        draw,
-        moving="With more smoothing the lowest loss lies at a less confident prediction, a higher temperature.",
-        label_smoothing=_real("label_smoothing", 0.2, 0.0, 0.9, 0.01),
-        temperature=_powers("temperature", 1.0, -1, 1, ".2f"),
-    )
-
-
 def calibration(logits: Mapping[str, Tensor], labels: Tensor, *, dataset: str) -> Explorer:
     """Explore confidence and accuracy over the temperature: networks' logits, float (N, K), by name; int64 (N,)."""
 
@@ -320,23 +299,6 @@ def newton_schulz(matrices: Mapping[str, Tensor]) -> Explorer:
     )
 
 
-def averaging(decay: float = 0.99, every: int = 5, *, values: Sequence[float] | None = None) -> Explorer:
-    """Explore how far back an exponential moving average looks, on a random curve or on `values`, one a step.
-
-    `decay` is a recipe's `ema_decay`, of one step: an update after `every` steps keeps `decay**every`.
-    """
-
-    def draw(decay: float, every: int) -> Picture:
-        return concept_plots.ema_horizon(decay**every, every, values=values)
-
-    return Explorer(
-        draw,
-        moving="A larger decay looks further back: the curve is smoother, and lags behind.",
-        decay=_real("ema_decay, a step", decay, 0.0, 0.999, 0.001, ".3f"),
-        every=_whole("ema_every, steps", every, 1, 50),
-    )
-
-
 def averages_on_a_bowl(ema_decay: float = 0.9, lookahead_alpha: float = 0.5, every: int = 5) -> Explorer:
     """Explore what EMA and Lookahead do to the path of two weights under noisy gradients."""
     return Explorer(
@@ -346,21 +308,6 @@ def averages_on_a_bowl(ema_decay: float = 0.9, lookahead_alpha: float = 0.5, eve
         lookahead_alpha=_real("lookahead_alpha", lookahead_alpha, 0.05, 1.0, 0.05),
         every=_whole("every, steps", every, 1, 20),
         seed=_whole("seed of the noise", 0, 0, 20),
-    )
-
-
-def time_to_accuracy(runs: Mapping[str, RunResult | Mapping[str, Any]]) -> Explorer:
-    """Explore when `runs` first reach a target accuracy, by the clock that DAWNBench counts."""
-    epochs = [e for run in runs.values() for e in (run.to_dict() if isinstance(run, RunResult) else run)["epochs"]]
-    best = 100 * max(epoch["test_accuracy"] for epoch in epochs)
-
-    def draw(target: float) -> Picture:
-        return concept_plots.time_to_accuracy(runs, target / 100)
-
-    return Explorer(
-        draw,
-        moving="For every target there is another time, and sometimes another winner.",
-        target=_real("target, %", round(0.9 * best, 1), 0.0, 100.0, 0.1, ".1f"),
     )
 
 
@@ -375,42 +322,4 @@ def share_intervals(share: float = 0.82, n: int = 50) -> Explorer:
         moving="With more runs the interval of the share shrinks, slowly: four times as many halve it.",
         share=_real("at the target, %", 100 * share, 0.0, 100.0, 1.0, ".0f"),
         n=_whole("runs", n, 1, 500),
-    )
-
-
-def workers(measured: StepCosts, recipe: Recipe, n_train: int, n_test: int, link: Link) -> Explorer:
-    """Explore what more workers and another link would do to a step, from costs that `measure_step` found.
-
-    `n_train`, `n_test`: training and test images. The sliders start at `link`; any other link is
-    hypothetical.
-    """
-    sizes = planned_world_sizes(recipe)
-
-    def draw(world_size: int, latency: float, bandwidth: float) -> Picture:
-        wire = replace(link, latency_seconds=latency / 1e6, bytes_per_second=bandwidth * 1e9)
-        alone, together = (predict(measured, recipe, n_train, n_test, n, wire) for n in (1, world_size))
-        return concept_plots.timeline(together, alone)
-
-    return Explorer(
-        draw,
-        moving="More workers shorten the computing; latency and bandwidth decide what averaging the gradients adds.",
-        world_size=_select("workers", sizes[-1], sizes),
-        latency=_powers("latency, us", 1e6 * link.latency_seconds, 0, 5, ".3g"),
-        bandwidth=_powers("bandwidth, GB/s", link.bytes_per_second / 1e9, -1, 3, ".3g"),
-    )
-
-
-def tta_votes(
-    model: Network, images: Tensor, labels: Tensor, classes: Sequence[str], *, dataset: str, tta: str = "flip_shift"
-) -> Explorer:
-    """Explore what the views of one of uint8 `images` (N, 3, H, W) make a trained network vote for."""
-
-    def draw(image: int, tta: str) -> Picture:
-        return image_grids.tta_votes(model, images[image], int(labels[image]), classes, tta=tta, dataset=dataset)
-
-    return Explorer(
-        draw,
-        moving="More views of an image get a vote, and their mean decides.",
-        image=_whole("image", 0, 0, len(images) - 1),
-        tta=_control(ipywidgets.Dropdown, "tta", value=tta, options=choices("tta")),
     )

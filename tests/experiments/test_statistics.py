@@ -13,7 +13,6 @@ from made_up import MACHINE, RUNS, a_run
 
 from cifar_fast.experiments.statistics import (
     excludes,
-    hardware,
     mean_interval,
     reaches,
     speeds,
@@ -22,6 +21,7 @@ from cifar_fast.experiments.statistics import (
     summarise,
     wilson_interval,
 )
+from cifar_fast.shown import hardware
 
 # --- intervals ---
 

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from cifar_fast.errors import UserError
 from cifar_fast.experiments.all_reduce import Link
 from cifar_fast.experiments.plan import predict
 from cifar_fast.experiments.published import LADDER_2019, RECORDS
-from cifar_fast.experiments.statistics import mean_interval, wilson_interval
+from cifar_fast.experiments.statistics import wilson_interval
 from cifar_fast.experiments.step_costs import StepCosts, StepPoint
 from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import apple_8gpu, ladder, page_2019
 from cifar_fast.teaching import concept_plots
-from cifar_fast.training.averaging import EMA
 from cifar_fast.training.evaluate import calibration
 from cifar_fast.training.layers import GhostBatchNorm
 from cifar_fast.training.optim import orthogonalise
-from cifar_fast.training.result import EpochResult, RunResult
 
 CLASSES = ("cat", "dog", "ship")
 LOGITS = torch.tensor([3.0, 1.0, -2.0])
@@ -39,31 +35,6 @@ def labels(axes: Any) -> list[str]:
 
 
 # --- label smoothing ---
-
-
-def test_the_bars_are_the_smoothed_target_and_the_softmax_at_the_temperature():
-    left, _ = concept_plots.label_smoothing(LOGITS, 1, CLASSES, label_smoothing=0.3, temperature=2.0).axes
-    target, predicted = ([bar.get_height() for bar in bars] for bars in left.containers)
-    assert target == pytest.approx([0.1, 0.8, 0.1])
-    assert predicted == pytest.approx((LOGITS / 2).softmax(0).tolist())
-    assert [tick.get_text() for tick in left.get_xticklabels()] == list(CLASSES)
-
-
-def test_the_loss_is_cross_entropy_with_label_smoothing_and_its_floor_the_entropy_of_the_target():
-    _, right = concept_plots.label_smoothing(LOGITS, 0, CLASSES, label_smoothing=0.3, temperature=2.0).axes
-    hard = F.cross_entropy(LOGITS[None] / 2, torch.tensor([0])).item()
-    smoothed = F.cross_entropy(LOGITS[None] / 2, torch.tensor([0]), label_smoothing=0.3).item()
-    target = torch.tensor([0.8, 0.1, 0.1])
-    entropy = -(target * target.log()).sum().item()
-    assert labels(right) == [
-        f"hard target: loss {hard:.3f}",
-        f"smoothed target: loss {smoothed:.3f}",
-        f"entropy of the target: {entropy:.3f}",
-    ]
-    drawn = curves(right)
-    assert min(drawn[f"smoothed target: loss {smoothed:.3f}"].get_ydata()) >= entropy
-    points = [line.get_xydata().tolist() for line in right.get_lines() if len(line.get_xdata()) == 1]
-    assert points == [[[2.0, pytest.approx(hard)]], [[2.0, pytest.approx(smoothed)]]]
 
 
 def test_calibration_is_drawn_at_the_temperature_and_marked_by_the_number_of_images():
@@ -108,27 +79,6 @@ def test_alpha_is_how_far_celu_reaches_below_zero(alpha):
 def test_curves_differ_without_colour():
     for property in ("linestyle", "marker", "color"):
         assert len({style[property] for style in concept_plots.SERIES}) == 5
-
-
-def test_the_positions_of_max_pool_are_those_of_a_block_with_a_fresh_norm():
-    convolved = torch.randn(4, 2, 8, 8, generator=torch.Generator().manual_seed(0)) + 5
-    figure = concept_plots.pool_positions(convolved, dataset="noise")
-    norm = nn.BatchNorm2d(2)
-    expected = {
-        "after_activation": norm(convolved),
-        "before_activation": F.max_pool2d(norm(convolved), 2),
-        "before_norm": norm(F.max_pool2d(convolved, 2)),
-    }
-    for (name, values), text, steps in zip(
-        expected.items(), labels(figure.axes[0]), figure.axes[0].patches, strict=True
-    ):
-        assert text.startswith(f"{name}: {100 * (values > 0).double().mean():.1f} % above 0")
-        drawn, edges = steps.get_data().values, steps.get_data().edges
-        within = ((values >= edges[0]) & (values <= edges[-1])).double().mean().item()
-        assert drawn.sum() == pytest.approx(100 * within)
-        assert drawn[edges[:-1] >= -1e-6].sum() == pytest.approx(
-            100 * ((values > 0) & (values <= 4)).double().mean().item(), abs=0.1
-        )
 
 
 # --- number formats ---
@@ -235,23 +185,6 @@ def test_a_scale_of_zero_is_refused():
         concept_plots.scaled_activation(torch.zeros(2), 0.0, celu_alpha=0.1, dataset="zeros")
 
 
-@pytest.mark.parametrize(("which", "word"), [("bias", "bias"), ("weight", "scale")])
-def test_every_channel_of_every_norm_is_a_dot(which, word):
-    networks = {}
-    for name, value in (("first", 0.5), ("second", -2.0)):
-        networks[name] = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
-        for norm in (networks[name][0], networks[name][2]):
-            getattr(norm, which).data.copy_(value * torch.arange(norm.num_features))
-    figure = concept_plots.norm_parameters(networks, which)
-    (axes,) = figure.axes
-    dots = [one.get_offsets() for one in axes.collections if len(one.get_offsets()) > 1]
-    drawn = sorted(float(y) for some in dots for y in some[:, 1])
-    assert drawn == sorted(value * i for value in (0.5, -2.0) for count in (3, 4) for i in range(count))
-    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["0", "2"]
-    assert axes.get_ylabel() == f"{word} of a channel"
-    assert "first: mean 0.643, root mean square 0.824" in figure.alt
-
-
 # --- schedules ---
 
 
@@ -289,37 +222,6 @@ def test_the_quintic_lifts_small_values_faster_than_the_cubic_and_the_cubic_sett
 
 
 # --- EMA ---
-
-
-def test_the_average_is_the_one_that_ema_keeps():
-    values = torch.randn(20, generator=torch.Generator().manual_seed(0)).tolist()
-    model = nn.Linear(1, 1, bias=False)
-    model.weight.data.fill_(values[0])
-    ema = EMA(model, decay=0.8)  # type: ignore[arg-type]
-    expected = [values[0]]
-    for step, value in enumerate(values[1:], start=1):
-        model.weight.data.fill_(value)
-        if step % 3 == 0:
-            ema.update(model)  # type: ignore[arg-type]
-        expected.append(ema.model.weight.item())
-    assert concept_plots.running_average(values, 0.8, 3) == pytest.approx(expected, abs=1e-6)
-
-
-def test_the_weights_of_past_steps_are_those_of_the_average():
-    left, right = concept_plots.ema_horizon(0.75, 4, steps=400, values=[0.0] * 396 + [1.0] * 5).axes
-    heights = [segment[1][1] for segment in left.collections[0].get_segments()]
-    assert heights[:3] == pytest.approx([0.25, 0.1875, 0.140625])
-    assert sum(heights) == pytest.approx(1, abs=1e-6)
-    # After the last five steps, two of them updates, the average has taken the two newest weights.
-    assert curves(right)["average, decay 0.75 every 4"].get_ydata()[-1] == pytest.approx(heights[0] + heights[1])
-    mean_age = sum(4 * i * weight for i, weight in enumerate(heights))
-    assert f"mean age {mean_age:.4g} steps" == "mean age 12 steps" == labels(left)[1]
-
-
-@pytest.mark.parametrize(("decay", "every"), [(1.0, 1), (-0.1, 1), (0.5, 0)])
-def test_an_average_that_cannot_be_is_refused(decay, every):
-    with pytest.raises(UserError, match=f"decay={decay}.*every={every}"):
-        concept_plots.ema_horizon(decay, every)
 
 
 def test_an_average_leaves_the_way_alone_and_lookahead_does_not():
@@ -367,62 +269,6 @@ def runs(accuracies: list[float], seconds: list[float]) -> list[dict[str, Any]]:
     ]
 
 
-def test_every_run_is_a_dot_and_the_difference_is_paired_by_seed():
-    without, smoothed = runs([0.90, 0.91, 0.92], [10, 11, 12]), runs([0.92, 0.925, 0.94], [10.5, 11, 12])
-    figure = concept_plots.ablation({"off": without, "on": smoothed[::-1]})
-    for axes, field, scale, unit in zip(figure.axes, ("accuracy", "train_seconds"), (100, 1), ("%", "s"), strict=True):
-        dots = [one.get_offsets()[:, 0].tolist() for one in axes.collections if len(one.get_offsets()) == 3]
-        assert [sorted(some) for some in dots] == [[scale * run[field] for run in arm] for arm in (without, smoothed)]
-        differences = [scale * (b[field] - a[field]) for a, b in zip(without, smoothed, strict=True)]
-        low, high = mean_interval(differences)
-        mean = sum(differences) / 3
-        assert axes.get_title() == f"difference: {mean:+.2f} (95 % interval {low:+.2f} to {high:+.2f}) {unit}"
-    assert figure.axes[0].get_xlabel() == "test accuracy in %" and figure.axes[1].get_xlabel() == "train_seconds"
-    assert figure.get_suptitle() == (
-        "data set: CIFAR-10 (50,000 training and 10,000 test images); Some Processor, AVX512, 2 threads"
-    )
-
-
-def test_other_seeds_or_more_arms_give_no_difference():
-    other = [run | {"seed": run["seed"] + 1} for run in runs([0.9, 0.91], [10, 11])]
-    some = runs([0.9, 0.91], [10, 11])
-    for arms in ({"a": some, "b": other}, {"a": some, "b": some, "c": runs([0.9], [10])}):
-        assert [axes.get_title() for axes in concept_plots.ablation(arms).axes] == ["", ""]
-
-
-def test_the_name_of_an_arm_breaks_behind_its_equals_sign():
-    names = ["label_smoothing=0", "pool_position=after_activation", "a name of several words in a row"]
-    figure = concept_plots.ablation({name: runs([0.9, 0.91], [10, 11]) for name in names})
-    assert [tick.get_text() for tick in figure.axes[0].get_yticklabels()] == [
-        "label_smoothing=0",
-        "pool_position=\nafter_activation",
-        "a name of several words\nin a row",
-    ]
-
-
-def test_results_are_drawn_like_their_lines():
-    (line,) = runs([0.9], [10])
-    epoch = EpochResult(
-        epoch=1, train_loss=1, train_accuracy=0.5, test_loss=1, test_accuracy=0.9, tta="none", train_seconds=10
-    )
-    result = RunResult(
-        recipe=Recipe(),
-        dataset=line["dataset"],
-        environment=line["environment"],
-        seed=0,
-        epochs=[epoch],
-        train_seconds=10,
-        evaluate_seconds=1,
-        total_seconds=12,
-        first_step_seconds=1,
-        peak_memory_gb=1,
-        model=nn.Identity(),  # type: ignore[arg-type]
-    )
-    for arm in ([line], [result]):
-        accuracy, seconds = concept_plots.ablation({"off": arm}).axes
-        assert [axes.texts[0].get_text() for axes in (accuracy, seconds)] == ["90.00 %, n = 1", "10.00 s, n = 1"]
-
-
 def test_the_clocks_add_up_to_the_whole():
     line = runs([0.9], [10])[0] | {"evaluate_seconds": 3, "total_seconds": 15.5}
     figure = concept_plots.clocks({"one": line, "two": line | {"total_seconds": 20}})
@@ -436,19 +282,6 @@ def test_the_clocks_add_up_to_the_whole():
 
 def epochs(*points: tuple[float, float]) -> list[dict[str, Any]]:
     return [{"train_seconds": seconds, "test_accuracy": accuracy} for seconds, accuracy in points]
-
-
-def test_a_run_reaches_its_target_at_the_end_of_the_first_epoch_that_does():
-    line = runs([0.9], [10])[0]
-    up_and_down = line | {"epochs": epochs((2, 0.5), (4, 0.94), (6, 0.93))}
-    below = line | {"epochs": epochs((3, 0.4), (6, 0.9399))}
-    figure = concept_plots.time_to_accuracy({"a": up_and_down, "b": below}, 0.94)
-    (axes,) = figure.axes
-    assert list(axes.get_lines()[0].get_ydata()) == [50, 94, 93]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a: after 4.0 s of 6.0 s", "b: not reached"]
-    (drop,) = axes.collections  # one vertical line, where the target is reached
-    assert drop.get_segments()[0][0][0] == 4
-    assert axes.get_ylabel() == "test accuracy in %" and "data set: CIFAR-10" in figure.get_suptitle()
 
 
 # --- what others published ---
@@ -517,31 +350,6 @@ COSTS = StepCosts(
 
 def predicted(world_size: int) -> Any:
     return predict(COSTS, apple_8gpu(), 50_000, 10_000, world_size, LINK)
-
-
-def test_the_timeline_repeats_each_lane_s_step_and_says_that_it_is_a_prediction():
-    figure = concept_plots.timeline(predicted(8), predicted(1))
-    (axes,) = figure.axes
-    assert [tick.get_text() for tick in axes.get_yticklabels()] == [
-        "one worker",
-        *(f"worker {i} of 8" for i in range(1, 9)),
-    ]
-    now = predicted(8)
-    compute, reduce = 1000 * now.compute_seconds / now.steps, 1000 * now.all_reduce_seconds / now.steps
-    lanes = [[path.get_extents().intervalx for path in bars.get_paths()] for bars in axes.collections]
-    alone, first_compute, first_reduce = lanes[:3]
-    assert len(alone) == 1 and alone[0].tolist() == pytest.approx([0, 22.5])
-    assert first_compute[1].tolist() == pytest.approx([compute + reduce, 2 * compute + reduce])
-    assert first_reduce[0].tolist() == pytest.approx([compute, compute + reduce])
-    assert "PREDICTION, not a measurement" in figure.get_suptitle() and "Some GPU" in figure.get_suptitle()
-    assert f"{22.5 / (compute + reduce):.2f} times as fast as one" in figure.get_suptitle()
-
-
-def test_workers_that_are_not_drawn_are_mentioned():
-    many = predict(COSTS, replace(apple_8gpu(), n_shards=64), 50_000, 10_000, 64, LINK)
-    figure = concept_plots.timeline(many)
-    assert len(figure.axes[0].get_yticklabels()) == 8
-    assert "56 more look the same" in figure.get_suptitle()
 
 
 def test_a_recipe_s_off_values_draw_too():

@@ -13,9 +13,9 @@ from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe
 from cifar_fast.recipes import smoke
 from cifar_fast.teaching import image_grids
-from cifar_fast.training.batches import TrainBatches, draw_choices, pixel_statistics
+from cifar_fast.training.batches import pixel_statistics
 from cifar_fast.training.evaluate import predict_logits
-from cifar_fast.training.layers import patch_covariance, whitening_filters
+from cifar_fast.training.layers import patch_covariance
 from cifar_fast.training.model import Network, build_model
 
 AUGMENTED = Recipe(global_batch_size=8, crop_padding=4, cutout=6, color_jitter=0.2)
@@ -67,30 +67,6 @@ def test_mistakes_are_marked_and_named(tiny_data):
 # --- augmentation ---
 
 
-def test_the_augmented_images_are_those_of_training(tiny_data):
-    images = tiny_data.train_images[:8]
-    # The labels tell which image is which: batches come in random order.
-    batches = TrainBatches(images, torch.arange(8), AUGMENTED, device=torch.device("cpu"), seed=3)
-    mean, std = (value[:, None, None] for value in pixel_statistics(images))
-    for epoch in (0, 1):
-        ((seen, order),) = batches.epoch(epoch)
-        pixels = (seen * std + mean).round().clamp(0, 255).to(torch.uint8)
-        choices = draw_choices(AUGMENTED, 8, 32, seed=3, epoch=epoch, shard=0)
-        assert torch.equal(image_grids.augment_images(images[order], choices, AUGMENTED), pixels)
-
-
-def test_rows_show_the_same_images_under_each_choice(tiny_data):
-    images = tiny_data.train_images[:8]
-    rows = {f"epoch {e}": draw_choices(AUGMENTED, 8, 32, seed=0, epoch=e, shard=0) for e in (1, 2)}
-    figure = image_grids.augmented_images(images, rows, AUGMENTED, dataset="synthetic")
-    (axes,) = figure.axes
-    expected = [*images, *(one for row in rows.values() for one in image_grids.augment_images(images, row, AUGMENTED))]
-    assert all(map(np.array_equal, drawn(axes), channels_last(torch.stack(expected))))
-    assert [text.get_text() for text in axes.texts] == ["as stored", "epoch 1", "epoch 2"]
-    for words in ("data set: synthetic", "border of 4 pixels", "random flip", "cutout of 6 x 6", "jitter of 0.2"):
-        assert words in figure.get_suptitle()
-
-
 def test_the_steps_of_an_augmentation_follow_from_each_other(tiny_data):
     image = tiny_data.train_images[0]
     figure = image_grids.augmentation_steps(
@@ -120,18 +96,6 @@ def test_a_window_outside_the_border_is_refused(tiny_data):
 def normalised(data: Any, n: int) -> torch.Tensor:
     mean, std = (value[:, None, None] for value in pixel_statistics(data.train_images))
     return (data.train_images[:n] - mean) / std
-
-
-def test_eigenpatches_come_with_the_variance_along_each(tiny_data):
-    images = normalised(tiny_data, 50)
-    (axes,) = image_grids.eigenpatches(images, 2, dataset="synthetic").axes
-    variances = [float(text.get_text()) for text in axes.texts]
-    assert len(drawn(axes)) == 12 and variances == sorted(variances, reverse=True)
-    trace = patch_covariance(images, 2).trace().item()
-    assert sum(variances) == pytest.approx(trace, rel=0.05)  # the captions have two digits
-    for pixels, filters in zip(drawn(axes), whitening_filters(images, 2, 1e-2), strict=True):
-        stretched = (filters / filters.abs().max()).permute(1, 2, 0).numpy()
-        assert pixels.astype(float) / 127.5 - 1 == pytest.approx(stretched, abs=0.01)
 
 
 def test_whitening_levels_the_spectrum_and_empties_the_covariance(tiny_data):
