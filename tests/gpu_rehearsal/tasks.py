@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from cells import run_cell
 from torch import Tensor, nn
 
 import cifar_fast.distributed.launch as launch_module
@@ -214,9 +215,21 @@ def measure_launches(
 
 # ---- Several GPUs ----
 
+OWN_LOSS = """
+def confident(logits, labels):
+    log_p = logits.log_softmax(1)
+    return -log_p.gather(1, labels[:, None])[:, 0] + 0.1 * (log_p.exp() * log_p).sum(1)
+
+
+tricks = Tricks(name="confidence", loss=confident)
+"""
+
 
 def eight_ranks(folder: str) -> dict[str, Any]:
-    """Train `apple_8gpu`, small, in eight processes after CUDA was used here, and in one on the CPU; compare."""
+    """Train `apple_8gpu`, small, with a loss from a notebook cell, in eight processes after CUDA was used here, and in
+    one on the CPU; compare.
+    """
+    tricks = run_cell(OWN_LOSS)["tricks"]
     data = synthetic(128, 16, seed=0)  # two steps
     recipe = small(
         "apple_8gpu",
@@ -232,12 +245,18 @@ def eight_ranks(folder: str) -> dict[str, Any]:
     torch.zeros(1, device="cuda").add_(1)  # CUDA is in use before any process is started
     torch.cuda.synchronize()
     several = launch_module.launch(
-        replace(recipe, cuda_graph="on"), data, device="cuda", world_size=8, timeout=60.0, progress=False
+        replace(recipe, cuda_graph="on"),
+        data,
+        device="cuda",
+        world_size=8,
+        timeout=60.0,
+        progress=False,
+        tricks=tricks,
     )
     ranks.watch_batches(seen)
-    one = run(recipe, data, "cpu")
+    one = run(recipe, data, "cpu", tricks=tricks)
     environment = {key: several.environment[key] for key in ("world_size", "backend", "step_mode", "step_mode_reason")}
-    return differences(several, one) | environment | {"seen": seen}
+    return differences(several, one) | environment | {"seen": seen, "tricks": several.tricks["name"]}
 
 
 # ---- The process ----

@@ -15,7 +15,7 @@ from gpu_rehearsal.runtime import Rehearsal
 def test_eight_gpus_compute_what_one_process_computes(rehearsal: Rehearsal, tmp_path: Path) -> None:
     found = rehearsal.run("eight_ranks", n_gpus=8, mode="numeric", folder=str(tmp_path))
     reports = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(8)]
-    assert (found["world_size"], found["backend"]) == (8, "nccl")
+    assert (found["world_size"], found["backend"], found["tricks"]) == (8, "nccl", "confidence")
     checks.is_captured(found | {"violations": [what for report in reports for what in report["violations"]]})
     checks.has_the_cpus_weights(found)
     checks.has_the_cpus_training_figures(found)
