@@ -11,7 +11,7 @@ The rung that adds test-time augmentation needs no training of its own: it evalu
 
 import argparse
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from ablation import line, without_clocks
@@ -27,6 +27,7 @@ from cifar_fast.files import write_text, written_whole
 from cifar_fast.recipe import Recipe
 from cifar_fast.teaching.result_plots import ladder_curves
 from cifar_fast.training.loop import train
+from cifar_fast.training.result import RunResult
 
 
 def done(results: Path, data: Dataset) -> set[tuple[str, float, int]]:
@@ -44,15 +45,25 @@ def done(results: Path, data: Dataset) -> set[tuple[str, float, int]]:
 
 
 def train_rungs(
-    epochs: float, seed: int, data: Dataset, results: Path, quiet: bool, tricks: Collection[str] | None = None
+    epochs: float,
+    seed: int,
+    data: Dataset,
+    results: Path,
+    quiet: bool,
+    tricks: Collection[str] | None = None,
+    device: str | None = None,
+    on_run: Callable[[RunResult], None] | None = None,
 ) -> None:
-    """Train what is missing of `tricks`, or of all, at `epochs` with `seed`; append each run as it ends."""
+    """Train what is missing of `tricks`, or of all, at `epochs` with `seed`; append each run as it ends.
+
+    `on_run` is called after that.
+    """
     *_, last, top = recipes.classroom_ladder(epochs)
     saved = done(results, data)
     for name, rung in recipes.classroom_arms(epochs).items():
         if rung.recipe == top.recipe or (name, epochs, seed) in saved or (tricks and name not in tricks):
             continue
-        result = train(rung.recipe, data, seed=seed, progress=False)
+        result = train(rung.recipe, data, seed=seed, device=device, progress=False)
         flop = {"train_flop": train_flop(rung.recipe, len(data.train_labels))}
         lines = [line(rung.recipe.name, result) | flop]
         if rung.recipe == last.recipe:
@@ -62,6 +73,8 @@ def train_rungs(
         with open(results, "a") as file:
             file.write("".join(json.dumps(run if quiet else without_clocks(run)) + "\n" for run in lines))
         print(f"{rung.recipe.name}, {epochs:g} epochs, seed {seed}: {100 * result.accuracy:.2f} %", flush=True)
+        if on_run:
+            on_run(result)
 
 
 def show(results: Path) -> None:

@@ -8,7 +8,7 @@
 It first says which packages and data are missing here and how to bring them, and ends if it cannot do without. Each
 part is a process of its own that gets its share of `--minutes`; what an earlier part leaves over, the later ones
 share. A part that is ended keeps what it has finished. The same command again skips parts that are done at this
-commit, and `speedrun`, `apple` and `recipes` add the runs that are missing:
+commit, and `speedrun`, `apple`, `recipes` and `ladder` add the runs that are missing:
 
     tests     pytest -m gpu
     speedrun  up to 50 runs on one GPU, and 10 on all of them where there are several
@@ -18,7 +18,8 @@ commit, and `speedrun`, `apple` and `recipes` add the runs that are missing:
     ways      what the CUDA graph and torch.compile are each worth
     start     two fresh commands, `cifar-fast train --recipe speedrun`: with nothing compiled, then with what the first
               has compiled
-    recipes   every other named recipe, the ladder first, in rounds of one run each
+    recipes   every other named recipe, Page's ladder first, in rounds of one run each
+    ladder    the classroom ladder, each trick added, as classroom_ladder.py trains it
 
 After each part the script rewrites `gpu.json` in the folder, whole or not at all; `PART.log` has what the part printed.
 Notebooks 03, 11 and 12 show what is saved in benchmarks/results/gpu, and so does benchmarks/results/README.md, which is
@@ -65,7 +66,7 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
@@ -97,7 +98,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 MINUTES = {
     "tests": 2.0, "speedrun": 3.0, "airbench": 3.0, "apple": 8.0, "kernels": 1.0, "ways": 2.0, "start": 1.0,
-    "recipes": 10.0,
+    "recipes": 5.0, "ladder": 5.0,
 }  # fmt: skip
 """The parts, in order, and how half an hour is shared among them; other budgets are shared in proportion."""
 PARTS = tuple(MINUTES)
@@ -131,6 +132,7 @@ if __name__ == "__main__":
             sys.exit(rehearse(sys.argv[1:]))
 
 import torch
+from classroom_ladder import show, train_rungs
 
 import cifar_fast as cf
 from cifar_fast.data.dataset import SYNTHETIC, Dataset
@@ -138,6 +140,7 @@ from cifar_fast.data.load import load_cifar10
 from cifar_fast.data.synthetic import synthetic
 from cifar_fast.errors import UserError
 from cifar_fast.experiments import gpu_report
+from cifar_fast.experiments.rungs import gain
 from cifar_fast.experiments.statistics import summarise
 from cifar_fast.files import write_text
 from cifar_fast.hardware.cuda_graph import CapturedFunction
@@ -150,6 +153,7 @@ from cifar_fast.training.result import RunResult, write_json
 
 ROUNDS = 3
 """Runs of each recipe in `recipes`."""
+LADDER_EPOCHS, LADDER_SEEDS = (1.0, 2.0, 4.0, 8.0), 10
 PROFILED_STEPS = 10
 KERNELS_SHOWN = 25
 TARGET = 0.94
@@ -159,7 +163,7 @@ SAVED = REPOSITORY / "benchmarks" / "results" / "gpu"
 README = SAVED.parent / "README.md"
 BEGIN, END = "<!-- gpu.json: begin -->\n", "\n<!-- gpu.json: end -->"
 """Around what this script writes in the README."""
-RESUMED = ("speedrun", "apple", "recipes")
+RESUMED = ("speedrun", "apple", "recipes", "ladder")
 """Parts that add to the runs they find; the others start from nothing each time."""
 NO_TIME = "no time was left"
 OUT_OF_TIME = 75
@@ -250,6 +254,24 @@ def part_recipes(options: argparse.Namespace) -> None:
             repeat(recipe, options, options.out / "recipes" / name, min(round_, options.runs), world_size=None)
 
 
+def part_ladder(options: argparse.Namespace) -> None:
+    """Train the rungs of the classroom ladder and the tricks beside it, seed by seed, until the time is over."""
+    end, results = last_start(options), options.out / "ladder" / "results.jsonl"
+    results.parent.mkdir(exist_ok=True)
+
+    def look(result: RunResult) -> None:
+        if time.monotonic() + result.total_seconds > end:
+            raise OutOfTime(f"a part of the ladder is saved in {results}; run the part again")
+
+    if options.rehearse:
+        train_rungs(1.0, 0, synthetic(512, 20), results, True, ("plain",), options.device)
+    else:
+        data = load(options)
+        for seed, epochs in itertools.product(range(LADDER_SEEDS), LADDER_EPOCHS):
+            train_rungs(epochs, seed, data, results, True, device=options.device, on_run=look)
+    show(results)
+
+
 def part_airbench(options: argparse.Namespace) -> None:
     """Run PyPI's airbench on the same images, and save its own clock and accuracy."""
     found: dict[str, Any] = {"runs": []}
@@ -313,6 +335,7 @@ WORK: dict[str, Callable[[argparse.Namespace], None]] = {
     "ways": part_ways,
     "start": part_start,
     "recipes": part_recipes,
+    "ladder": part_ladder,
 }
 
 
@@ -532,6 +555,16 @@ def read_folders(folders: Mapping[str, Path]) -> dict[str, Any] | None:
     return {name: found for name, folder in folders.items() if (found := read_runs(folder))} or None
 
 
+def read_ladder(results: Path) -> dict[str, Any] | None:
+    """Return how many runs of each rung of the classroom ladder are saved, and its gain in words; None for no run."""
+    if not results.exists():
+        return None
+    runs = [json.loads(line) for line in results.read_text().splitlines()]
+    counts = Counter(run["arm"] for run in runs)
+    gains = {name: " ".join(gain(name, runs).sentences()) for name in counts if name != "plain"}
+    return {"about": about(runs[-1]), "runs": counts, "gains": gains}
+
+
 def read_json(path: Path) -> Any:
     """Return a JSON file's content; None where there is none."""
     return json.loads(path.read_text()) if path.exists() else None
@@ -560,6 +593,8 @@ def collect(part: str, out: Path) -> Any:
         return read_folders({name: out / name for name in ("speedrun", "speedrun_all_gpus")})
     if part == "apple":
         return read_folders({"apple_8gpu": out / "apple_8gpu"})
+    if part == "ladder":
+        return read_ladder(out / "ladder" / "results.jsonl")
     if part == "recipes":
         return read_folders({name: out / "recipes" / name for name in cf.recipes.names()})
     return read_json(out / f"{part}.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,12 @@ from typing import Any
 from cifar_fast.errors import UserError
 from cifar_fast.files import written_whole
 
-FOLDER = Path(__file__).parents[2] / "notebooks"
-"""Where a clone has them; an installed package has none."""
+PACKAGED = Path(__file__).parents[1] / "notebooks"
+"""Where an installed package has them."""
+FOLDER = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[2] / "notebooks"
+"""Where they are: in a clone, beside the package."""
+COPY = Path("cifar_fast_notebooks")
+"""Where those of an installed package are copied to, in the current folder."""
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -54,16 +59,36 @@ def install_cell(address: str) -> str:
     return "\n".join(lines)
 
 
-def find(names: Sequence[str] = ()) -> list[Path]:
-    """Return the notebooks whose file name starts with one of `names`, or all, in order.
+def to_work_in() -> Path:
+    """Return the folder whose notebooks can be edited: a clone's own, or `COPY` with a copy of the installed ones.
+
+    A file that `COPY` has already stays as it is. Raises `UserError` if a copy cannot be written.
+    """
+    if FOLDER != PACKAGED:
+        return FOLDER
+    for source in (*find(), *sorted((FOLDER / "solutions").glob("*.py"))):
+        target = COPY / source.relative_to(FOLDER)
+        if target.exists():
+            continue
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with written_whole(target) as temporary:
+                shutil.copyfile(source, temporary)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"the notebooks cannot be copied to {COPY.absolute()}: {reason}") from error
+    return COPY.absolute()
+
+
+def find(names: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
+    """Return the notebooks whose file name starts with one of `names`, or all, in order; `folder` is `FOLDER` if None.
 
     Raises `UserError` where there are none, and for a name that none starts with.
     """
-    there = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
+    folder = folder or FOLDER
+    there = sorted(folder.glob("[0-9][0-9]_*.ipynb"))
     if not there:
-        raise UserError(
-            f"there are no notebooks in {FOLDER}: they come with a checkout of the repository, not with the package"
-        )
+        raise UserError(f"there are no notebooks in {folder}; install the package again, or clone the repository")
     for name in names:
         if not any(path.name.startswith(name) for path in there):
             raise UserError(f"no notebook starts with {name!r}; there are {', '.join(path.stem for path in there)}")

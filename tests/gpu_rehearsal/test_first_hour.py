@@ -20,7 +20,7 @@ def test_the_first_hour_with_a_gpu_is_rehearsed(runtime: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr + logs
     report = json.loads((tmp_path / "gpu.json").read_text())
     parts = report["parts"]
-    assert list(parts) == ["tests", "speedrun", "airbench", "apple", "kernels", "ways", "recipes"]
+    assert list(parts) == ["tests", "speedrun", "airbench", "apple", "kernels", "ways", "recipes", "ladder"]
     assert {entry["state"] for entry in parts.values()} == {"done"} and report["verdicts"] == []
     assert parts["tests"]["found"]["passed"] >= 2 and not parts["tests"]["found"]["skipped"]
     for found in (parts["speedrun"]["found"]["speedrun"], parts["apple"]["found"]["apple_8gpu"]):
@@ -32,3 +32,5 @@ def test_the_first_hour_with_a_gpu_is_rehearsed(runtime: Path, tmp_path: Path) -
     # There is no CUPTI that sees simulated kernels: the part says so, and keeps the rest.
     assert parts["kernels"]["found"]["limit"]["tflops"]["float16"] > 0
     assert len(parts["kernels"]["found"]["not_profiled"]) == 2
+    ladder = parts["ladder"]["found"]
+    assert ladder["runs"] == {"plain": 1} and ladder["about"]["environment"]["gpu"]

@@ -225,8 +225,8 @@ def test_find_takes_the_beginnings_of_names_and_keeps_the_order(folder):
         notebooks.find(["04", "07"])
 
 
-def test_find_without_a_clone_says_where_notebooks_come_from(folder):
-    with pytest.raises(UserError, match="no notebooks in .*: they come with a checkout"):
+def test_find_in_an_empty_folder_says_where_notebooks_come_from(folder):
+    with pytest.raises(UserError, match="no notebooks in .*; install the package again, or clone the repository"):
         notebooks.find()
 
 
