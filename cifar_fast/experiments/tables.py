@@ -150,11 +150,11 @@ def mean_and_half_width(values: Sequence[float], unit: str) -> str:
 
 
 def turns_table(seconds: Mapping[str, Sequence[float]], n_images: int) -> str:
-    """Return a line for each way: images per second, and its speed relative to the first way over the rounds.
+    """Return a line for each way: images per second, and its speed relative to the first way in the same round.
 
     `seconds`: what `clock.in_turns` returns. `n_images`: the number of images that each call handled.
     """
-    rows = [("way", "images/s", "times as fast as the first", "round by round")]
+    rows = [("way", "images/s", "times as fast as the first, median", "range over the rounds")]
     for name, now in speeds(seconds).items():
         rate = n_images / median(seconds[name])
         rows.append((name, f"{rate:,.1f}", f"{median(now):.2f}", f"{min(now):.2f} to {max(now):.2f}"))

@@ -13,6 +13,7 @@ from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.load import load_or_synthetic
 from cifar_fast.errors import UserError
 from cifar_fast.recipe import Recipe
+from cifar_fast.shown import epochs
 
 NAMES = ("smoke", "classroom", "laptop", "gpu", "8gpu")
 VARIABLE = "CIFAR_FAST_SCALE"
@@ -60,8 +61,8 @@ class Scale:
         images = f"{self.n_train:,} training images" if self.n_train else "all training images"
         seeds = f"{len(self.seeds)} seed" + "s" * (len(self.seeds) > 1)
         return (
-            f"scale: {self.name} ({self.why}); {images}, ablations with {self.ablation_recipe.name!r}, "
-            f"{self.ablation_recipe.epochs:g} epochs, {seeds}"
+            f"scale: {self.name} ({self.why}); {images}, {seeds}; recipe {self.ablation_recipe.name!r}, "
+            f"{epochs(self.ablation_recipe.epochs)}; rungs of the ladder, {epochs(self.rung_epochs)}"
         )
 
     def load(self) -> Dataset:

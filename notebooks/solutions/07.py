@@ -2,8 +2,8 @@
 
 
 # %% 07.1
-def absorb(gamma, beta, filters):  # (C,), (C,), (K, C, 3, 3) -> new_beta (C,), new_filters (K, C, 3, 3)
-    return beta / gamma, filters * gamma[:, None, None]
+def absorb(gamma, beta, alpha, filters):  # number, (C,), number, (K, C, 3, 3) -> new_beta, new_alpha, new_filters
+    return beta / gamma, alpha / gamma, filters * gamma
 
 
 # %% 07.2

@@ -16,7 +16,7 @@ def runs_for_width(share, width, wilson):
     while True:
         low, high = wilson(share * n, n)
         if high - low <= width:
-            return n  # 227 for a share of 0.82 and a width of 0.1
+            return n  # 226 for a share of 0.82 and a width of 0.1
         n += 1
 
 

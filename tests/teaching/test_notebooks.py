@@ -242,7 +242,7 @@ class Runs:
 
 Runs()"""
 SCALE = """
-print("scale: smoke (CIFAR_FAST_SCALE=smoke); 3,000 training images, ablations with 'smoke', 2 epochs, 3 seeds")
+print("scale: smoke (CIFAR_FAST_SCALE=smoke); 3,000 training images, 3 seeds; recipe 'smoke', 2 epochs")
 print("CIFAR-10: 3,000 training and 1,000 test images; 123 of 1,000 images are wrong")
 print("recipe 'smoke', 2 epochs; TTA: flip")
 print("smoke, mine on CIFAR-10, seed 0: 25.50 % after 2.0 s of training")

@@ -78,9 +78,11 @@ def test_every_scale_has_seeds_for_an_interval_and_processes_that_its_recipe_has
 
 def test_a_scale_names_itself_in_a_line(monkeypatch):
     smoke, _, laptop, *_ = all_scales(monkeypatch)
-    epochs = f"{smoke.ablation_recipe.epochs:g} epochs"
-    assert str(smoke).startswith(f"scale: smoke (asked for); 3,000 training images, ablations with 'smoke', {epochs}, ")
-    assert str(smoke).endswith("3 seeds") and str(replace(smoke, seeds=(0,))).endswith("1 seed")
+    assert str(smoke) == (
+        "scale: smoke (asked for); 3,000 training images, 3 seeds; "
+        "recipe 'smoke', 2 epochs; rungs of the ladder, 1 epoch"
+    )
+    assert ", 1 seed; " in str(replace(smoke, seeds=(0,)))
     assert "all training images" in str(laptop) and "\n" not in str(laptop)
 
 

@@ -14,31 +14,37 @@ from cifar_fast.teaching.exercises.checks import Wrong, exercise, expect_close
 
 @exercise(
     "07.1",
-    title="Filters that absorb the scales",
+    title="Filters that absorb a scale",
     difficulty=1,
     minutes=5,
     hints=(
-        "Write gamma * x + beta as gamma * (x + something). ReLU lets a positive factor through.",
-        "The bias becomes beta / gamma. The filters have the shape (K, C, 3, 3), and their dimension C is that of the "
-        "scales: gamma[:, None, None] has the right shape.",
+        "Write gamma * x + beta as gamma * (x + something). How does the text take gamma through CELU?",
+        "celu(gamma * y, alpha) is gamma * celu(y, alpha / gamma). What then stands in front of CELU, the next filters "
+        "can take over.",
     ),
-    wrong=(lambda gamma, beta, filters: (beta, filters * gamma[:, None, None]),),
+    wrong=(
+        lambda gamma, beta, alpha, filters: (beta / gamma, alpha, filters * gamma),
+        lambda gamma, beta, alpha, filters: (beta, alpha / gamma, filters * gamma),
+    ),
 )
-def absorb(answer: Callable[[Tensor, Tensor, Tensor], Any]) -> None:
-    """Compare the outputs of the next convolution, with the scales and without them."""
+def absorb(answer: Callable[[float, Tensor, float, Tensor], Any]) -> None:
+    """Compare the outputs of the next convolution, with the scale and without it."""
     generator = torch.Generator().manual_seed(7)
     x = torch.randn(2, 4, 6, 6, dtype=torch.float64, generator=generator)
     filters = torch.randn(5, 4, 3, 3, dtype=torch.float64, generator=generator)
-    gamma, beta = torch.tensor([0.25, 0.5, 1.5, 3.0]).double(), torch.tensor([-0.5, 0.0, 0.5, 1.0]).double()
-    found = answer(gamma, beta, filters.clone())
-    if not isinstance(found, tuple | list) or len(found) != 2:
-        raise Wrong("return two things: the bias and the filters")
-    expect_close(found[0], beta / gamma, "the new bias")
-    if found[1].shape != filters.shape:
-        raise Wrong(f"the new filters should have the shape {tuple(filters.shape)}, not {tuple(found[1].shape)}")
-    with_scale = F.conv2d(F.relu(gamma[:, None, None] * x + beta[:, None, None]), filters, padding=1)
-    without = F.conv2d(F.relu(x + found[0][:, None, None]), found[1], padding=1)
-    expect_close(without, with_scale, "the output of the next convolution")
+    beta, alpha = torch.tensor([-0.5, 0.0, 0.5, 1.0]).double(), 0.3
+    for gamma in (0.25, 3.0):
+        found = answer(gamma, beta, alpha, filters.clone())
+        if not isinstance(found, tuple | list) or len(found) != 3:
+            raise Wrong("return three things: the bias, the alpha and the filters")
+        new_beta, new_alpha, new_filters = found
+        expect_close(new_beta, beta / gamma, "the new bias")
+        expect_close(new_alpha, alpha / gamma, "the new alpha")
+        if new_filters.shape != filters.shape:
+            raise Wrong(f"the new filters should have the shape {tuple(filters.shape)}, not {tuple(new_filters.shape)}")
+        with_scale = F.conv2d(F.celu(gamma * x + beta[:, None, None], alpha), filters, padding=1)
+        without = F.conv2d(F.celu(x + new_beta[:, None, None], float(new_alpha)), new_filters, padding=1)
+        expect_close(without, with_scale, "the output of the next convolution")
 
 
 @exercise(
@@ -81,8 +87,8 @@ def decay_matrices_only(answer: Callable[[nn.Module, float, float], Any]) -> Non
 @exercise(
     "07.3",
     title="The factors of the rewriting",
-    difficulty=3,
-    minutes=15,
+    difficulty=2,
+    minutes=10,
     hints=(
         "At a scale of 1/4 the factors are 4, 16 and 1/16. Where does each come from?",
         "The biases become 1 / gamma times as large, their gradients gamma times as large: their learning rate has to "
