@@ -416,8 +416,8 @@ class Evaluate:
     It is evaluated on the test set of a data set, or on the pictures that you name.
     """
 
-    run_folder: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
-    """Folder of a finished run."""
+    network: Annotated[conf.Positional[Path], conf.arg(metavar="RUN|NAME")]
+    """Folder of a finished run, or name of a network that ships with the package, such as `laptop`."""
     images: Annotated[conf.Positional[tuple[Path, ...]], conf.arg(metavar="[PICTURE|FOLDER ...]")] = ()
     """Pictures, or folders of them, in place of a data set. The class of a picture is the name of its folder."""
     data: DataOption = None
@@ -439,7 +439,6 @@ class Evaluate:
         from cifar_fast.hardware.device import select_device
         from cifar_fast.training.evaluate import evaluate, score
         from cifar_fast.training.predict import Predictions, check_target, labels_of, write_predictions
-        from cifar_fast.training.result import load_run
 
         if self.images and (self.data or self.mirror):
             raise UserError("name either pictures or a data set (--data), not both")
@@ -447,7 +446,7 @@ class Evaluate:
             raise UserError("--all says what is written to --out: name a file with --out")
         if self.out:
             check_target(self.out)
-        result = load_run(self.run_folder)
+        result = trained_network(self.network)
         classes, tta = result.dataset["classes"], self.tta or result.recipe.tta
         result.model.to(select_device(self.device))
         unreadable: dict[Path, str] = {}
@@ -472,7 +471,7 @@ class Evaluate:
             notes = differences(data, result.dataset)
         then = f"{percent(result.accuracy)} (TTA: {result.recipe.tta})"
         rows = [
-            ("run", str(self.run_folder)),
+            ("network", str(self.network)),
             ("recipe", result.recipe.name),
             ("data set", what),
             ("accuracy", f"{percent(found.accuracy)} (TTA: {tta})"),
@@ -505,7 +504,7 @@ class Evaluate:
             data = load_named(name, self.mirror, image_size)
         if data.n_classes != len(trained_on["classes"]):
             raise UserError(
-                f"the network in {self.run_folder} knows {len(trained_on['classes'])} classes and {data.name} has "
+                f"the network {self.network} knows {len(trained_on['classes'])} classes and {data.name} has "
                 f"{data.n_classes}; name the data set it was trained on ({trained_on['name']}) with --data"
             )
         return data
@@ -515,13 +514,13 @@ class Evaluate:
 class Predict:
     """Say what pictures show. They can have any size: the centre square is resized to the size of the network's images.
 
-    A folder stands for all pictures in it and below it. The exit status is 1 if a picture could not be read.
+    Without a run in front of them, the network `laptop` answers, which ships with the package. A folder stands for all
+    pictures in it and below it. The exit status is 1 if a picture could not be read.
     """
 
-    run_folder: Annotated[conf.Positional[Path], conf.arg(metavar="RUN")]
-    """Folder of a finished run."""
-    images: Annotated[conf.Positional[tuple[Path, ...]], conf.arg(metavar="PICTURE|FOLDER [...]")]
-    """Pictures, and folders of them."""
+    paths: Annotated[conf.Positional[tuple[Path, ...]], conf.arg(metavar="[RUN|NAME] PICTURE|FOLDER [...]")]
+    """Pictures, and folders of them. In front of them, the network: folder of a finished run, or name of a network that
+    ships with the package."""
     top: int = 3
     """How many classes to print for each picture, the likeliest first."""
     out: PredictionsOption = None
@@ -532,19 +531,20 @@ class Predict:
     def run(self) -> int:
         """Predict the pictures, then print a line for each or write them all."""
         from cifar_fast.training.predict import Predictions, check_target, write_predictions
-        from cifar_fast.training.result import load_run
 
-        if not self.images:
-            raise UserError("no picture is named: cifar-fast predict RUN PICTURE|FOLDER [...]")
+        named = bool(self.paths) and is_network(self.paths[0])
+        network, images = (self.paths[0], self.paths[1:]) if named else (Path("laptop"), self.paths)
+        if not images:
+            raise UserError("no picture is named: cifar-fast predict [RUN|NAME] PICTURE|FOLDER [...]")
         if self.all and not self.out:
             raise UserError("--all says what is written to --out: name a file with --out")
         if self.out:
             check_target(self.out)
-        result = load_run(self.run_folder)
+        result = trained_network(network)
         classes = result.dataset["classes"]
         if not 1 <= self.top <= len(classes):
             raise UserError(f"--top {self.top} must be from 1 to {len(classes)}, the number of classes")
-        paths = named_pictures(self.images)
+        paths = named_pictures(images)
         logits, unreadable = predict_named(result, paths)
         predictions = Predictions([str(path) for path in paths if path not in unreadable], classes, logits.softmax(1))
         print(f"network: {result.recipe.name}, trained on data set: {result.dataset['name']}")
@@ -740,7 +740,10 @@ class Plan:
 
 @dataclass(kw_only=True)
 class Lab:
-    """Open the notebooks in JupyterLab."""
+    """Open the notebooks in JupyterLab.
+
+    Those of an installed package are first copied to the folder cifar_fast_notebooks, here, where you can edit them.
+    """
 
     options: conf.Positional[tuple[str, ...]] = ()
     """Options for JupyterLab, after `--`. Example: cifar-fast lab -- --no-browser."""
@@ -752,7 +755,7 @@ class Lab:
             from jupyterlab.labapp import LabApp
         except ModuleNotFoundError as error:
             raise UserError("JupyterLab is not installed: pip install 'cifar_fast[notebooks]'") from error
-        LabApp.launch_instance([str(notebooks.FOLDER), *self.options])
+        LabApp.launch_instance([str(notebooks.to_work_in()), *self.options])
         return 0
 
 
@@ -772,7 +775,8 @@ class Notebooks:
         from cifar_fast.teaching import scales
 
         scales.here(self.scale)  # says what is wrong with it before a kernel starts
-        for path in notebooks.find(self.names):
+        folder = notebooks.to_work_in() if self.execute else notebooks.FOLDER
+        for path in notebooks.find(self.names, folder):
             started = time.perf_counter()
             if self.execute:
                 notebooks.execute(path, self.scale)
@@ -1028,6 +1032,24 @@ def differences(data: Dataset, trained_on: Mapping[str, Any]) -> list[str]:
     if list(data.classes) != trained_on["classes"]:
         notes.append(f"the network's classes have other names: {', '.join(trained_on['classes'])}")
     return notes
+
+
+def is_network(path: Path) -> bool:
+    """Whether a path names a run, finished or not, or a network that ships with the package; it may be neither."""
+    from cifar_fast.training.pretrained import names
+
+    return (path / "recipe.json").exists() or (not path.exists() and str(path) in names())
+
+
+def trained_network(path: Path) -> RunResult:
+    """Return the run in a folder, or the run of a network of that name that ships with the package.
+
+    Raises `RunError` if there is neither, or what is there is incomplete.
+    """
+    from cifar_fast.training.pretrained import names, pretrained
+    from cifar_fast.training.result import load_run
+
+    return pretrained(str(path)).run if not path.exists() and str(path) in names() else load_run(path)
 
 
 def named_pictures(paths: Sequence[Path]) -> list[Path]:

@@ -28,7 +28,7 @@ from cifar_fast import cli, recipes
 from cifar_fast.data import download, load, synthetic
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.distributed import launch as launching
-from cifar_fast.errors import DataNotFoundError
+from cifar_fast.errors import DataNotFoundError, UserError
 from cifar_fast.experiments import forecast as forecasts
 from cifar_fast.experiments.forecast import Forecast, about
 from cifar_fast.hardware import numerics
@@ -607,6 +607,29 @@ def test_mistakes_of_predict(run_folder, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.glob("*.csv*"))
 
 
+def test_predict_without_a_run_asks_the_network_that_ships(real_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for index in range(8):
+        Image.fromarray(real_data.test_images[index].permute(1, 2, 0).numpy()).save(f"{index}.png")
+    for network in ([], ["laptop"]):
+        assert status_of("predict", *network, ".", "--top", "1") == 0
+        header, *lines = capsys.readouterr().out.splitlines()
+        assert header == "network: laptop, trained on data set: CIFAR-10" and len(lines) == 8
+        truth = [real_data.classes[label] for label in real_data.test_labels[:8].tolist()]
+        assert sum(line.split()[1] == name for line, name in zip(lines, truth, strict=True)) >= 7
+    Path("laptop").mkdir()  # a folder of that name is a folder of pictures
+    assert status_of("predict", "laptop") == 2
+    assert "laptop holds no picture" in capsys.readouterr().err
+
+
+def test_predict_and_evaluate_of_a_network_that_is_not_there(tmp_path, capsys):
+    picture = colour_picture(tmp_path / "red.png", "red", (8, 8))
+    assert status_of("predict", tmp_path / "nowhere", picture, "--top", "1") == 1  # taken for a picture
+    assert "no file" in capsys.readouterr().err
+    assert status_of("evaluate", "nowhere") == 2
+    assert "nowhere is not a finished run" in capsys.readouterr().err
+
+
 def full_disk(path: Path) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -764,7 +787,7 @@ def table_rows(printed: list[tuple[str, bool]]) -> dict[str, str]:
 def test_lab_without_notebooks_or_jupyterlab(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(notebooks, "FOLDER", tmp_path / "notebooks")
     assert status_of("lab") == 2
-    assert "they come with a checkout" in capsys.readouterr().err
+    assert "there are no notebooks in" in capsys.readouterr().err
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "00_first.ipynb").touch()
     monkeypatch.setitem(sys.modules, "jupyterlab.labapp", None)
@@ -789,6 +812,26 @@ def test_lab_opens_the_notebooks(tmp_path, monkeypatch):
     (tmp_path / "00_first.ipynb").touch()
     assert status_of("lab", "--", "--no-browser", "--port=8899") == 0
     assert started == [[str(tmp_path), "--no-browser", "--port=8899"]]
+
+
+def test_the_notebooks_of_an_installed_package_are_copied_to_where_they_can_be_edited(tmp_path, monkeypatch, capsys):
+    installed, here = tmp_path / "installed", tmp_path / "here"
+    shutil.copytree(notebooks.FOLDER, installed)
+    monkeypatch.setattr(notebooks, "FOLDER", installed)
+    monkeypatch.setattr(notebooks, "PACKAGED", installed)
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert notebooks.to_work_in() == here / "cifar_fast_notebooks"
+    copies = [path.relative_to(here / "cifar_fast_notebooks") for path in here.rglob("*.*")]
+    assert {path.name for path in copies if path.suffix == ".ipynb"} == {path.name for path in notebooks.find()}
+    assert len([path for path in copies if path.match("solutions/*.py")]) == len(notebooks.find())
+    (mine := here / "cifar_fast_notebooks" / "00_quickstart.ipynb").write_text("mine")
+    notebooks.to_work_in()
+    assert mine.read_text() == "mine"
+    monkeypatch.setattr(notebooks, "COPY", tmp_path / "file" / "copy")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be copied to .*file/copy"):
+        notebooks.to_work_in()
 
 
 # --- the public names ---

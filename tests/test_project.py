@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
@@ -16,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cifar_fast"
@@ -447,3 +449,31 @@ def test_no_file_names_private_places():
         patterns = [home] if path == ROOT / ".ci" / "run" else [home, shared]
         offenders += [f"{path.relative_to(ROOT)}: {found[0]!r}" for one in patterns for found in one.finditer(content)]
     assert not offenders
+
+
+def test_the_wheel_alone_has_the_notebooks_and_predicts_with_a_network_that_ships(tmp_path):
+    source, wheels, installed, here = (tmp_path / name for name in ("source", "wheels", "installed", "here"))
+    for path in repository_files():
+        (source / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, source / path.relative_to(ROOT))
+    wheels.mkdir()
+    here.mkdir()
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(wheels)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, capture_output=True, check=True)
+    with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+        wheel.extractall(installed)
+    shutil.rmtree(source)
+    Image.new("RGB", (40, 30), "navy").save(here / "sea.png")
+
+    def python(*arguments: str) -> str:
+        environment = os.environ | {"PYTHONPATH": str(installed)}
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=True).stdout
+
+    assert re.search(r"sea\.png +\w+ \d", python("-m", "cifar_fast", "predict", "sea.png", "--top", "1"))
+    listed = [line.split(":")[0] for line in python("-m", "cifar_fast", "notebooks").splitlines()]
+    assert listed == sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
+    shown = "import cifar_fast as cf; print(cf.__file__, cf.results_folder(), cf.lessons.gain('muon'))"
+    file, results, *gain = python("-c", shown).split()
+    assert [file, results] == [str(installed / "cifar_fast" / name) for name in ("__init__.py", "results")]
+    assert "points of test accuracy" in " ".join(gain)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +31,31 @@ class Pretrained:
     """A trained network that ships with the package. It prints as a few lines, in a notebook as a table."""
 
     name: str
-    recipe: Recipe
-    """What it was trained with."""
-    dataset: dict[str, Any]
-    """Name, size, classes and fingerprint of its data set."""
+    run: RunResult
+    """The training run; its accuracy is that before the weights were rounded, its network holds the rounded ones."""
     accuracy: float
-    """Test accuracy 0 ... 1 of these rounded weights, with the recipe's test-time augmentation."""
+    """Test accuracy 0 ... 1 of the rounded weights, with the recipe's test-time augmentation."""
     checked_accuracy: float
     """Test accuracy 0 ... 1 on the first `CHECKED_IMAGES` test images, on single views."""
     sha256: str
     """Of the file of weights."""
-    run: dict[str, Any]
-    """The training run, as `RunResult.to_dict` gave it, with the accuracy before the weights were rounded."""
     commit: str
     """Of the package that made the file."""
-    model: Network
-    """On the CPU, in float32, ready to predict."""
+
+    @property
+    def model(self) -> Network:
+        """The network, on the CPU, in float32, ready to predict."""
+        return self.run.model
+
+    @property
+    def recipe(self) -> Recipe:
+        """What it was trained with."""
+        return self.run.recipe
+
+    @property
+    def dataset(self) -> dict[str, Any]:
+        """Name, size, classes and fingerprint of its data set."""
+        return self.run.dataset
 
     @property
     def classes(self) -> list[str]:
@@ -58,7 +67,7 @@ class Pretrained:
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
         return [
             ("network", "test accuracy", "parameters", "trained in"),
-            (self.name, percent(self.accuracy), f"{parameters:,}", f"{self.run['train_seconds']:.1f} s"),
+            (self.name, percent(self.accuracy), f"{parameters:,}", f"{self.run.train_seconds:.1f} s"),
         ]
 
     def notes(self) -> list[str]:
@@ -67,7 +76,7 @@ class Pretrained:
         return [
             f"recipe {recipe.name!r}, {epochs(recipe.epochs)}; TTA: {recipe.tta}; weights in bfloat16",
             f"data set: {data_set(self.dataset)}",
-            f"hardware: {hardware(self.run['environment'])}",
+            f"hardware: {hardware(self.run.environment)}",
         ]
 
     def __repr__(self) -> str:
@@ -106,16 +115,14 @@ def _restored(name: str, values: Mapping[str, Any], weights: Mapping[str, Tensor
     whole = {key: value.float() if value.dtype == torch.bfloat16 else value for key, value in weights.items()}
     # Torch's own convolution, which every machine has.
     anywhere = values["run"]["environment"] | {"convolution": "direct", "fused_norm": False}
+    run = run_from_dict({**values["run"], "environment": anywhere}, whole)
     return Pretrained(
         name=name,
-        recipe=Recipe.from_dict(values["run"]["recipe"]),
-        dataset=values["run"]["dataset"],
+        run=replace(run, environment=values["run"]["environment"]),
         accuracy=values["accuracy"],
         checked_accuracy=values["checked_accuracy"],
         sha256=values["sha256"],
-        run=values["run"],
         commit=values["commit"],
-        model=run_from_dict({**values["run"], "environment": anywhere}, whole).model,
     )
 
 

@@ -62,7 +62,7 @@ def test_the_shipped_network_is_the_trained_one_up_to_rounding(shipped, trained,
     images, labels = tiny_data.test_images, tiny_data.test_labels
     assert found.accuracy == evaluate(found.model, images, labels, tta=RECIPE.tta).accuracy
     assert found.checked_accuracy == evaluate(found.model, images, labels).accuracy
-    assert found.run == run.to_dict() and found.classes == list(tiny_data.classes)
+    assert found.run.to_dict() == run.to_dict() and found.classes == list(tiny_data.classes)
     assert f"small    {100 * found.accuracy:.2f} %" in str(found) and "data set: synthetic" in str(found)
     assert f"<td>{100 * found.accuracy:.2f} %</td>" in found._repr_html_()
 
