@@ -1,4 +1,4 @@
-"""How the whole suite runs: one thread each, several processes, and the notebooks beside the tests.
+"""How the whole suite runs: in several processes of one thread each, with the notebooks beside the tests.
 
 A plain `pytest` runs the tests and executes every notebook (under nbval, which compares the outputs with the stored
 ones), in as many processes as there are cores. Named files, `-k` and `-m MARK` run in this process alone; `-n` decides
@@ -15,7 +15,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MOST_PROCESSES = 4  # each takes a gigabyte or two, and a test may start eight more
-NOTEBOOK_SECONDS = 1800  # of one cell, which hangs if it takes as long
+NOTEBOOK_SECONDS = 1800  # of one cell, which must have hung if it takes this long
 
 LONGEST = (
     "test_lab.py",
@@ -26,7 +26,7 @@ LONGEST = (
     "03_half_precision.ipynb",  # where a processor has no instructions for bfloat16
     "11_eight_ways_at_once.ipynb",
 )
-"""Files of minutes, which start first; then the notebooks, then all others, so that all processes end together."""
+"""Files that take minutes and start first; then the notebooks, then all others, so that all processes end together."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads its options

@@ -34,7 +34,7 @@ ARMS: dict[str, dict[str, object]] = {
     "freeze_bn_scale=False": {"freeze_bn_scale": False},
     "activation=relu": {"activation": "relu"},
     "pool_position=after_activation": {"pool_position": "after_activation"},
-    # Page's decay averages about 100 steps, for runs of many more.
+    # Page's decay averages over about 100 steps, which suits runs with many more.
     "ema_decay=0.99": {"ema_decay": 0.99, "ema_off_epochs": 0.0},
     "ema_decay=0.8": {"ema_decay": 0.8, "ema_off_epochs": 0.0},
     "resolutions=()": {"resolutions": ()},
@@ -91,7 +91,7 @@ def trained(folders: list[Path], recipe: Recipe, data: Dataset) -> list[RunResul
 
 
 def save_run(results: Path, arm: str, result: RunResult, data: Dataset, busy: bool) -> None:
-    """Append the run, for the unchanged recipe also with each other kind of TTA, and rewrite the table."""
+    """Append the run (for the unchanged recipe, also with each other kind of TTA) and rewrite the table."""
     lines = [line(arm, result), *(tta_lines(result, data) if arm == AS_IT_IS else [])]
     with open(results, "a") as file:
         file.write("".join(json.dumps(without_clocks(run) if busy else run) + "\n" for run in lines))

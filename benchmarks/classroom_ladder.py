@@ -5,7 +5,7 @@
 Each run becomes a line of results.jsonl: rung, epochs, arithmetic (FLOP), commit, and what `RunResult.to_dict` gives.
 No run is trained twice, so the script can be stopped and started again, with more seeds or epochs; it refuses a folder
 whose runs used other recipes or other data. Clocks are saved only with --quiet, when nothing else ran on the machine.
-After each number of epochs table.txt and curves.png are drawn anew from all of them.
+After each number of epochs, table.txt and curves.png are redrawn from all saved runs.
 The rung that adds test-time augmentation needs no training of its own: it evaluates the network of the rung below.
 """
 
@@ -54,9 +54,9 @@ def train_rungs(
     device: str | None = None,
     on_run: Callable[[RunResult], None] | None = None,
 ) -> None:
-    """Train what is missing of `tricks`, or of all, at `epochs` with `seed`; append each run as it ends.
+    """Train those of `tricks` (default: all) that are missing at `epochs` with `seed`; append each run as it ends.
 
-    `on_run` is called after that.
+    `on_run` is called after each is saved.
     """
     *_, last, top = recipes.classroom_ladder(epochs)
     saved = done(results, data)
@@ -90,7 +90,7 @@ def main() -> None:
     """Train seed by seed, so that the saved runs can be compared at any time."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--epochs", type=float, nargs="+", default=[1.0, 2.0, 3.0, 4.0, 6.0, 8.0])
-    parser.add_argument("--only", nargs="+", metavar="TRICK", help="train these alone; default: all")
+    parser.add_argument("--only", nargs="+", metavar="TRICK", help="train only these; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--quiet", action="store_true", help="nothing else runs on this machine: save the clocks")
     parser.add_argument("--out", type=Path, required=True)

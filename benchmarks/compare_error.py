@@ -3,7 +3,7 @@
     python benchmarks/compare_error.py --out benchmarks/results/compare
 
 The script takes seconds and writes compare_error.json with three parts. `error`: the share of 10,000 comparisons of
-equal arms that ever report a difference, looking after every pair, for normal differences and for others that break the
+equal arms that ever report a difference, checked after every pair, for normal differences and for others that break the
 assumption. `runs_needed`: the pairs until the comparison stops, for differences in points and the standard deviation of
 saved pairs. `methods`: the same for group-sequential boundaries, calibrated for a known largest number of pairs, and
 for an ordinary interval.
@@ -47,7 +47,7 @@ NULLS: dict[str, Draw] = {
 
 
 def error() -> dict[str, dict[str, object]]:
-    """Return for each kind of differences how often equal arms are ever told apart."""
+    """Return, for each kind of difference, how often equal arms are ever reported as different."""
     found: dict[str, dict[str, object]] = {}
     for name, draw in NULLS.items():
         differences = draw(np.random.default_rng(1), (EXPERIMENTS, max(LOOKS)))
@@ -61,7 +61,7 @@ def error() -> dict[str, dict[str, object]]:
 
 
 def runs_needed(deviation: float) -> dict[str, object]:
-    """Return how many pairs each difference takes when the comparison goes on until it excludes zero."""
+    """Return how many pairs each difference takes when the comparison goes on until its interval excludes zero."""
     needed: dict[str, object] = {}
     for difference in (1.0, 0.5, 0.3, 0.2, 0.1):
         options = {"resolution": 0.0, "max_runs": 400, "least_deviation": IMAGE, "experiments": EXPERIMENTS}
@@ -92,8 +92,8 @@ def t_statistics(differences: NDArray[np.float64]) -> NDArray[np.float64]:
 def group_sequential(exponent: float, null: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the bounds on |t| after 2, 3, ... pairs whose error over all looks at `null`, |t| of equal arms, is 5 %.
 
-    Those of a normal statistic, scale * (pairs / most) ** (exponent - 1/2), become those of t with the same tails. The
-    first look is after the third pair.
+    The bounds of a normal statistic, scale * (pairs / most) ** (exponent - 1/2), become bounds of t with the same
+    tails. The first look is after the third pair.
     """
     most = null.shape[1] + 1
 

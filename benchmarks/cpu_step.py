@@ -1,11 +1,11 @@
 """Splits one training step on a CPU into its parts, and compares it with this machine's limits and with stock ops.
 
     python benchmarks/cpu_step.py --out benchmarks/results/cpu_step
-    python benchmarks/cpu_step.py --out FOLDER --recipe smoke --rounds 3 --steps 10   # short steps: several a turn
+    python benchmarks/cpu_step.py --out FOLDER --recipe smoke --rounds 3 --steps 10   # short steps: several per turn
 
-`cpu_step.txt` in the folder is the table that is printed, `cpu_step.json` has every round behind it.
+In the folder, `cpu_step.txt` is the table that is printed, and `cpu_step.json` has every round behind it.
 
-The script also measures the machine's limits, before the steps and after them, with as many threads as the steps have:
+The script also measures the machine's limits, before the steps and after them, with as many threads as the steps use:
 the rate of square matrix products, and the memory bandwidth. Each side runs in a process of its own. They take turns,
 one working while the others wait:
 
@@ -17,9 +17,9 @@ one working while the others wait:
     reference                 a plain port: the same network, weights and batch in stock torch.nn ops, bfloat16
                               autocast, channels-last, eager, default allocator; timed from a finished batch to new
                               weights
-    ours, split               the first side's step again, with a stopwatch that belongs to one part at a time
+    ours, split               the first side's step again, with a stopwatch that times one part at a time
 
-Random images take the time of real ones. Nothing is learned: the learning rates are 0. The averages (EMA, Lookahead)
+Random images take as long as real ones. Nothing is learned: the learning rates are 0. The averages (EMA, Lookahead)
 are switched off, since the reference has none, and drawing an epoch's random choices is not timed.
 """
 
@@ -94,7 +94,7 @@ PRODUCTS = (512, 1024, 1536, 2048, 2560)
 """Sides of the square matrices that are multiplied; the best rate of all counts."""
 REPEATS = 5
 SECONDS = 5.0
-"""After which larger products in a format are left out: not every CPU multiplies bfloat16 fast."""
+"""Time after which larger products in a format are left out: not every CPU multiplies bfloat16 fast."""
 
 
 def best_time(work: Callable[[], object]) -> float:
@@ -172,7 +172,7 @@ def best_limits(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"flops": flops, "bandwidth": bandwidth, "measured": list(measured)}
 
 
-# --- the sides: what a process of its own prepares once and then does turn by turn ---
+# --- the sides: each is prepared once, in a process of its own, and then takes its turns ---
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Side:
 
 
 def load_images(data: str, n_images: int) -> tuple[Dataset, str]:
-    """Return the data set, and in words what it is; `n_images`: how many random ones."""
+    """Return the data set and a description of it; `n_images`: how many random images to make."""
     if data == RANDOM:
         return random_dataset(n_images), f"{n_images:,} random images"
     loaded = synthetic() if data == SYNTHETIC else load_cifar10(data)
@@ -219,7 +219,7 @@ def load_images(data: str, n_images: int) -> tuple[Dataset, str]:
 
 @cache
 def prepare(setting: Setting, plain: bool) -> Side:
-    """Return what a side needs, with the same weights and the same batches on all; `plain`: the reference's."""
+    """Return what a side needs, with the same weights and batches as every other; `plain`: for the reference."""
     torch.set_num_threads(setting.threads)
     data, words = load_images(setting.data, setting.n_images)
     if plain:
@@ -250,7 +250,7 @@ def plain_side(setting: Setting, data: Dataset, words: str) -> Side:
 
 
 def plain_network(model: Network) -> Network:
-    """Return a copy of `model` in stock layers; nn.BatchNorm2d takes its statistics over all that it is given."""
+    """Return a copy of `model` in stock layers; nn.BatchNorm2d takes its statistics over its whole input."""
     model = copy.deepcopy(model)
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
@@ -286,7 +286,7 @@ class Usage:
     """What this process has cost the operating system so far: page faults, and system time in all threads."""
 
     def __init__(self) -> None:
-        """Read both; Windows does not tell."""
+        """Read both; both are 0 on Windows, which does not report them."""
         self.faults, self.seconds = 0, 0.0
         if sys.platform != "win32":
             import resource
@@ -296,14 +296,14 @@ class Usage:
 
 
 def choose(ranks: Alone, recipe: Recipe, threads: int) -> Execution:
-    """Choose how the step is computed, as training does, in the process that then computes it so."""
+    """Choose how to compute the step, as training does, in the process that will then compute it."""
     torch.set_num_threads(threads)
     keep_freed_memory()
     return choose_execution(recipe, CPU)
 
 
 def take_turn(ranks: Alone, setting: Setting, side: str, steps: int) -> dict[str, Any]:
-    """Take the side's next steps; return the means of one of them, times in seconds.
+    """Take the side's next steps; return the means per step, with times in seconds.
 
     A top-level function, so that a process can import it.
     """
@@ -329,7 +329,7 @@ def take_turn(ranks: Alone, setting: Setting, side: str, steps: int) -> dict[str
     return means | {"keeps_freed_memory": bool(keep_freed_memory.cache_info().currsize), "data": prepared.data}
 
 
-# --- the split: one stopwatch that always belongs to exactly one part ---
+# --- the split: one stopwatch that always times exactly one part ---
 
 
 @dataclass(frozen=True)
@@ -348,9 +348,9 @@ class Work:
 
     seconds: float = 0.0
     flops: float = 0.0
-    """Of its matrix products and convolutions, by the direct algorithm."""
+    """Operations of its matrix products and convolutions, by the direct algorithm."""
     multiplied: float = 0.0
-    """The same as they are really computed: Winograd multiplies fewer numbers, AMX leaves out taps outside an image."""
+    """Those really computed: Winograd multiplies fewer numbers, and AMX leaves out taps outside an image."""
     bytes: float = 0.0
     """Inputs, weights and outputs, each once."""
 
@@ -403,18 +403,18 @@ class Split:
         self._since = now
 
     def enter(self, part: Part) -> None:
-        """Count what follows for `part`."""
+        """Count what follows towards `part`."""
         self._settle()
         self._parts.append(part)
 
     def leave(self) -> None:
-        """Count what follows for the part before."""
+        """Count what follows towards the previous part."""
         self._settle()
         self._parts.pop()
 
     @contextmanager
     def within(self, part: Part) -> Iterator[None]:
-        """Count the block for `part`."""
+        """Count the block towards `part`."""
         self.enter(part)
         try:
             yield
@@ -422,7 +422,7 @@ class Split:
             self.leave()
 
     def _timed(self, part: Part | Callable[..., Part], work: Callable, counted: Callable | None = None) -> Callable:
-        """Return `work` with its time counted for `part`, and `counted(part, result, *arguments)` called after it."""
+        """Return `work` with its time counted towards `part`, then a call of `counted(part, result, *arguments)`."""
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             now = part if isinstance(part, Part) else part()
@@ -447,7 +447,7 @@ class Split:
             for optimizer in optimizers:
                 stack.callback(optimizer.register_step_pre_hook(lambda *_: self.enter(OPTIMISER)).remove)
                 stack.callback(optimizer.register_step_post_hook(self._optimised).remove)
-            # Max-pool inside a convolution's own forward; Winograd and AMX fuse theirs with the convolution.
+            # A max-pool inside a convolution's own forward; Winograd and AMX fuse theirs with the convolution.
             pool = self._timed(lambda: Part("pooling", "forward", self._parts[-1].layer), F.max_pool2d, self._pooled)
             loss = self._timed(HEAD, F.cross_entropy, self._made)
             backward = self._timed(AUTOGRAD, Tensor.backward)
@@ -463,7 +463,7 @@ class Split:
 
     @contextmanager
     def _norms_with_activations(self, model: nn.Module) -> Iterator[set[nn.Module]]:
-        """Time the fused norms and activations, which hooks on them would keep from being fused; yield both."""
+        """Time the fused norms and activations without hooks on them, which would prevent the fusion; yield both."""
         names, fused_layers = {}, set()
         for name, block in model.named_modules():
             if isinstance(block, Block) and block.fuse:
@@ -509,7 +509,7 @@ class Split:
     # What the forward pass made, and the work when its gradient comes back.
 
     def _made(self, part: Part, made: Tensor, *_: object) -> list[str]:
-        """Let the nodes that have computed `made` since the last call count for `part`; return their names."""
+        """Count the nodes that have computed `made` since the last call towards `part`; return their names."""
         back, names, open_nodes = replace(part, phase="backward"), [], [made.grad_fn]
 
         def switch(*_: object) -> None:
@@ -522,7 +522,7 @@ class Split:
                 continue
             names.append(node.name())
             self._nodes[node] = node.register_prehook(switch)
-            # Adding up the gradients of a weight counts for the layer that it belongs to.
+            # Adding up the gradients of a weight counts towards the layer that it belongs to.
             open_nodes += [following for following, _ in node.next_functions]
         return names
 
@@ -539,7 +539,7 @@ class Split:
     def _moved(
         self, part: Part, inputs: Sequence[Tensor], weights: Sequence[Tensor], output: Tensor, n_output: int = 0
     ) -> None:
-        """Count each tensor once forward; backward the output's gradient, inputs, weights, and their gradients."""
+        """Count each tensor once forward; count the output's gradient, inputs, weights and their gradients backward."""
         out = (n_output or output.numel()) * output.element_size()
         self.work[part].bytes += bytes_of(inputs) + bytes_of(weights) + out
         if output.requires_grad:
@@ -559,7 +559,7 @@ class Split:
         multiplied, channels = flops, module.in_channels * module.out_channels
         if "Winograd" in names:  # 36 points of each tile of 4x4, multiplied by as many of each filter
             multiplied = 2.0 * 36 * len(x) * math.ceil(height / 4) * math.ceil(width / 4) * channels
-        elif "Amx" in names:  # of each pixel the taps inside the image; where it pools, of whole windows alone
+        elif "Amx" in names:  # for each pixel the taps inside the image; where it pools, only for whole windows
             pooled = y.shape[2:] != (height, width)
             seen = (size // 2 * 2 if pooled else size for size in (height, width))
             taps = math.prod(taps_inside(*sizes) for sizes in zip(seen, (height, width), strict=True))
@@ -609,7 +609,7 @@ def bytes_of(tensors: Sequence[Tensor]) -> int:
 
 
 def part_of(name: str, module: nn.Module) -> Part | None:
-    """Return the part that a module's forward pass counts for; None if its submodules count, or it is a max-pool."""
+    """Return the part that a module's forward pass counts towards; None for a max-pool, or if its submodules count."""
     if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
         return Part(FIRST, "forward", name)
     for kind, word in KINDS:
@@ -621,7 +621,7 @@ def part_of(name: str, module: nn.Module) -> Part | None:
 
 
 def split_turn(ranks: Alone, setting: Setting, steps: int) -> dict[str, Any]:
-    """Take steps as `ours` does, each split; return the means of one, and what each part of it had to do."""
+    """Take steps as `ours` does, split into parts; return the means per step, and the work of each part."""
     prepared = prepare(setting, False)
     split, seconds, losses = Split(), 0.0, 0.0
     for _ in range(steps):
@@ -647,7 +647,7 @@ def split_turn(ranks: Alone, setting: Setting, steps: int) -> dict[str, Any]:
 def rows_of(
     parts: Sequence[dict[str, Any]], seconds: float, limits: dict[str, Any], dtype: str, by: Sequence[str]
 ) -> list:
-    """Return the parts, added up over those that agree in `by`, with their shares of step and limits.
+    """Return the parts, added up over those that agree in `by`, with their shares of the step and of the limits.
 
     `least_seconds` is the longer of two times: its multiplications at the matrix limit, its bytes at the bandwidth.
     """
@@ -681,7 +681,7 @@ def share(done: float, possible: float) -> float | None:
 
 
 def middle(seconds: Sequence[float]) -> int:
-    """Return the index of the median, the lower one of two."""
+    """Return the index of the median, or of the lower of two."""
     return sorted(range(len(seconds)), key=lambda number: seconds[number])[(len(seconds) - 1) // 2]
 
 
@@ -896,7 +896,7 @@ def text_of(report: dict[str, Any]) -> str:
 
 
 def measured_recipe(recipe: Recipe, batch: int | None) -> Recipe:
-    """Return the recipe with that many images a step, all of full size, and without averages."""
+    """Return the recipe with `batch` images a step, all of full size, and without averages."""
     recipe = replace(recipe, resolutions=(), ema_decay=0.0, lookahead_alpha=0.0)
     if batch is None:
         return recipe
@@ -963,7 +963,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help=f"folder for {RESULT} and {TABLE}")
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=1, help="steps a turn; more where a step is short")
+    parser.add_argument("--steps", type=int, default=1, help="steps per turn; take more where a step is short")
     parser.add_argument("--batch", type=int, help="images a step, instead of the recipe's")
     parser.add_argument("--data", default=RANDOM, help=f"folder of CIFAR-10, {SYNTHETIC}, or {RANDOM} (default)")
     parser.add_argument(

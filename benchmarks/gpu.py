@@ -5,10 +5,10 @@
     python benchmarks/gpu.py --out benchmarks/results/gpu --only speedrun   # this part, again; the others are kept
     python benchmarks/gpu.py --out /tmp/rehearsed --rehearse                # the same command, small, without a GPU
 
-It first says which packages and data are missing here and how to bring them, and ends if it cannot do without. Each
-part is a process of its own that gets its share of `--minutes`; what an earlier part leaves over, the later ones
-share. A part that is ended keeps what it has finished. The same command again skips parts that are done at this
-commit, and `speedrun`, `apple`, `recipes` and `ladder` add the runs that are missing:
+It first says which packages and data are missing here and how to get them, and stops if it cannot do without them.
+Each part is a process of its own that gets its share of `--minutes`; the later parts share the time that an earlier one
+leaves over. A part that is stopped keeps what it has finished. Run again, the command skips parts that are done at
+this commit, and `speedrun`, `apple`, `recipes` and `ladder` add the runs that are missing:
 
     tests     pytest -m gpu
     speedrun  up to 50 runs on one GPU, and 10 on all of them where there are several
@@ -31,10 +31,10 @@ Then check, in this order:
  1. `tests`: look first at test_what_is_recorded_is_done_again_with_new_inputs, then at
     test_the_recorded_step_gives_the_eager_steps_weights (muon, then sgd), then at the compiled ones, NCCL last.
  2. `cifar-fast train --recipe speedrun --cuda-graph on --compile off`, then `--cuda-graph off --compile on`, then both:
-    no warning, and `step_mode` in result.json as asked for. If there is a warning, deal with its reason first; it is
-    in `step_mode_reason` too.
+    no warning, and `step_mode` in result.json as asked for. If there is a warning, deal with its cause first; it is
+    also in `step_mode_reason`.
  3. `ways`: which of the two pays. `kernels`: the gaps (none above a few microseconds inside a graph) and the slowest
-    kernels. If batch norm or the augmentation is among them although compiled, they were not fused. If
+    kernels. If batch norm or the augmentation is among them although compiled, it was not fused. If
     `orthogonalise_us` is lower by shape, use that (`optim.orthogonalise_all`). If a scatter in the max-pool's backward
     pass is slow, remove its decomposition from Inductor before the first compilation, with another
     TORCHINDUCTOR_CACHE_DIR:
@@ -42,7 +42,7 @@ Then check, in this order:
  4. `speedrun` and `airbench`: mean accuracy at least 94.0 %, mean train_seconds at most 0.9, three times airbench's
     speed. If accuracy falls short: n_shards=1 (batch norm over all 1536 images, as in Hiverge's), then epochs=10. If
     there is accuracy to spare: fewer epochs. float16 against bfloat16 (`--precision bfloat16`) at the same epochs.
- 5. `tta_margin=0.5` against 1: the same accuracy to 0.01 points over the runs' networks, or a larger margin.
+ 5. `tta_margin=0.5` against 1: the same accuracy to within 0.01 points over the runs' networks, else a larger margin.
  6. `apple`: Apple published 41 of 50 runs at 94 % and a median of 94.19 %.
  7. `start`: under 20 s the first time, under 12 s the second.
  8. With several GPUs: the parallel tests, then speedrun and apple on all; each rank's graph holds the all-reduce.
@@ -82,7 +82,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="folder for gpu.json, logs and runs, new or to be continued")
+    add("--out", type=Path, required=True, help="folder for gpu.json, logs and runs: a new one, or one to continue")
     add("--minutes", type=float, default=30.0, help="the most that all parts may take together")
     add("--only", nargs="+", choices=PARTS, metavar="PART", help=f"measure these again: {', '.join(PARTS)}")
     add("--runs", type=int, default=50, help="the most runs of speedrun, apple and airbench")
@@ -92,7 +92,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--rehearse", action="store_true", help="run small on a simulated GPU, to see that the command works here")
     add("--readme", action="store_true", help="measure nothing; write what is in --out into the README")
     add("--child", choices=PARTS, help=argparse.SUPPRESS)
-    add("--seconds", type=float, help=argparse.SUPPRESS)  # what a child may take
+    add("--seconds", type=float, help=argparse.SUPPRESS)  # the time that a child may take
     return parser.parse_args(argv)
 
 
@@ -103,7 +103,7 @@ MINUTES = {
 """The parts, in order, and how half an hour is shared among them; other budgets are shared in proportion."""
 PARTS = tuple(MINUTES)
 LEAST_SECONDS = {"tests": 120.0, "kernels": 60.0}
-"""What a part gets even where its share is smaller: it has nothing to save before its end."""
+"""The least that a part gets, however small its share: it has nothing to save before its end."""
 
 
 def rehearse(argv: Sequence[str]) -> int:
@@ -162,19 +162,19 @@ SAVED = REPOSITORY / "benchmarks" / "results" / "gpu"
 """The README and the notebooks show what is saved here."""
 README = SAVED.parent / "README.md"
 BEGIN, END = "<!-- gpu.json: begin -->\n", "\n<!-- gpu.json: end -->"
-"""Around what this script writes in the README."""
+"""The lines around what this script writes in the README."""
 RESUMED = ("speedrun", "apple", "recipes", "ladder")
 """Parts that add to the runs they find; the others start from nothing each time."""
 NO_TIME = "no time was left"
 OUT_OF_TIME = 75
-"""The exit status of a part that stopped because its time was over."""
+"""The exit status of a part that stopped because its time was up."""
 BAD = ("failure", "error", "skipped")
 """JUnit's tags of a test that did not pass."""
 COMMITS = "commits.txt"
 
 
 class OutOfTime(UserError):
-    """The part's time is over; what it has finished is saved."""
+    """The part's time is up; what it has finished is saved."""
 
 
 # --- the parts: each runs in a process of its own and saves what it finds as it goes ---
@@ -241,7 +241,7 @@ def part_apple(options: argparse.Namespace) -> None:
 
 
 def part_recipes(options: argparse.Namespace) -> None:
-    """Run every recipe that has no part of its own, in rounds, until the time is over."""
+    """Run every recipe that has no part of its own, in rounds, until the time is up."""
     names = (
         [options.recipe]
         if options.recipe
@@ -320,7 +320,7 @@ def part_start(options: argparse.Namespace) -> None:
             subprocess.run(command, check=True, env=compiled)
             keys = ("total_seconds", "warm_up_seconds", "first_step_seconds", "train_seconds", "evaluate_seconds")
             result = json.loads((out / "result.json").read_text())
-            # The command's own: without CIFAR-10 it trains on the synthetic set, and it takes every GPU it can.
+            # The command's own choices: without CIFAR-10 it trains on the synthetic set, and it takes every GPU it can.
             found["about"] = about(result)
             found[which] = {key: result[key] for key in ("accuracy", *keys)}
             found[which]["command_seconds"] = time.monotonic() - start
@@ -343,7 +343,7 @@ WORK: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def about(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `gpu_report` must know of a run, as `RunResult.to_dict` gives it, to compare it with others."""
+    """Return what `gpu_report` must know about a run, given as by `RunResult.to_dict`, to compare it with others."""
     return {"recipe": run["recipe"]["name"], "dataset": run["dataset"], "environment": run["environment"]}
 
 
@@ -364,7 +364,7 @@ def load(options: argparse.Namespace) -> Dataset:
 
 
 def brief(result: RunResult) -> dict[str, Any]:
-    """Return what the ways of a step are compared by."""
+    """Return the figures by which the ways to run a step are compared."""
     words = ("precision", "step_mode", "step_mode_reason")
     clocks = ("accuracy", "train_seconds", "warm_up_seconds", "evaluate_seconds", "total_seconds")
     return {name: getattr(result, name) for name in clocks} | {word: result.environment[word] for word in words}
@@ -391,7 +391,7 @@ def repeat(recipe: Recipe, options: argparse.Namespace, out: Path, runs: int, wo
 
 
 def last_start(options: argparse.Namespace) -> float:
-    """Return when a part should have ended by itself: some time before it is ended."""
+    """Return when a part should have ended by itself: some time before it is stopped."""
     return options.end - min(30.0, options.seconds / 10)
 
 
@@ -530,7 +530,7 @@ def read_airbench(printed: str) -> dict[str, float]:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
     rows = [row for row in rows if len(row) == 7 and (row[1].isdigit() or row[1] == "eval")]
     if len(rows) < 2 or rows[-1][1] != "eval":
-        raise UserError(f"airbench printed another table than version 0.1.8 does: {printed[-500:]!r}")
+        raise UserError(f"airbench printed a different table from that of version 0.1.8: {printed[-500:]!r}")
     return {"accuracy": float(rows[-1][5]), "train_seconds": float(rows[-2][6]), "with_tta_seconds": float(rows[-1][6])}
 
 
@@ -680,7 +680,7 @@ def run_part(command: Sequence[str], log: Path, seconds: float) -> tuple[str, fl
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a process and all that it has started: as Ctrl-C does first, so that pytest saves what it has found."""
+    """End a process and all that it has started: first as Ctrl-C does, so that pytest saves what it has found."""
     for how in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, how)
@@ -753,7 +753,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{part}: at most {seconds:.0f} s, its output is in {options.out / part}.log", flush=True)
         entry = attempt(part, options, seconds) | machine
         report["parts"][part] = keep_best(report["parts"].get(part), entry, part)
-        # A dry run trains another recipe or other data than the verdicts are about.
+        # The recipe and the data of a dry run need not be those that the verdicts are about.
         is_dry = options.rehearse or options.recipe or options.data == SYNTHETIC
         report["verdicts"] = [] if is_dry else verdicts(report["parts"])
         write_json(path, report)
@@ -779,7 +779,7 @@ def is_done(entry: Mapping[str, Any] | None, options: argparse.Namespace) -> boo
 
 
 def attempt(part: str, options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """Run one part for at most so many seconds; return how it ended and what it has found."""
+    """Run one part for at most `seconds`; return how it ended and what it has found."""
     for left in (f"{part}.json", f"{part}.xml"):  # by an earlier call; folders of runs stay
         (options.out / left).unlink(missing_ok=True)
     state, took = run_part(command_of(part, options, seconds), options.out / f"{part}.log", seconds)

@@ -1,4 +1,4 @@
-"""Says what a GPU machine lacks before anything slow is imported, and how to bring it where no index can be reached.
+"""Says, before anything slow is imported, what a GPU machine lacks, and how to get it without a package index.
 
 Only the standard library is used here: whatever is missing, this still runs, and takes a fraction of a second.
 """
@@ -20,7 +20,7 @@ OPTIONAL = {"airbench": "speedrun is not measured beside it"}
 SYNTHETIC = "synthetic"
 _PARTS = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 FILES = {"cifar-10-batches-bin": [f"{part}.bin" for part in _PARTS], "cifar-10-batches-py": [*_PARTS, "batches.meta"]}
-"""The files of CIFAR-10, by the folder that each of its two layouts has."""
+"""The files of CIFAR-10, by the folder of each of its two layouts."""
 
 
 def required() -> list[str]:
@@ -42,7 +42,7 @@ def missing(names: Iterable[str], requires: Callable[[str], list[str] | None] = 
             lacking.add(name)
             continue
         found.add(name)
-        # What comes with a condition (an extra, another system) is not always needed, and torch brings its own.
+        # A requirement with a condition (an extra, another system) is not always needed, and torch brings its own.
         left += [_name(need) for need in needs if ";" not in need and name != "torch"]
     return sorted(lacking)
 
@@ -69,7 +69,7 @@ def missing_data(named: str | None) -> str:
 
 
 def describe(packages: list[str], data: str, left_out: list[str]) -> str:
-    """Return what is missing and how to bring it, as text; empty where nothing is."""
+    """Return what is missing and how to get it, as text; empty where nothing is missing."""
     lines = [f"missing, but not needed: {name} ({OPTIONAL[name]}; pip install {name})" for name in left_out]
     if packages:
         version = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -2,8 +2,8 @@
 
     python benchmarks/ship_weights.py runs/laptop_0 laptop
 
-The weights are rounded to bfloat16 and evaluated on all test images as they then are. Beside them goes a JSON file with
-the accuracy, the hash of the weights, the run that made them and the commit.
+The weights are rounded to bfloat16, and then evaluated on all test images. A JSON file beside them holds the accuracy,
+the hash of the weights, the run that made them and the commit.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from cifar_fast.training.result import load_run
 
 
 def accuracies(model: Network, recipe: Recipe, data: Dataset) -> tuple[float, float]:
-    """Return the accuracy on all test images with the recipe's TTA, and that of the first ones on single views."""
+    """Return the accuracy on all test images with the recipe's TTA, and that on single views of the first ones."""
     images, labels = data.test_images, data.test_labels
     whole = evaluate(model, images, labels, tta=recipe.tta, tta_margin=recipe.tta_margin)
     return whole.accuracy, evaluate(model, images[:CHECKED_IMAGES], labels[:CHECKED_IMAGES]).accuracy
@@ -37,7 +37,7 @@ def ship_run(folder: Path, name: str, data: Dataset) -> Pretrained:
 
 
 def main() -> None:
-    """Ship one network and say what it reaches."""
+    """Ship one network and say what accuracy it reaches."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("name", help="what cf.pretrained calls it")

@@ -66,8 +66,8 @@ class Train:
     """Train a network, with a recipe that fits this machine unless you name one.
 
     By default 2, 4 or 8 GPUs train `apple_8gpu`, and one trains `speedrun`. A CPU trains `laptop`, or `classroom` where
-    `laptop` would take over ten minutes or there is only the embedded data set. How long it will take is measured and
-    said before it starts. Every field of the recipe is an option.
+    `laptop` would take over ten minutes or there is only the embedded data set. Before it starts, the command measures
+    and says how long it will take. Every field of the recipe is an option.
     """
 
     recipe: Annotated[str | None, conf.arg(metavar="NAME")] = None
@@ -232,7 +232,7 @@ class Benchmark:
     fields: Annotated[Recipe, conf.arg(name=""), conf.FlagConversionOff]
 
     def run(self) -> int:
-        """Train the runs that are missing, print all of them beside the published ones, draw them."""
+        """Train the runs that are missing, print all of them beside the published ones, and draw them."""
         from tqdm.auto import tqdm
 
         from cifar_fast.distributed.launch import choose_world_size
@@ -278,7 +278,7 @@ class Benchmark:
                 on_run=on_run,
             )
         except KeyboardInterrupt:
-            print(f"\ninterrupted: {finished_runs(out)}; the same command goes on", file=sys.stderr)
+            print(f"\ninterrupted: {finished_runs(out)}; the same command resumes", file=sys.stderr)
             return 130
         except (TrainingError, RankError):
             print(f"note: {finished_runs(out)}", file=sys.stderr)
@@ -291,7 +291,7 @@ class Benchmark:
 
             try:
                 print(f"\n{variance(out)}")
-            except UserError as error:  # earlier calls may have kept none; the runs are whole without them
+            except UserError as error:  # earlier calls may have kept no logits; the runs are complete without them
                 print(f"note: {error}", file=sys.stderr)
         if is_main_rank():
             from cifar_fast.teaching.result_plots import accuracy_and_time
@@ -305,9 +305,9 @@ class Compare:
     """Train two recipes in turns until it is clear which one is more accurate.
 
     Example: cifar-fast compare laptop --b label_smoothing=0. The runs have the same seeds in pairs, and the interval of
-    their difference is valid however often one looks. How many runs differences of several sizes will take here, and
-    how long, is said before it starts. Every finished run is saved: after an interruption, the same command resumes.
-    Every field of the recipe is an option, and changes both arms.
+    their difference is valid however often one looks. Before it starts, the command says how many runs, and how much
+    time, differences of several sizes will take here. Every finished run is saved: after an interruption, the same
+    command resumes. Every field of the recipe is an option, and changes both arms.
     """
 
     first: Annotated[conf.Positional[str | None], conf.arg(metavar="A")] = None
@@ -323,7 +323,7 @@ class Compare:
     max_runs: int = 30
     """The most runs of each arm, including those already in the folder."""
     extra_epochs: float = 0.0
-    """Also train A for so many more epochs in each turn, to say what the difference is worth in epochs."""
+    """Also train A for this many more epochs in each turn, to say what the difference is worth in epochs."""
     first_seed: int = 0
     """Seed of the first pair of runs; each pair takes the next one."""
     data: DataOption = None
@@ -393,7 +393,7 @@ class Compare:
         return 0
 
     def arms(self) -> tuple[Recipe, Recipe]:
-        """Return both recipes, with their changes in their names, too: their results are not the originals'."""
+        """Return both recipes, with the changes also in their names: their results are not the originals'."""
         from cifar_fast.experiments.compare import with_changes
 
         base_a, _ = base_recipe(self.first, self.device)
@@ -774,7 +774,7 @@ class Notebooks:
         """Go through them in order."""
         from cifar_fast.teaching import scales
 
-        scales.here(self.scale)  # says what is wrong with it before a kernel starts
+        scales.here(self.scale)  # reports a mistake in it before a kernel starts
         folder = notebooks.to_work_in() if self.execute else notebooks.FOLDER
         for path in notebooks.find(self.names, folder):
             started = time.perf_counter()
@@ -802,7 +802,7 @@ COMMANDS: dict[str, type[Command]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command in `argv` (default: this process's) and return the exit status: 2 a mistake, 130 Ctrl-C."""
+    """Run the command in `argv` (default: this process's); return the exit status: 2 for a mistake, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         if not argv or argv[0] in ("-h", "--help"):
@@ -926,7 +926,7 @@ def renamed_if_changed(recipe: Recipe, base: Recipe) -> Recipe:
 
 
 def print_recipe(base: Recipe, why: str, changes: dict[str, tuple[Any, Any]], world_size: int) -> None:
-    """Say what is trained, and on how many processes if on more than this one."""
+    """Say what is trained, and on how many processes if there are more than this one."""
     print(f"recipe: {base.name} ({why})")
     if world_size > 1:
         print(f"processes: {world_size}")
@@ -956,7 +956,7 @@ def fitting_recipe(data: Dataset, device: str | None, *, quiet: bool) -> tuple[R
 
 
 def time_steps(recipe: Recipe, data: Dataset, device: str | None, *, quiet: bool = False) -> Forecast:
-    """Measure how long a recipe will train here, and say so first: it takes seconds."""
+    """Measure how long a recipe will train here; announce the measurement first, since it takes seconds."""
     from cifar_fast.experiments.forecast import forecast
 
     if not quiet:
@@ -979,7 +979,7 @@ def print_alternative(recipe: Recipe, data: Dataset, seconds: float, *, chosen: 
 
 
 def program() -> str:
-    """Return how this program was called, as a shell takes it: its own name where that is on the path."""
+    """Return how this program was called, quoted for a shell: its own name where that is on the path."""
     called = Path(sys.argv[0])
     if called.stem != "cifar-fast":
         return f"{shlex.quote(sys.executable)} -m cifar_fast"
@@ -999,12 +999,12 @@ def finished_runs(folder: Path) -> str:
 
 
 def is_main_rank() -> bool:
-    """Say whether this process is the one that prints and writes: any, but the ranks above 0 under torchrun."""
+    """Say whether this process is the one that prints and writes: any except the ranks above 0 under torchrun."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def silence_other_ranks() -> None:
-    """Leave printing to rank 0 under torchrun, where every rank runs this command; errors stay audible."""
+    """Leave printing to rank 0 under torchrun, where every rank runs this command; errors are still printed."""
     if not is_main_rank():
         sys.stdout = open(os.devnull, "w")
 
@@ -1103,7 +1103,7 @@ def save_figure(draw: Callable[[], Figure], path: Path) -> None:
 
 
 def result_table(result: RunResult, folder: Path) -> str:
-    """Return what a run came to, as text."""
+    """Return the result of a run as text."""
     from cifar_fast import __version__
 
     machine, data = result.environment, result.dataset
@@ -1126,7 +1126,7 @@ def result_table(result: RunResult, folder: Path) -> str:
 
 
 def summary(result: RunResult, folder: Path) -> str:
-    """Return in a few lines what a run came to, where its files are, and what to try next."""
+    """Return a few lines: the result of a run, where its files are, and what to try next."""
     from cifar_fast.data.dataset import SYNTHETIC
 
     data, curve = result.dataset, folder / CURVE
@@ -1162,7 +1162,7 @@ def in_words(seconds: float) -> str:
 
 
 def class_table(found: Evaluation, classes: Sequence[str]) -> str:
-    """Return for each class its accuracy and the three classes that it is most often taken for."""
+    """Return, for each class, its accuracy and the three classes that the model most often mistakes it for."""
     rows = [("class", "images", "accuracy", "taken for")]
     for label, counts in enumerate(found.confusion.tolist()):
         others = sorted(

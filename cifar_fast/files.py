@@ -13,7 +13,7 @@ import platformdirs
 def cache_folder() -> Path:
     """Return the folder for downloads, decoded data and compiled kernels.
 
-    `CIFAR_FAST_CACHE` names it, and may begin with `~`; without it, it is the system's cache folder for this user.
+    `CIFAR_FAST_CACHE` names it, and may begin with `~`; by default it is the system's cache folder for this user.
     """
     named = os.environ.get("CIFAR_FAST_CACHE")
     return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("cifar_fast", appauthor=False))

@@ -231,7 +231,7 @@ class Recipe:
 
 
 def choices(field: str) -> tuple[str, ...]:
-    """Return the values that a field of the recipe allows, if its type lists them; another field is a `RecipeError`."""
+    """Return the values that a field of the recipe allows, if its type lists them; otherwise raise `RecipeError`."""
     listed = {name: get_args(rule) for name, rule in _rules().items() if get_origin(rule) is Literal}
     if field not in listed:
         raise RecipeError(f"the recipe has no list of choices for {field}; it has one for {', '.join(sorted(listed))}")

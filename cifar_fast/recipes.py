@@ -31,12 +31,12 @@ def ladder() -> tuple[Rung, ...]:
 
     Source: David Page, "How to train your ResNet 8: bag of tricks", 2019, measured on one V100. His learning rates are
     for a loss summed over the batch; divided by the batch size, they are ours for the mean loss. In 2019 he trained
-    every rung, the entry of 2018 too, with the learning rate inside the velocity; the entry itself used PyTorch's SGD.
+    every rung, even the entry of 2018, with the learning rate inside the velocity; the entry itself used PyTorch's SGD.
 
     What differs from his notebook: `frozen_scale_2019` and `ema_2019` change one field, where he changed several, so
-    they match no run of his. His crops and flips are balanced over an epoch, ours are independent draws. He updates the
-    EMA after steps 1, 6, 11, ..., we after steps 5, 10, 15, ... He evaluates it with the statistics of a single ghost
-    group, we with the mean over all groups, which is less noisy.
+    they match none of his runs. His crops and flips are balanced over an epoch, ours are independent draws. He updates
+    the EMA after steps 1, 6, 11, ..., we after steps 5, 10, 15, ... He evaluates it with the statistics of a single
+    ghost group, we with the mean over all groups, which is less noisy.
     """
     entry = Recipe(
         name="baseline_2018",
@@ -74,7 +74,7 @@ def ladder() -> tuple[Rung, ...]:
     rescaled = "CELU and logits rescaled to a scale of 1"
     retune("frozen_scale_rescaled_2019", rescaled, celu_alpha=0.3, logit_scale=1 / 16)
 
-    # One step of his, although two fields: the decay that a step takes from a bias stays the same.
+    # One of his steps, although it changes two fields: the decay of a bias per training step stays the same.
     trick("bias_lr_2019", "faster biases", bias_lr_scale=16.0, bias_weight_decay_scale=1 / 16)
     faster = "faster still, one epoch fewer"
     retune("bias_lr_retuned_2019", faster, bias_lr_scale=64.0, bias_weight_decay_scale=1 / 64, epochs=17.0)
@@ -95,8 +95,8 @@ def ladder() -> tuple[Rung, ...]:
 def apple_8gpu() -> Recipe:
     """Return the recipe of Apple's `ml-cifar-10-faster` (2019), published for 8 V100.
 
-    Published: 50 runs with a median accuracy of 94.19 %, and a mean time of 7.81 s by its README, of 7.885 s by its own
-    run log (median 7.819 s).
+    Published: 50 runs with a median accuracy of 94.19 %, and a mean time of 7.81 s according to its README, or 7.885 s
+    according to its own run log (median 7.819 s).
 
     Two things differ on purpose. Apple evaluates with the running statistics of one ghost group of worker 0 from the
     second epoch on, we with the mean over all groups: the published accuracies have about 0.14 points of extra scatter.
@@ -175,8 +175,8 @@ def _summed_loss_rates(*, batch: int, head_lr: float, bias_lr: float, decay: flo
 def _hiverge_rates() -> dict[str, Any]:
     """Return the rates of Hiverge's `cifar10-speedrun` (2025), where they differ from airbench's recipe.
 
-    Only its rates, and not its epochs. Hiverge also has GELU after the whitening layer, other Newton-Schulz
-    coefficients, filters renormalised every 2 to 17 steps, a weight decay of Muon, contrast and brightness jittered by
+    We take only its rates, not its epochs. Hiverge also has GELU after the whitening layer, other Newton-Schulz
+    coefficients, filters renormalised every 2 to 17 steps, weight decay in Muon, contrast and brightness jittered by
     different amounts in the other order, whitening from 960 images, and test-time augmentation for the least certain
     quarter of the images only.
     """
@@ -260,7 +260,7 @@ def classroom_ladder(epochs: float = 2.0) -> tuple[Rung, ...]:
         start_lr_fraction=1.0,
         warmup_fraction=0.0,
         final_lr_fraction=1.0,
-        # Of tricks that rungs above switch on
+        # Settings of tricks that higher rungs switch on
         whitening_eps=5e-4,
         muon_lr=0.205,
         muon_momentum=0.655,
@@ -283,7 +283,7 @@ def classroom_ladder(epochs: float = 2.0) -> tuple[Rung, ...]:
 
 
 def beside_classroom_ladder(epochs: float = 2.0) -> dict[str, tuple[str, Rung]]:
-    """Return tricks that are no rungs of the ladder, by name: the name of the rung that each is added to, and itself.
+    """Return the tricks beside the ladder, by name: the name of the rung that each is added to, and a rung of its own.
 
     `dirac` is worth most near the foot, without whitening and Muon. The others are added to the last rung that needs a
     training run of its own.
@@ -316,7 +316,7 @@ def classroom_arms(epochs: float = 2.0) -> dict[str, Rung]:
 def rung_pair(name: str, epochs: float = 2.0) -> tuple[Recipe, Recipe]:
     """Return the recipe that the trick `name` is added to, and the one with it, which is called `name`.
 
-    Raises `RecipeError` for a name that is no trick of the ladder or beside it, and for the foot, which adds none.
+    Raises `RecipeError` for a name that is not a trick on the ladder or beside it, and for the foot, which adds none.
     """
     rungs, beside = classroom_ladder(epochs), beside_classroom_ladder(epochs)
     if name in beside:
@@ -353,7 +353,7 @@ def shortened(recipe: Recipe, epochs: float) -> Recipe:
 
 
 def smoke() -> Recipe:
-    """Return a recipe that takes seconds and up to 8 processes can share, to test that everything runs."""
+    """Return a recipe that takes seconds and that up to 8 processes can share, to test that everything runs."""
     return replace(
         airbench_2024(), name="smoke", widths=(16, 32, 32), n_shards=8, global_batch_size=320, epochs=2.0, tta="flip"
     )

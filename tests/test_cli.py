@@ -408,7 +408,7 @@ def test_ctrl_c_in_a_benchmark_keeps_the_finished_runs(benchmark_command, tmp_pa
         monkeypatch.setattr(Trainer, "train", interrupted)
         assert status_of(*arguments) == 130
         err = capsys.readouterr().err
-        assert f"interrupted: {said}" in err and "the same command goes on" in err
+        assert f"interrupted: {said}" in err and "the same command resumes" in err
     monkeypatch.setattr(Trainer, "train", train)
     assert status_of(*arguments) == 0
     assert [run["seed"] for run in cifar_fast.load_benchmark(tmp_path / "runs").runs] == [0, 1, 2]

@@ -93,8 +93,8 @@ class Dataset:
         return self.train_images.shape[-1]
 
     def describe(self) -> dict[str, Any]:
-        """Return what a run records about its data set, as plain values; of a subset also which one it is."""
-        # Results that were saved before there were other sizes do not name it.
+        """Return what a run records about its data set, as plain values; for a subset, also which one it is."""
+        # Results that were saved before other sizes existed do not name the size.
         size = {} if self.image_size == IMAGE_SIZE else {"image_size": self.image_size}
         return {
             "name": self.name,

@@ -238,8 +238,8 @@ def _sources(download: Download, mirrors: Sequence[str], folder: Path) -> list[_
 def _fetch(download: Download, mirrors: Sequence[str], folder: Path, progress: bool, patience: Patience) -> Path:
     """Download and unpack the archive of the first source that delivers it quickly; return the unpacked folder.
 
-    A source that turns out slow is left while another is untried. If all are slow, the one that would end first
-    goes on.
+    A source that turns out slow is left while another is untried. If all are slow, the one that would finish first
+    is resumed.
     """
 
     def say(text: str) -> None:
@@ -335,7 +335,7 @@ def _discard(archive: Archive, folder: Path) -> None:
 
 
 def _unpack(archive: Archive, part: Path, folder: Path) -> Path:
-    """Unpack into a scratch folder and rename, so that a half unpacked archive never looks like a data set."""
+    """Unpack into a scratch folder and rename, so that a half-unpacked archive never looks like a data set."""
     file = part.replace(folder / archive.filename)
     with tempfile.TemporaryDirectory(dir=folder, prefix="unpacking-") as scratch:
         archive.unpack(file, Path(scratch))

@@ -39,9 +39,9 @@ class BinaryFile:
     """A file of an official binary layout: records of labels and pixels."""
 
     n_records: int
-    """Images in it."""
+    """How many images it holds."""
     sha256: str | None
-    """Of the whole file; None if it is not known."""
+    """The hash of the whole file; None if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def nothing_in(folder: Path, *data_sets: str) -> str:
 
 
 def file_states(layout: Layout) -> list[tuple[str, int, int]]:
-    """Return path in the folder, bytes and time of change (ns) of each file: they change when the data set does."""
+    """Return each file's path in the folder, bytes and time of change (ns): they change when the data set does."""
     try:
         folders = [layout.folder]
         if layout.kind == "image folder":
@@ -289,7 +289,7 @@ def _decode_pictures(
 ) -> tuple[Tensor, Tensor]:
     """Return the images, uint8 (N, 3, H, H), and the labels, int64 (N,), of all classes, in a fixed shuffled order.
 
-    Class by class, the first images would all be of one class: whitening and every subset would know only that one.
+    In class order, the first images would all be of one class: whitening and every subset would see only that one.
     """
     labelled = []
     for label, name in enumerate(classes):

@@ -21,7 +21,7 @@ from cifar_fast.data.synthetic import synthetic
 from cifar_fast.errors import DataError, DataNotFoundError
 from cifar_fast.files import cache_folder
 
-_CACHE_FORMAT = 2  # one more whenever the decoded file changes, so that older ones are not read
+_CACHE_FORMAT = 2  # raised by one whenever the format of the decoded file changes, so that older files are not read
 
 
 def load_cifar10(
@@ -111,7 +111,7 @@ def load_named(name: str, mirrors: Sequence[str] = (), image_size: int = IMAGE_S
         image_size: as in `load_cifar10`.
 
     Raises:
-        DataError: it cannot be used, or an official or synthetic set was asked for at another size than 32.
+        DataError: it cannot be used, or an official or synthetic set was asked for at a size other than 32.
         DataNotFoundError: it is not on this machine and was not downloaded.
     """
     if name in NAMED and image_size != IMAGE_SIZE:
@@ -135,7 +135,7 @@ def load_or_synthetic(
 ) -> Dataset:
     """Load real data as `load_cifar10` does; if there is none, say so loudly and return the synthetic set.
 
-    A named folder that cannot be used is still an error: whoever names a data set does not want another one.
+    A named folder that cannot be used is still an error: someone who names a data set does not want another.
 
     Args:
         root: as in `load_cifar10`.
@@ -229,8 +229,8 @@ def status(root: str | Path | None = None, *, data_set: str = "CIFAR-10", check:
 
     Args:
         root: as in `load_cifar10` and `load_cifar100`.
-        data_set: what is looked for, "CIFAR-10" (or whatever is in a named folder) or "CIFAR-100".
-        check: False trusts a decoded copy, and takes whatever else is there for usable: that takes no time.
+        data_set: what to look for, "CIFAR-10" (or whatever is in a named folder) or "CIFAR-100".
+        check: False trusts a decoded copy, and assumes that whatever else is there is usable, which takes no time.
 
     Returns:
         The places; data is taken from the first, whether usable or not.

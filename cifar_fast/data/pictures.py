@@ -112,7 +112,7 @@ def read_picture(path: Path, image_size: int = IMAGE_SIZE, conversions: Conversi
         raise DataError(f"There is no file {path}.") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} cannot be read as a picture ({error}). Replace or remove it.") from error
-    # Lanczos widens its filter with the scale, so that nothing of a large picture is skipped.
+    # Lanczos widens its filter with the scale, so that no part of a large picture is skipped.
     square = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.LANCZOS)
     if conversions is not None:
         conversions.n_pictures += 1

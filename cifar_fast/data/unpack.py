@@ -1,9 +1,10 @@
 """Turns a downloaded archive into the folder of an official layout, or finds that its content is not the official one.
 
-fast.ai offers CIFAR-10 as PNG files in one folder per class. PNG keeps every pixel, but the numbering of the files does
-not tell the official order, which decides what a seed trains. `cifar10_order.bin` does: sorted by the BLAKE2b digest of
-their pixels, image number k of the training set belongs in the official position `order[k]`, and so for the test set.
-The files written here are therefore identical to the official binary ones, which their SHA-256 proves.
+fast.ai offers CIFAR-10 as PNG files in one folder per class. PNG keeps every pixel, but the numbers of the files do not
+give the official order, which decides what a seed trains. `cifar10_order.bin` does: when the images are sorted by the
+BLAKE2b digest of their pixels, image number k of the training set belongs in the official position `order[k]`, and
+likewise for the test set. The files written here are therefore identical to the official binary ones, as their SHA-256
+proves.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def unpack_pictures(archive: Path, scratch: Path) -> None:
 
 
 def pixel_digest(pixels: bytes) -> bytes:
-    """Return what `cifar10_order.bin` sorts an image by; `pixels` are its red, green and blue planes."""
+    """Return the digest by which `cifar10_order.bin` sorts an image; `pixels` are its red, green and blue planes."""
     return hashlib.blake2b(pixels, digest_size=16).digest()
 
 

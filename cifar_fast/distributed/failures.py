@@ -1,4 +1,4 @@
-"""What the caller knows of the ranks it started, and how it tells that one died, raised, went silent or hung."""
+"""What the caller knows about the ranks it started, and how it tells that one died, raised, went silent or hung."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from cifar_fast.errors import RankError, UserError
 START_SECONDS = 300.0
 """How long a rank may take to start, or to set up a task and take its first step, which may include a compilation."""
 AFTERMATH_SECONDS = 1.0
-"""A rank that fails while it waits for the others has probably lost one of them; which one shows within this time."""
+"""How long to look for the cause when a rank fails while it waits: it has probably lost one of the others."""
 
 
 @dataclass
 class Failure:
-    """What a rank sends when its task raised."""
+    """What a rank sends when its task raised an error."""
 
     error: UserError | None
-    """The exception itself, if it is one that the user can mend."""
+    """The exception itself, if it is one that the user can fix."""
     traceback: str
     waiting: bool
     """Whether the rank was waiting for others at that moment."""
     notes: str = ""
-    """Whose function raised it, if it was the reader's own."""
+    """Which function of the reader's own raised it, if one did."""
 
     def exception(self, rank: int) -> Exception:
         """Return the exception to raise in the caller."""
@@ -37,7 +37,7 @@ class Failure:
 
 @dataclass
 class Progress:
-    """What a rank reports of itself twice a second; the fields are those of `Ranks`."""
+    """What a rank reports about itself twice a second; the fields are those of `Ranks`."""
 
     ticks: int = 0
     waiting: bool = False
@@ -46,14 +46,14 @@ class Progress:
 
 
 class RankState:
-    """What the caller knows of one rank during one task.
+    """What the caller knows about one rank during one task.
 
     Silence and idleness are measured on a clock of the rank's own, in seconds. It stands still while the rank has work
     but gets no core to do it on: such a rank is slow, not silent.
     """
 
     def __init__(self, rank: int, *, heartbeat: bool = True) -> None:
-        """Begin with a rank that nothing is known of; without `heartbeat` it does not report before it is done."""
+        """Begin with nothing known about the rank; without `heartbeat` it does not report before it is done."""
         self.rank = rank
         self.done = False
         self.value: Any = None
@@ -112,7 +112,7 @@ def find_failure(states: Sequence[RankState], *, doing: str, timeout: float, dev
     Args:
         states: what is known of each rank.
         doing: `starting` or `working`, for the message.
-        timeout: seconds within which a failed rank has ended all of them.
+        timeout: seconds within which one failed rank ends all of them.
         device: `cpu` or `cuda`.
 
     Returns:

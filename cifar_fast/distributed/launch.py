@@ -38,9 +38,9 @@ STEP_REPORT_SECONDS = 0.1
 class Trainer:
     """Processes that are started once and train any number of recipes on one data set.
 
-    A context manager. For one process it starts nothing and calls the same training function directly. Under torchrun,
-    which sets RANK and WORLD_SIZE, this process joins the others instead of starting any, and each of them runs the
-    caller's code.
+    Use it as a context manager. For one process it starts nothing and calls the same training function directly. Under
+    torchrun, which sets RANK and WORLD_SIZE, this process joins the others instead of starting any, and each of them
+    runs the caller's code.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Trainer:
             world_size: number of processes; None for all GPUs, or for one process without GPUs.
             device: `cpu`, `cuda`, or None for GPUs if there are any.
             backend: `nccl`, `gloo`, or None for the one that fits the device.
-            timeout: seconds within which a process that died or no longer answers has ended all of them.
+            timeout: seconds within which one process that died or no longer answers ends all of them.
 
         Raises:
             UserError: there are fewer GPUs than processes, the backend does not fit the device, or the data cannot be
@@ -123,7 +123,7 @@ class Trainer:
 
     def warm_up(self, recipe: Recipe, tricks: Tricks = NO_TRICKS) -> None:
         """Train a few steps and evaluate on random data, so that no clock counts what is compiled, loaded or measured
-        once. Callbacks are not called."""
+        only once. Callbacks are not called."""
         self.check(recipe, tricks)
         side = self.data.train_images.shape[-1]
         arguments = (recipe, side, self.data.n_classes, tricks.without_callbacks())
@@ -148,8 +148,8 @@ class Trainer:
         """Train `recipe` on all processes; arguments, result and errors are those of `training.loop.train`.
 
         The clocks are those of rank 0, `peak_memory_gb` is the sum over the processes, and `model` is on the CPU if
-        other processes trained it. An exception, Ctrl-C included, ends the processes; only what is refused before they
-        begin leaves them alone.
+        other processes trained it. An exception, Ctrl-C included, ends the processes; only a call that is refused
+        before they begin leaves them running.
         """
         self.check(recipe, tricks)
         started = time.time() if started is None else started
@@ -229,7 +229,7 @@ def launch(
 ) -> RunResult:
     """Train `recipe` on `world_size` processes that are started for this one run; for several runs see `Trainer`.
 
-    Arguments, result and errors are those of `Trainer` and `Trainer.train`. Mistakes show before a process starts.
+    Arguments, result and errors are those of `Trainer` and `Trainer.train`. Mistakes are found before a process starts.
     """
     started = time.time() if started is None else started
     if not under_torchrun():

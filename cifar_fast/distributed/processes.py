@@ -37,7 +37,7 @@ from cifar_fast.training.own_code import obstacle, pack
 
 HEARTBEAT_SECONDS = 0.5
 LOOK_SECONDS = 0.25
-"""How often, at most, the caller checks how long a rank was silent: a check costs about a millisecond per process."""
+"""How often, at most, the caller checks for silent ranks: a check costs about a millisecond per process."""
 MEETING_PREFIX = "cifar_fast-meeting-"
 _starting = threading.Lock()
 
@@ -52,7 +52,7 @@ class WatchedProcesses:
             world_size: number of processes.
             device: `cuda`, one GPU for each, or `cpu`, whose cores they divide.
             backend: `nccl` or `gloo`.
-            timeout: seconds within which a rank that died or no longer answers has ended all of them.
+            timeout: seconds within which one rank that died or no longer answers ends all of them.
 
         Raises:
             UserError: the timeout is too short.
@@ -81,7 +81,7 @@ class WatchedProcesses:
 
     def _start(self, backend: str) -> None:
         if hasattr(signal, "pthread_sigmask"):
-            # Its start would undo the signal mask that the processes shall inherit from `_interrupts_held`.
+            # Its start would undo the signal mask that the processes should inherit from `_interrupts_held`.
             resource_tracker.ensure_running()
         with _interrupts_held():
             ends = [Pipe() for _ in range(self.world_size)]
@@ -162,7 +162,7 @@ class WatchedProcesses:
             now = time.monotonic()
             if now - last_look >= LOOK_SECONDS:
                 for state in states:
-                    # A machine that was asleep, or a callback that took long, is no rank's silence.
+                    # Time in which the machine was asleep, or in a long callback, does not count as silence.
                     state.advance_clock(min(now - last_look, 1.0), self._processes[state.rank].pid)
                 last_look = now
             for state in states:
@@ -376,8 +376,8 @@ def _heartbeat(ranks: Ranks, send: Callable[[str, Any], None]) -> Iterator[None]
 def _end_with_parent(in_main_thread: bool) -> None:
     """Ask Linux to kill this process when its parent dies, even if it is stopped at that moment.
 
-    To Linux the parent is the thread that started it. Unless that was the main thread it may end before its process
-    does; then `_receive_tasks` alone watches.
+    To Linux, the parent is the thread that started this process. Unless that was the main thread, it may end before its
+    process does; then only `_receive_tasks` watches.
     """
     if sys.platform == "linux":
         pr_set_pdeathsig = 1  # sys/prctl.h

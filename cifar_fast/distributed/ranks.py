@@ -68,7 +68,7 @@ class Ranks(Alone):
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
-        """Count as waiting for the other ranks."""
+        """Count this rank as waiting for the others during the block."""
         self._note_work()
         self.waiting = True
         yield  # after an exception `waiting` stays True: another rank has failed, not this one
@@ -83,7 +83,7 @@ class Ranks(Alone):
         """Return rank 0's `value`, which has to be small and picklable, on every rank."""
         if self.world_size == 1:
             return value
-        # Bytes in a tensor of ours, because broadcast_object_list would have to guess the device.
+        # Bytes in a tensor of our own, because broadcast_object_list would have to guess the device.
         coded = _to_bytes(value)
         size = int(self._broadcast(torch.tensor([len(coded)])))
         return _from_bytes(self._broadcast(coded if self.is_main else torch.empty(size, dtype=torch.uint8)))

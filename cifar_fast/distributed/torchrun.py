@@ -38,7 +38,7 @@ def torchrun_world_size(asked_for: int | None = None) -> int:
     """Return how many processes the launcher has started.
 
     Raises:
-        UserError: WORLD_SIZE is not a positive number, or `asked_for` is another number.
+        UserError: WORLD_SIZE is not a positive number, or it differs from `asked_for`.
     """
     started = int(os.environ["WORLD_SIZE"]) if os.environ["WORLD_SIZE"].isdigit() else 0
     if started < 1:
@@ -71,7 +71,7 @@ def join_torchrun(device: str | None, backend: str | None) -> Ranks:
         raise UserError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be whole numbers: {error}") from error
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(
-            f"RANK={rank} and WORLD_SIZE={world_size} are set, but {' and '.join(missing)} not: start with torchrun, "
+            f"RANK={rank} and WORLD_SIZE={world_size} are set without {' and '.join(missing)}: start with torchrun, "
             "set all four, or unset RANK and WORLD_SIZE to train without other machines"
         )
     on = rank_device(device, local_rank)

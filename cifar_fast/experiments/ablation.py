@@ -29,9 +29,9 @@ AS_IT_IS = "as it is"
 
 @dataclass(frozen=True, repr=False)
 class Ablation:
-    """Finished runs by the name of their arm; the others are compared with the first.
+    """Finished runs by the name of their arm; the other arms are compared with the first.
 
-    It prints as a table, in a notebook as HTML; `table` has more digits.
+    It prints as a table, or as HTML in a notebook; `table` has more digits.
     """
 
     arms: dict[str, list[dict[str, Any]]]
@@ -161,7 +161,7 @@ def ablation(
         data: the training and test images.
         arms: what each arm changes: fields of the recipe, `{"no smoothing": {"label_smoothing": 0.0}}`, parts of the
             training run, `{"my loss": Tricks(loss=my_loss)}`, or a pair of both; or another recipe.
-        tricks: functions of your own in all arms; those of an arm take their place.
+        tricks: functions of your own in all arms; an arm's own functions take their place.
         seeds: each arm is trained once with each of them.
         world_size: number of processes, as for `launch`.
         device: as for `train`.

@@ -17,7 +17,7 @@ from cifar_fast.hardware.clock import synchronize
 from cifar_fast.hardware.device import cores, select_device
 
 REPEATS = 6
-"""Times that the all-reduce is measured, after a warm-up; the median counts."""
+"""How many times the all-reduce is measured, after a warm-up; the median counts."""
 
 
 # --- what others measured ---

@@ -61,7 +61,7 @@ LINE_START = b'{"run": '
 class Benchmark:
     """Finished runs of one recipe on one data set and one kind of hardware.
 
-    It prints as a few lines, in a notebook as a table beside published runs.
+    It prints as a few lines, or in a notebook as a table beside published runs.
     """
 
     recipe: Recipe
@@ -136,7 +136,7 @@ def benchmark(
         first_seed: the seed of run 0.
         save_logits: keep the test logits of each run that is trained now in the folder, for `variance`.
         progress: whether to show progress, and to print a line for each run unless there is an `on_run`.
-        timeout: seconds within which a process that died or hangs ends all of them.
+        timeout: seconds within which one process that died or hangs ends all of them.
         on_run: called with the line of each finished run.
 
     Raises:
@@ -234,7 +234,7 @@ def logits_file(run: int) -> str:
 
 
 def load_benchmark(folder: Path | str, target: float | None = None) -> Benchmark:
-    """Read the finished runs in a benchmark folder, also while it grows.
+    """Read the finished runs in a benchmark folder, even while it grows.
 
     `target` (0 ... 1) is by default that of the last run. Raises `RunError` when there is no finished run, or when a
     line cannot be read or belongs to another benchmark.
@@ -302,7 +302,7 @@ class BenchmarkFolder:
         self._lock.release()
 
     def _remove_leftovers(self) -> None:
-        # A process of a killed call may still be writing to its scratch folder, so a failure here is no mistake.
+        # A process of a killed call may still be writing to its scratch folder, so a failure here is not an error.
         for left in [path for pattern in LEFTOVERS for path in self.path.glob(pattern)]:
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)

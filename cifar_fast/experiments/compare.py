@@ -1,19 +1,19 @@
 """Trains two recipes or tricks in turns, with the same seeds, until it is clear which one is more accurate.
 
-A difference is looked at after every pair of runs. An ordinary 95 % interval does not allow that: whoever stops as soon
-as it excludes zero is wrong about 27 times in 100 within 30 pairs. The interval here, `anytime_interval`, is wrong at
-most 5 times in 100 over all looks together, and never asks how many pairs there will be: the same command with a larger
+The difference is checked after every pair of runs. An ordinary 95 % interval does not allow that: stopping as soon as
+it excludes zero is wrong about 27 times in 100 within 30 pairs. The interval here, `anytime_interval`, is wrong at most
+5 times in 100 over all looks together, and never asks how many pairs there will be: the same command with a larger
 `max_runs`, or Ctrl-C, leaves it valid. Source: H. Wang and A. Ramdas, "Anytime-valid t-tests and confidence sequences
 for Gaussian means with unknown variance", 2024 (arXiv:2310.03722).
 
 Why this method: group-sequential boundaries (S. J. Pocock, 1977; P. C. O'Brien and T. R. Fleming, 1979; K. K. G. Lan
 and D. L. DeMets, 1983), adapted to t statistics, use up all of the 5 %, but for a number of pairs chosen beforehand.
 Where a difference is at least one standard deviation of a pair, as 0.2 points are on CIFAR-10, they save a pair or two;
-for half of one they save about a quarter of the pairs. `benchmarks/compare_error.py` simulates all of them.
+at half a standard deviation, about a quarter of the pairs. `benchmarks/compare_error.py` simulates all of them.
 
-The intervals assume that differences are about normal. Heavy tails do no harm; strong skew does, but the differences of
-two arms that are equally good and equally noisy are symmetric. A difference found early is on average too large, since
-luck helped to find it; its interval holds all the same.
+The intervals assume that differences are roughly normal. Heavy tails do no harm; strong skew does, but the differences
+of two arms that are equally good and equally noisy are symmetric. A difference found early is on average too large,
+since luck helped to find it; its interval holds all the same.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 SUMMARY, TABLE = "comparison.json", "comparison.txt"
 A, B, LONGER = "a", "b", "longer"
-"""Folders of the arms in that of the comparison, each a benchmark folder."""
+"""Folders of the arms inside the comparison's folder, each a benchmark folder."""
 FEWEST_PAIRS = next(n for n in itertools.count(1) if math.isfinite(anytime_t_bound(n)))
 """The fewest pairs that have an interval."""
 TARGET = 0.94
 """The accuracy that counts as reached in the arms' summaries, as in a benchmark's."""
 NAMED_CHANGES = 3
-"""Changed fields that the name of an arm shows."""
+"""How many changed fields the name of an arm shows."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -67,7 +67,7 @@ class Comparison:
     resolution: float
     """The comparison ends when the interval is narrower than this, in points."""
     max_runs: int
-    """The comparison ends after so many runs of each arm."""
+    """The comparison ends after this many runs of each arm."""
 
     @property
     def pairs(self) -> int:
@@ -85,7 +85,7 @@ class Comparison:
 
     @property
     def least_deviation(self) -> float:
-        """One test image, in points: accuracies come in steps of it."""
+        """One test image, in points: accuracies come in steps of this size."""
         return 100 / self.arms[A][0]["dataset"]["n_test"] if self.arms[A] else 0.0
 
     @property
@@ -95,7 +95,7 @@ class Comparison:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the difference, in points, valid at every look; None while it has no end."""
+        """The 95 % interval of the difference, in points, valid at every look; None while it is unbounded."""
         return anytime_interval(self.differences, least_deviation=self.least_deviation)
 
     @property
@@ -125,10 +125,10 @@ class Comparison:
     def equivalent_epochs(self) -> tuple[float, float, float] | None:
         """How many more epochs of A would change its accuracy as much as B does: an estimate and its 95 % interval.
 
-        It takes the longer runs' gain to be proportional to their extra epochs, also beyond them. The interval (E. C.
-        Fieller, 1954) is valid at every look: it holds each ratio r for which the differences of B, minus r times those
-        of the longer runs, do not exclude zero. None without longer runs, and while it is not clear that they are more
-        accurate.
+        It assumes that the longer runs' gain is proportional to their extra epochs, even beyond them. The interval
+        (E. C. Fieller, 1954) is valid at every look: it holds each ratio r for which the differences of B, minus r
+        times those of the longer runs, do not exclude zero. None without longer runs, and while it is not clear that
+        they are more accurate.
         """
         if LONGER not in self.arms or math.isinf(bound := anytime_t_bound(max(1, self.pairs))):
             return None
@@ -148,7 +148,7 @@ class Comparison:
         return extra * mean / rate, extra * (middle - root) / square, extra * (middle + root) / square
 
     def verdict(self) -> str:
-        """Return in a sentence what the runs say, as it stands."""
+        """Return in a sentence what the runs say so far."""
         a, b = self.names
         if (interval := self.interval) is None:
             return (
@@ -297,24 +297,24 @@ def compare(
     zero, when it is narrower than `resolution`, or after `max_runs` pairs; the interval is valid at every look. Before
     the first run it says how many pairs, and how much time, a difference of a given size would take here.
 
-    Each finished run is saved in `out`, as `benchmark` saves one. The same call resumes an interrupted comparison, also
-    with another `resolution` or a larger `max_runs`.
+    Each finished run is saved in `out`, as `benchmark` saves one. The same call resumes an interrupted comparison, even
+    with a different `resolution` or a larger `max_runs`.
 
     Args:
         a: what is trained as A: a recipe, or a pair of a recipe and `Tricks`.
         b: what is trained as B, likewise.
         data: the training and test images.
-        resolution: a width in percentage points: then any difference left in doubt is smaller than this.
+        resolution: stop at an interval this narrow, in percentage points: any difference left in doubt is then smaller.
         max_runs: the most runs of each arm.
-        extra_epochs: also train A for so many more epochs in each turn, to express the difference in epochs; 0: do not.
+        extra_epochs: also train A for this many more epochs in each turn, to express the difference in epochs; 0: off.
         world_size: as for `launch`, like `device`, `backend` and `timeout`.
         device: `cpu`, `cuda`, ... or None for the best there is.
         backend: what the processes talk over.
         out: the folder of the comparison; None: the runs are not kept.
         first_seed: the seed of the first pair; each pair takes the next one.
         save_logits: keep the test logits of each run in the folder of its arm, for `variance`.
-        progress: whether to show progress, and to print what `on_plan` and `on_run` would get where there is neither.
-        timeout: seconds within which a process that died or hangs ends all of them.
+        progress: whether to show progress, and to print what `on_plan` and `on_run` would get if neither is given.
+        timeout: seconds within which one process that died or hangs ends all of them.
         on_plan: called before the first run with how many pairs differences of several sizes would take.
         on_run: called after each run with its arm (`a`, `b` or `longer`) and the comparison so far.
 
@@ -401,7 +401,7 @@ def _check_arguments(resolution: float, max_runs: int, extra_epochs: float, firs
 
 
 def _require_free(path: Path) -> None:
-    """Raise `RunError` when `path` holds something else than a comparison."""
+    """Raise `RunError` when `path` holds something other than a comparison."""
     for name, what in ((RESULTS, "a benchmark"), ("recipe.json", "a single run")):
         if (path / name).exists():
             raise RunError(f"{path} is the folder of {what}; choose another --out")
@@ -486,7 +486,7 @@ def run_line(arm: str, found: Comparison) -> str:
 
 
 def load_comparison(folder: Path | str) -> Comparison:
-    """Read the finished runs of a comparison, also while it grows.
+    """Read the finished runs of a comparison, even while it grows.
 
     Raises `RunError` when there is no comparison in `folder`, or when a line cannot be read.
     """

@@ -22,11 +22,11 @@ from cifar_fast.training.setup import Setup, choose_execution, set_up
 from cifar_fast.training.tricks import NO_TRICKS, Tricks
 
 MOST_IMAGES = 512
-"""Images of a timed step at most: a larger batch takes as much longer as it is larger."""
+"""The most images in a timed step: the time of a larger batch is taken to grow in proportion."""
 TEST_IMAGES = 500
 """Test images that are timed: a batch of `evaluate`."""
 ENOUGH_SECONDS, MOST_REPEATS = 0.8, 6
-"""A step is repeated until it was timed for so many seconds, or so often."""
+"""A step is repeated until it has been timed for this many seconds, or this many times."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Forecast:
     """Its cores and instructions, or its GPU, in words."""
 
     def __str__(self) -> str:
-        """Return it as one says it: about 4 min (2 cores, AVX2, measured)."""
+        """Return it as one would say it: about 4 min (2 cores, AVX2, measured)."""
         return f"{about(self.seconds)} ({self.machine}, measured)"
 
 
@@ -55,8 +55,8 @@ def about(seconds: float) -> str:
 def forecast(recipe: Recipe, data: Dataset, *, tricks: Tricks = NO_TRICKS, device: str | None = None) -> Forecast:
     """Time a step of `recipe` at each of its resolutions and a batch of test images, and add up a whole run.
 
-    The steps are those of training, through the same set-up, on at most 512 images; nothing of them is left behind. It
-    takes a few seconds. On a CUDA GPU, whose steps are compiled first, it would take longer than many a training run.
+    The steps are those of training, through the same set-up, on at most 512 images; they leave nothing behind. It
+    takes a few seconds. On a CUDA GPU, where steps are compiled first, it would take longer than many a training run.
 
     Args:
         recipe: what is to be trained.
@@ -109,7 +109,7 @@ def _seconds_of_steps(setup: Setup) -> dict[int, float]:
     """Return the seconds of a step for each size of image, the making of its batch included."""
     step, chosen = steady_step(setup), setup.batches.example_choices()
     sides = sorted({setup.batches.resolution(epoch) for epoch in range(math.ceil(setup.recipe.epochs))})
-    step(*setup.batches.make(sides[0], *chosen))  # warms up; small images do so sooner
+    step(*setup.batches.make(sides[0], *chosen))  # warms up, which is quickest with small images
 
     def work(side: int) -> None:
         step(*setup.batches.make(side, *chosen))

@@ -36,7 +36,7 @@ LEGEND = (
 
 
 def saved_parts(folder: Path | str | None = None) -> dict[str, Any]:
-    """Return what gpu.json in `folder` holds of each part of the script; nothing where there is no such file.
+    """Return what gpu.json in `folder` holds for each part of the script; nothing where there is no such file.
 
     Args:
         folder: None for the folder `gpu` of `results_folder()`.
@@ -108,7 +108,7 @@ def _require_comparable(about: Mapping[str, Any], recipe: str | None) -> None:
 
 
 class Wanted(NamedTuple):
-    """An entry of a table: its name, what makes it from a finding, and where `find` finds that."""
+    """An entry of a table: its name, the function that makes it from a finding, and where `find` looks for that."""
 
     name: str
     make: Callable[[Finding], Any]
@@ -210,7 +210,7 @@ SHOWN_RECORDS = ("airbench94 with Muon", "Hiverge", "Fulcrum")
 """The records that stand beside ours: those on one GPU since Muon."""
 RECIPE_PARTS = ("speedrun", "apple", "airbench", "start", "recipes")
 OWN_PARTS = {"speedrun": ("speedrun", "speedrun"), "apple_8gpu": ("apple", "apple_8gpu")}
-"""Where the recipes are that the part `recipes` leaves to others."""
+"""Where to find the recipes that the part `recipes` leaves to other parts."""
 
 
 def _recipe_rows() -> list[Wanted]:
@@ -234,7 +234,7 @@ def _benchmark_row(finding: Finding) -> tuple[str, ...]:
 
 
 def _published_rows() -> dict[str, tuple[str, ...]]:
-    """Return the rows of the records that ours are compared with; a record is about 94 %."""
+    """Return the rows of the records that ours are compared with; each record is a time to 94 %."""
     return {
         f"published: {record.system}": ("-", "94 %", f"{record.seconds:g} s", "-", "-", record.hardware, "-", "-")
         for record in RECORDS
@@ -321,7 +321,7 @@ def _notes(parts: Mapping[str, Any], names: Iterable[str], missing: Sequence[str
 
 
 def _listed(names: Iterable[str]) -> str:
-    """Return names in a row; of neighbouring rungs of the ladder only the first and the last."""
+    """Return a list of names as text; of neighbouring rungs of the ladder, only the first and the last."""
     rungs = {rung.recipe.name for rung in recipes.ladder()}
     listed = []
     for on_ladder, group in groupby(names, rungs.__contains__):

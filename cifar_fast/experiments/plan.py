@@ -76,8 +76,8 @@ def predict(
     The global batch stays the same and each worker computes its share of it (strong scaling): the local batch is
     `global_batch_size / world_size`, and the number of steps does not depend on the workers. In a step the device
     computes and then averages all gradients in one all-reduce. Python waits for neither, so launching counts only as
-    far as it takes longer than both. The model assumes the same set-up for every number of workers, and splits the
-    test images over them.
+    far as it takes longer than both together. The model assumes the same set-up for every number of workers, and splits
+    the test images over them.
 
     Args:
         measured: costs of the recipe's network on one device.
@@ -92,7 +92,7 @@ def predict(
         The terms, in seconds.
 
     Raises:
-        RecipeError: the recipe does not allow `world_size`, or a shard holds less than a batch of it.
+        RecipeError: the recipe does not allow `world_size`, or a shard holds less than its part of a batch.
     """
     require_allowed(recipe, world_size)
     steps = total_steps(recipe, n_train)

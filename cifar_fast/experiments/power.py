@@ -32,7 +32,7 @@ DIFFERENCES = (1.0, 0.5, 0.3, 0.2, 0.1, 0.0)
 EXPERIMENTS = 2000
 """Simulated comparisons of each difference."""
 SAME_NETWORK = "tta="
-"""How the names of those saved arms begin that evaluate the networks of another: their differences are too alike."""
+"""Start of the names of saved arms that evaluate another arm's networks: their differences are too alike."""
 
 # --- the simulation ---
 
@@ -99,9 +99,9 @@ def simulate(
 
 @cache
 def saved_deviation() -> tuple[float, int]:
-    """Return the standard deviation of the difference of two runs with the same seed, and how many pairs it is from.
+    """Return the standard deviation of the difference of two runs with the same seed, and how many pairs gave it.
 
-    In points, pooled over the arms of the saved ablation of `laptop` on CIFAR-10, each around its own mean.
+    It is in points, pooled over the arms of the saved ablation of `laptop` on CIFAR-10, each around its own mean.
     """
     arms: dict[str, dict[int, float]] = defaultdict(dict)
     for run in saved_runs("ablation"):
@@ -118,11 +118,11 @@ def saved_deviation() -> tuple[float, int]:
 
 
 def expected_deviation(n_test: int) -> tuple[float, str]:
-    """Return the standard deviation of a pair's difference to expect with `n_test` test images, and where it is from.
+    """Return the standard deviation of a pair's difference to expect with `n_test` test images, and its source.
 
     Runs of one recipe differ mostly because the test set is finite (K. Jordan, "On the variance of neural network
     training with respect to test sets and distributions", 2024, arXiv:2304.01910), so the deviation shrinks with the
-    root of the test images.
+    square root of the number of test images.
     """
     measured, pairs = saved_deviation()
     source = f"that of {pairs} saved pairs of laptop on CIFAR-10"
@@ -134,7 +134,7 @@ def expected_deviation(n_test: int) -> tuple[float, str]:
 def run_seconds(
     recipe: Recipe, data: Dataset, *, tricks: Tricks = NO_TRICKS, world_size: int, device: str | None
 ) -> float:
-    """Predict from a few steps how long a run takes here with its evaluations: as `forecast` does, on GPUs as `plan`.
+    """Predict from a few steps how long a run takes here with its evaluations: as `forecast`, or on GPUs as `plan`.
 
     Callbacks are not called. On GPUs all epochs are taken to have images of full size.
     """
@@ -168,19 +168,19 @@ class RunsNeeded:
     deviation: float
     """Standard deviation of the difference of one pair, in points."""
     source: str
-    """Where the deviation is from, in words."""
+    """Where the deviation comes from, in words."""
     resolution: float
     max_runs: int
     least_deviation: float = 0.0
     pair_seconds: float | None = None
     """Time for one turn: a run of each arm; None if unknown."""
     timing: str = "unknown until the first pair is trained"
-    """Where the time is from, in words."""
+    """Where the time comes from, in words."""
     differences: Sequence[float] = DIFFERENCES
     """True differences to show, in points."""
 
     def pairs(self, difference: float) -> tuple[int, int, float]:
-        """Return how many pairs half of all comparisons need, how many 80 %, and the share that finds the difference.
+        """Return how many pairs half of all comparisons need, how many 80 % need, and what share finds a difference.
 
         `difference`: the true one, in points.
         """

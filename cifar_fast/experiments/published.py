@@ -26,7 +26,7 @@ class Published:
     max_seconds: float
     clock: str
     run_log: str
-    """What the publication's own log of its runs says of the times, where that differs."""
+    """What the publication's own log of its runs says about the times, where that differs."""
 
 
 APPLE_2019 = Published(

@@ -1,7 +1,7 @@
 """What each rung of the classroom ladder gains, in points of accuracy and in arithmetic.
 
-A run is a line of the `results.jsonl` that `benchmarks/classroom_ladder.py` writes. Runs of another recipe than the
-ladder's are left out, so that a changed ladder does not cite them.
+A run is a line of the `results.jsonl` that `benchmarks/classroom_ladder.py` writes. Runs of recipes other than
+the ladder's are left out, so that a changed ladder does not cite them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cifar_fast.shown import data_set, epochs, hardware, table
 RESAMPLES = 2000
 """Draws of the bootstrap."""
 BEYOND = 1.25
-"""Factor in arithmetic by which a curve may be drawn out beyond its ends."""
+"""Factor in arithmetic by which a curve may be extended beyond its ends."""
 TERA = 1e12
 
 
@@ -94,10 +94,10 @@ def _points(runs: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
 
 @dataclass(frozen=True)
 class Saving:
-    """How many times the arithmetic the recipe below a rung takes for the rung's accuracy."""
+    """How many times a rung's arithmetic the recipe below it takes to reach the rung's accuracy."""
 
     epochs: float
-    """Of the rung, whose accuracy the recipe below is to reach."""
+    """Epochs of the rung whose accuracy the recipe below is to reach."""
     factor: float
     low: float
     """Lower end of the 95 % interval; 0 if some resamples fall below the curve."""
@@ -129,7 +129,7 @@ class Gain:
     differences: tuple[float, ...] = ()
     """Accuracy with the trick minus accuracy without, in points, seed by seed."""
     saving: Saving | None = None
-    """None where the curves do not tell."""
+    """None where the curves do not show it."""
     dataset: str = ""
     hardware: str = ""
 
@@ -177,7 +177,7 @@ class Gain:
 def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
     """Compare a rung with the one below it, and a trick beside the ladder with the rung that it is added to.
 
-    They are compared at the number of epochs with the most shared seeds, of those the largest.
+    They are compared at the number of epochs with the most shared seeds, the largest if there are several.
 
     Args:
         rung: name of a trick of the ladder.
@@ -190,7 +190,7 @@ def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
     title = recipes.classroom_arms()[rung].title
     kept = ladder_runs(runs)
     found = _points(kept)
-    # What a trick is added to can depend on the epochs, because a single one has no small images.
+    # What a trick is added to can depend on the epochs, because a single epoch has no small images.
     below = {point.epochs: found[_below(rung, point.epochs)] for point in found[rung]}
     shared = {
         point.epochs: sorted(set(point.accuracy) & set(other.accuracy))
@@ -218,10 +218,10 @@ def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
 
 
 def saving(lower: Curve, upper: Curve) -> Saving | None:
-    """Return how many times the arithmetic `lower` takes for an accuracy of `upper`; None where they do not tell.
+    """Return how many times the arithmetic `lower` takes for an accuracy of `upper`; None where they do not show it.
 
     The accuracy of `lower` between two of its points is interpolated over the logarithm of the arithmetic. Of the
-    points of `upper`, the one with the most epochs is taken whose accuracy lies on the curve of `lower`; if there is
+    points of `upper` whose accuracy lies on the curve of `lower`, the one with the most epochs is taken; if there is
     none, one that lies no further from its ends than `BEYOND`. If all lie above, the factor is a bound. The interval is
     a percentile bootstrap: seeds are drawn again, the same for all points.
     """
@@ -245,8 +245,8 @@ def saving(lower: Curve, upper: Curve) -> Saving | None:
 def _factor(lower: Curve, target: Point, seeds: Sequence[int], beyond: float = BEYOND) -> float:
     """Return the arithmetic at which the mean of `lower` reaches that of `target`, relative to that of `target`.
 
-    Both ends of the curve are drawn out, straight, by the factor `beyond`. 0 if it starts above the target, infinity if
-    it does not reach it.
+    Both ends of the curve are extended in straight lines by the factor `beyond`. Returns 0 if the curve starts above
+    the target, and infinity if it does not reach it.
     """
     wanted = fmean(target.accuracy[seed] for seed in seeds)
     reached = [(math.log(point.flop), fmean(point.accuracy[seed] for seed in seeds)) for point in lower]

@@ -65,8 +65,8 @@ SHORT_RUNS = "ablation_2_epochs"
 def full_scale_tables(*arms: str, results: Path | str | None = None) -> str:
     """Return as text the saved ablation of `arms` on all of CIFAR-10, one table for each machine.
 
-    The tables show full training runs, or two-epoch runs where there are no others; what is missing is said. When two
-    machines trained the same arm, a last line pools the differences, each of which compares runs of one machine.
+    The tables show full training runs, or two-epoch runs where there are no others, and say what is missing. When two
+    machines trained the same arm, a last line pools the differences, each of which compares runs on one machine.
 
     Args:
         arms: their names in `benchmarks/ablation.py`, such as `label_smoothing=0`.

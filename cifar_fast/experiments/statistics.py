@@ -79,8 +79,8 @@ def anytime_t_bound(n: int, *, error: float = 0.05) -> float:
         k**(-1/2) * ((1 + t**2 / (n - 1)) / (1 + t**2 / (k * (n - 1))))**(n / 2).
 
     Where the mean is zero this ratio is a martingale that starts at 1, and by Ville's inequality it ever reaches
-    1 / error with a probability of at most `error`. Solved for t, that is the bound; it is infinite for a few values,
-    which no t can decide (up to 4 at 5 %).
+    1 / error with a probability of at most `error`. Solved for t, that is the bound; it is infinite while
+    there are too few values for any t to decide (up to 4 at 5 %).
 
     Sources: H. Wang and A. Ramdas, "Anytime-valid t-tests and confidence sequences for Gaussian means with unknown
     variance", 2024 (arXiv:2310.03722), the Gaussian mixture in the scale-invariant filtration; the same ratio is the
@@ -97,10 +97,10 @@ def anytime_interval(values: Sequence[float], *, least_deviation: float = 0.0) -
     """Return a 95 % interval of the mean that stays valid however often one looks and whenever one stops.
 
     The interval of `anytime_t_bound`: the probability that any of the intervals of a growing series misses the mean is
-    at most 5 %. None while it has no end.
+    at most 5 %. None while it is unbounded.
 
-    `least_deviation` is taken for the values' standard deviation where that is smaller. For values that come in steps,
-    as accuracies do, it is the step: equal values then do not pass for an exact mean.
+    `least_deviation` replaces the values' standard deviation where that is smaller. For values that come in steps, as
+    accuracies do, it is the step, so that equal values do not pass for an exact mean.
     """
     if not values or math.isinf(bound := anytime_t_bound(len(values))):
         return None

@@ -34,7 +34,7 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a number."""
 
 REPEATS = 3
-"""Times that each step is measured, after a warm-up; the median counts."""
+"""How many times each step is measured, after a warm-up; the median counts."""
 
 # --- what every script that measures a step needs ---
 
@@ -51,7 +51,7 @@ def random_dataset(n_train: int, n_test: int = 1, n_classes: int = 10) -> Datase
 
 
 def with_batch_size(recipe: Recipe, n_images: int) -> Recipe:
-    """Return `recipe` with global batches of `n_images`; norm groups and micro-batches that do not divide them go."""
+    """Return `recipe` with global batches of `n_images`; drop norm groups and micro-batches that do not divide them."""
     local = n_images // recipe.n_shards
     ghost = recipe.ghost_batch_size if recipe.ghost_batch_size and local % recipe.ghost_batch_size == 0 else 0
     micro = recipe.micro_batch_size
@@ -97,7 +97,7 @@ class Line:
 
 
 def fit_line(points: Sequence[tuple[int, float]]) -> Line:
-    """Return the line with the least squared relative error through `(images, seconds)`, neither part of it negative.
+    """Return the line with the least squared relative error through `(images, seconds)`, with neither part negative.
 
     A single point makes the time proportional to the images.
     """
@@ -144,7 +144,7 @@ class StepCosts:
     setup_seconds: float
     """From the first byte sent to the device to the first step: statistics, network, data set, whitening."""
     evaluate_seconds_per_image: float
-    """Of one view of a test image."""
+    """Seconds for one view of a test image."""
     hardware: str
     on_gpu: bool
 

@@ -48,7 +48,7 @@ def run_log(runs: Sequence[Mapping[str, Any]], target: float) -> str:
 def comparison_rows(
     summary: Mapping[str, Any], published: Published = APPLE_2019
 ) -> tuple[str, list[tuple[str, str, str]], list[str]]:
-    """Return a loud warning if the data set is another ("" if not), the rows of a table that puts the runs of `summary`
+    """Return a loud warning if the data set differs ("" if not), the rows of a table that puts the runs of `summary`
     beside published ones, and notes on them.
     """
     same_data = comparable(summary["dataset"])
@@ -99,7 +99,7 @@ def comparison_rows(
 
 
 def comparison_table(summary: Mapping[str, Any], published: Published = APPLE_2019) -> str:
-    """Return as text the runs of `summary` beside published ones, with a loud warning if the data set is another."""
+    """Return as text the runs of `summary` beside published ones, with a loud warning if the data set differs."""
     warning, rows, notes = comparison_rows(summary, published)
     rule = "!" * 100
     return "\n".join([*([rule, warning, rule] if warning else []), table(rows), *notes])

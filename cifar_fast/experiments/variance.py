@@ -22,8 +22,8 @@ from cifar_fast.training.result import LOGITS, RunResult, load_logits
 class Variance:
     """How R runs differ on the same N test images, of C classes.
 
-    Call c[r, i] = 1 if run r is right about image i, and p[i] the probability that a run is, estimated by the share of
-    runs that are. The variance over runs of the accuracy on these N images is, on average over test sets,
+    Let c[r, i] = 1 if run r is right about image i, and let p[i] be the probability that a run is, estimated by the
+    share of runs that are. The variance over runs of the accuracy on these N images is, on average over test sets,
 
         variance = (N - 1) / N * distribution-wise variance + mean(p * (1 - p)) / N
 

@@ -55,7 +55,7 @@ def in_turns(
     Args:
         ways: each way's name and the call that does the work.
         rounds: how often each way is timed, after one round that does not count.
-        device: synchronised at both ends of each call; None is the CPU, which needs no waiting for.
+        device: synchronised at both ends of each call; None is the CPU, which needs no synchronising.
 
     Returns:
         The seconds of each way, round by round.
@@ -78,9 +78,9 @@ def process_start() -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the largest memory that this process has had so far, in bytes: allocated on a GPU, or resident.
+    """Return the most memory that this process has held so far, in bytes: allocated on a GPU, or resident.
 
-    An Apple GPU keeps no record of the largest: there it is what Metal holds now.
+    An Apple GPU keeps no such record: there it is what Metal holds now.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -67,7 +67,7 @@ def choose_step_mode(recipe: Recipe, device: torch.device, backend: str | None =
     mode = StepMode(recipe.cuda_graph != "off", recipe.compile != "off")
     against_both = None
     if device.type != "cuda":
-        against_both = "the device is no CUDA GPU"
+        against_both = "the device is not a CUDA GPU"
     against_graph = against_compile = against_both
     if not against_both and CapturedFunction.refused:
         against_graph = f"an earlier capture in this process failed ({CapturedFunction.refused}); start it again"
@@ -98,7 +98,7 @@ def compiled(function: Callable[..., Any], backend: str = "inductor", variant: s
     """Return `function` compiled on its first call; the compiled code stays on disk for later processes.
 
     Shapes are fixed and no part stays uncompiled: a function that cannot be compiled as a whole raises on its first
-    call. Each `variant` is compiled by itself, for functions that do something else although their arguments are alike.
+    call. Each `variant` is compiled by itself, for functions that differ although their arguments are alike.
     """
     _choose_cache_folder()
     # Each recipe that a process trains is compiled anew, and torch refuses after this number.
@@ -108,9 +108,9 @@ def compiled(function: Callable[..., Any], backend: str = "inductor", variant: s
 
 @cache
 def _compiler(backend: str, variant: str) -> Callable[..., Any]:
-    """Return the compiler called `backend`, always the same for a variant, and another for another one.
+    """Return the compiler called `backend`: always the same one for a variant, and a different one for each variant.
 
-    What torch has compiled it uses again where arguments and compiler are the same. It should see, too, whether a
+    Torch reuses compiled code where the arguments and the compiler are the same. It should also notice whether a
     parameter is frozen, but torch 2.11 does not (github.com/pytorch/pytorch/issues/139476).
     """
     compile_graph = torch._dynamo.lookup_backend(backend)
@@ -140,14 +140,14 @@ class CapturedFunction:
     """
 
     refused: ClassVar[str] = ""
-    """Why a capture has failed in this process, if one has: torch's allocator may then refuse every other."""
+    """Why a capture has failed in this process, if one has: torch's allocator may then refuse every other one."""
     alive: ClassVar[weakref.WeakSet[CapturedFunction]] = weakref.WeakSet()
 
     def __init__(self, function: Callable[..., Any], *inputs: Tensor, other: CapturedFunction | None = None) -> None:
         """Call `function` a few times with `inputs`, then capture it on their device.
 
-        With an `other` captured function the two use the same memory for all but what they return. A call of the other
-        may overwrite what this one has returned: read it before.
+        Given an `other` captured function, the two use the same memory for all but what they return. A call of the
+        other may overwrite what this one has returned: read it first.
 
         The graph reads `inputs` from then on, and a call with these very tensors copies nothing. The first calls
         change what the function changes; the capture itself changes nothing. If it fails, the error is the one that
@@ -219,7 +219,7 @@ def release_captures() -> None:
 def measured_convolutions() -> Iterator[None]:
     """Have cuDNN measure which of its algorithms is fastest when it meets a convolution for the first time.
 
-    Only the first meeting counts: for each shape a process keeps what it chose then, measured or guessed.
+    Only the first time counts: for each shape a process keeps what it chose then, measured or guessed.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True

@@ -43,14 +43,14 @@ def select_device(name: str | None = None) -> torch.device:
 
 
 def count_other_gpus(kind: str) -> int:
-    """Return how many GPUs of a `kind` of `OTHER_GPUS` torch can use."""
+    """Return how many GPUs of `kind`, a key of `OTHER_GPUS`, torch can use."""
     if kind == "xpu":
         return torch.xpu.device_count()
     return int(torch.backends.mps.is_available())
 
 
 def why_no_other_gpu(kind: str) -> str:
-    """Return what a GPU of a `kind` of `OTHER_GPUS` needs, for a machine where torch finds none."""
+    """Return what a GPU of `kind`, a key of `OTHER_GPUS`, needs, for a machine where torch finds none."""
     built = torch.backends.mps.is_built() if kind == "mps" else torch.xpu._is_compiled()
     if not built:
         needs = "a Mac with Apple silicon" if kind == "mps" else "a torch from https://download.pytorch.org/whl/xpu"
@@ -68,7 +68,7 @@ def has_float64(device: torch.device) -> bool:
 def keep_freed_memory() -> None:
     """Tell glibc to keep large freed blocks instead of returning them to the system.
 
-    Each training step then reuses the pages of the step before, and the system need not hand out zeroed ones anew. Does
+    Each training step then reuses the pages of the previous one, and the system need not hand out new zeroed ones. Does
     nothing where the C library has no `mallopt`.
     """
     if sys.platform != "linux":

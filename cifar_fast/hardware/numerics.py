@@ -37,7 +37,7 @@ class Way(NamedTuple):
 
 
 WAYS = (Way("float32", "winograd"), Way("float32", "direct"), Way("bfloat16", "direct"), Way("bfloat16", "amx"))
-"""All of them; of two that are about as fast, the earlier one is taken."""
+"""All of them; of two that are about equally fast, the earlier one is taken."""
 
 CLEARLY = 1.25
 """How many times as fast as an earlier one of `WAYS` a later one must be to be taken instead."""
@@ -45,10 +45,10 @@ CLEARLY = 1.25
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a machine can compute with the package's kernels: plain values, which ranks tell each other."""
+    """What a machine can compute with the package's kernels: plain values, which ranks send each other."""
 
     unavailable: Mapping[str, str]
-    """Of each convolution algorithm that the machine cannot run, the reason."""
+    """The reason for each convolution algorithm that the machine cannot run."""
     fused_norm: bool
     """Whether it can compute a norm and the activation after it in one fused kernel."""
 
@@ -152,7 +152,7 @@ def _on_another_gpu(precision: str, device: torch.device) -> Numerics:
 def half_precision_is_right(device: torch.device, dtype: torch.dtype) -> bool:
     """Say whether a small convolution in `dtype` on `device`, forward and backward, agrees with the CPU's in float32.
 
-    False, too, where the device cannot compute it at all.
+    Also False where the device cannot compute it at all.
     """
     random = torch.Generator().manual_seed(0)
     x, weight, dy = (torch.randn(shape, generator=random) for shape in ((8, 16, 8, 8), (16, 16, 3, 3), (8, 16, 8, 8)))
@@ -201,7 +201,7 @@ def _numerics(way: Way, reason: str) -> Numerics:
 
 
 TIMED_IMAGES = 128
-"""Images of the convolution that decides."""
+"""Images in the convolution whose timing decides."""
 
 
 def needs_measuring(recipe: Recipe, device: torch.device) -> bool:
@@ -239,7 +239,7 @@ def convolution_rates(n: int = TIMED_IMAGES) -> dict[Way, float]:
     Winograd's rate counts the multiplications of the direct algorithm, so that rates compare as speeds do. The ways
     take turns and the best time of each counts, so that another process slows all of them down alike. Two turns on few
     images come first: a way that takes four times as long as another, as bfloat16 does on a processor without
-    instructions for it, would need many seconds for all of them, so it keeps the rate of these.
+    instructions for it, would need many seconds for all images, so it keeps the rate of these.
     """
     channels, side = 256, 7  # as in the layers with most of the arithmetic
     weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)

@@ -34,7 +34,7 @@ LINE = 32
 """Channels, and images, that are processed together: two tiles of 16."""
 
 CACHE_BYTES = 1_200_000
-"""What the filters' gradient packs at a time; it fits in a core's second cache (2 MB on machines with AMX)."""
+"""What the filters' gradient packs at a time; it fits in a core's second-level cache (2 MB on machines with AMX)."""
 
 
 LIBRARY = Library(
@@ -58,7 +58,7 @@ def amx_conv2d(x: Tensor, weight: Tensor) -> Tensor:
     Args:
         x: images (N, C_in, H, W), channels-last on a CPU: bfloat16, or what bfloat16 autocast would turn into it.
             Anything else goes to `F.conv2d`.
-        weight: filters (C_out, C_in, 3, 3); they are rounded to bfloat16, and their gradient has their own format.
+        weight: filters (C_out, C_in, 3, 3); they are rounded to bfloat16; their gradient keeps the format they came in.
 
     Returns:
         bfloat16 (N, C_out, H, W), equal to `F.conv2d(x, weight, padding=1)` up to rounding.

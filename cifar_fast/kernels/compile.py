@@ -34,7 +34,7 @@ class Library:
     source: str
     """Name of the file, one of `FILES`."""
     signatures: Mapping[str, tuple[Any, Sequence[Any]]]
-    """Of each function, the type that it returns (None for void) and those of its arguments."""
+    """For each function, the type that it returns (None for void) and the types of its arguments."""
     not_permitted: str | None = None
     """Reason to give where the file's function `permit` returns anything but 0; None: the file has no such function."""
 
@@ -77,7 +77,7 @@ def load(name: str) -> ctypes.CDLL:
     """Load the C file `name`, one of `FILES`; raise `OSError` with the reason where it cannot be compiled or loaded.
 
     On first use all files are compiled in parallel, so that the first training run waits for the slowest of them, not
-    for one after the other.
+    for one after another.
     """
     with ThreadPoolExecutor(len(FILES)) as pool:
         compiled = {file: pool.submit(_compiled, file) for file in FILES}

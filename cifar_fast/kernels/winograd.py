@@ -17,9 +17,9 @@ flipped weights, and the weights' gradient is
 
 Where max-pool by 2 follows, its 2x2 windows lie inside the tiles: it is done before a tile leaves the registers.
 
-Given the same inputs, the result and both gradients are about as exact as those of a direct convolution in float32. In
-a whole network gradients can still differ by a per cent or two, because max-pool sends each gradient to one place, and
-where two values nearly tie, rounding decides which one.
+Given the same inputs, the result and both gradients are about as accurate as those of a direct convolution in float32.
+In a whole network, gradients can still differ by a per cent or two, because max-pool sends each gradient to one place,
+and where two values nearly tie, rounding decides which one.
 
 Source: Lavin and Gray, "Fast algorithms for convolutional neural networks", 2015, arXiv 1509.09308. `winograd.c` holds
 the loops; the machine's C compiler builds it once, on first use.

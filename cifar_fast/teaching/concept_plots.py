@@ -1,6 +1,6 @@
 """Teaching figures: each draws one idea from plain data, without training anything and without pyplot's state.
 
-All colours are Okabe and Ito's (2008), and what differs in colour differs in marker, dash or hatch too. Every figure
+All colours are Okabe and Ito's (2008), and what differs in colour also differs in marker, dash or hatch. Every figure
 has an opaque white background, whatever the theme of the page, and a sentence (`alt`) for those who cannot see it.
 """
 
@@ -65,10 +65,10 @@ def calibration(
         labels: int64 (N,).
         dataset: name of the data set.
         temperature: all logits are divided by it.
-        n_bins: of the confidence, equally wide.
+        n_bins: number of equally wide bins of the confidence.
 
     Returns:
-        The figure. Left: the accuracy of each bin over its confidence, the larger the marker the more images; a
+        The figure. Left: the accuracy of each bin over its confidence, with larger markers for more images; a
         calibrated network lies on the diagonal. Right: the distribution of the confidence.
     """
     figure = Picture(figsize=(9.4, 4.2), layout="constrained")
@@ -110,7 +110,7 @@ def activation_curves(celu_alpha: float = 0.3, *, seed: int = 0) -> Picture:
 
     Args:
         celu_alpha: alpha of CELU.
-        seed: of the random windows.
+        seed: seed of the random windows.
 
     Returns:
         The figure. Left: the curves, with a band where they fall. Right: 1,000 windows of 2 x 2 normal random numbers
@@ -160,13 +160,13 @@ def group_statistics(activations: Tensor, group_size: int | None = None, *, data
 
     Args:
         activations: float (N, C, H, W), what enters a batch norm, N a power of two times an odd number.
-        group_size: images in a group, marked; None marks nothing.
+        group_size: images in a group, to be marked; None marks nothing.
         dataset: name of the data set.
         channel: which of the C channels.
 
     Returns:
         The figure. Dots are groups of consecutive images; the dashed lines show what chance does to the mean: two
-        standard deviations of the images' means, over the root of the group size, to each side.
+        standard deviations of the images' means, over the square root of the group size, to each side.
 
     Raises:
         UserError: the group size does not divide the batch.
@@ -215,10 +215,10 @@ def scaled_activation(
     """Draw CELU of a normalised channel with batch norm's scale and without it, and both after the next batch norm.
 
     Args:
-        values: float, any shape: what batch norm puts out before its scale and bias.
+        values: float, any shape: what batch norm computes before its scale and bias.
         scale: batch norm's scale.
         bias: its bias.
-        celu_alpha: alpha of CELU behind them.
+        celu_alpha: alpha of the CELU that follows.
         dataset: name of the data set.
 
     Returns:
@@ -280,7 +280,7 @@ def number_formats(value: float = 1e-5) -> Picture:
         a curve ends there are no more finite numbers.
     """
     octaves = torch.arange(-45, 40)
-    # In each octave 41 numbers that no short format has exactly, and each format's worst: halfway to its second number.
+    # In each octave 41 numbers that no short format has exactly, and each format's worst, halfway to its second number.
     fractions = torch.cat([(torch.arange(41).double() + 0.37) / 41.5, 2.0 ** -torch.tensor([8, 11, 24]).double()])
     numbers = 2.0 ** octaves[:, None].double() * (1 + fractions)
     figure = Picture(figsize=(9, 3.8), layout="constrained")
@@ -353,7 +353,7 @@ def gradient_sizes(gradients: Mapping[str, Tensor], loss_scale: float = 1.0) -> 
 
 
 def turns(seconds: Mapping[str, Sequence[float]], *, where: str) -> Picture:
-    """Draw how fast ways of doing the same work are, relative to the first: a dot a round, a bar for the median.
+    """Draw how fast ways of doing the same work are, relative to the first: a dot for each round, a bar for the median.
 
     Args:
         seconds: by the way's name, what `timing.in_turns` measured, at most ten ways.
@@ -404,7 +404,7 @@ def learning_rates(recipes: Mapping[str, Recipe], at: float | None = None) -> Pi
 
     Args:
         recipes: by the name of the curve, at most five.
-        at: a time in epochs whose values are marked and written; None for none.
+        at: a time in epochs at which the values are marked and written out; None for none.
 
     Returns:
         The figure, in shares of each recipe's peak.
@@ -485,7 +485,7 @@ def newton_schulz(matrix: Tensor, steps: int = 3) -> Picture:
 
 
 CURVATURE = (1.0, 8.0)
-"""Of the loss in `averages_on_a_bowl`: half the curvature times the squared weight, summed over both weights."""
+"""The loss in `averages_on_a_bowl` is half the curvature times the squared weight, summed over both weights."""
 
 
 def bowl_paths(
@@ -498,7 +498,7 @@ def bowl_paths(
         lookahead_alpha: fraction of the way that the slow weights move, 0 ... 1.
         every: steps between two updates of the average, and between two moves.
         steps: steps of SGD at a constant learning rate.
-        seed: of the noise, which is the same with and without Lookahead.
+        seed: seed of the noise, which is the same with and without Lookahead.
 
     Returns:
         `alone`: the weights; `ema`: their average; `lookahead`: the fast weights that Lookahead moves; `slow`: its slow
@@ -543,7 +543,7 @@ def averages_on_a_bowl(
         lookahead_alpha: as in `bowl_paths`.
         every: as in `bowl_paths`.
         steps: steps of SGD.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         The figure; losses in the legends are means over the last third of the steps.
@@ -676,7 +676,7 @@ def records(published: Sequence[Record]) -> Picture:
         published: at least one, for instance `report.RECORDS`.
 
     Returns:
-        The figure; marker and colour tell what each was measured on.
+        The figure; marker and colour show what each was measured on.
     """
     kinds = list(dict.fromkeys(record.hardware.split()[-1] for record in published))
     figure = Picture(figsize=(9.4, 1.3 + 0.3 * len(published)), layout="constrained")
@@ -710,8 +710,8 @@ def share_intervals(share: float, n: int, *, most: int = 1000) -> Picture:
     """Draw how precisely n runs determine a share: Wilson's 95 % interval, and the textbook's for comparison.
 
     Args:
-        share: of runs that reached the target, 0 ... 1.
-        n: runs, marked; 1 ... `most`.
+        share: share of runs that reached the target, 0 ... 1.
+        n: number of runs, which is marked; 1 ... `most`.
         most: end of the axis of runs.
 
     Returns:
@@ -750,8 +750,8 @@ def all_reduce_ring(n_workers: int = 4) -> Picture:
         n_workers: 2 ... 5, so that the rounds can be read side by side.
 
     Returns:
-        The figure: a table a round, a row a worker, a column a piece; the number counts the workers whose gradients are
-        in that piece, and a framed piece is complete.
+        The figure: a table for each round, with a row for each worker and a column for each piece. The number counts
+        the workers whose gradients are in that piece, and a framed piece is complete.
 
     Raises:
         UserError: too few or too many workers.

@@ -18,7 +18,7 @@ from cifar_fast.training.batches import pixel_statistics
 
 
 class OneByOne(TorchDataset[tuple[Tensor, int]]):
-    """Images as torchvision's data sets give them: one at a time, as a PIL image that a transform makes a tensor of."""
+    """Images as torchvision's data sets give them: one at a time, as PIL images that a transform turns to tensors."""
 
     def __init__(self, images: Tensor, labels: Tensor, transform: Callable[[Image.Image], Tensor]) -> None:
         """Take uint8 `images` (N, 3, H, W), int64 `labels` (N,) and the transform."""
@@ -44,8 +44,8 @@ def torchvision_transform(recipe: Recipe, mean: Tensor, std: Tensor) -> Callable
 
     if recipe.flip == "alternating" or recipe.cutout or recipe.color_jitter:
         raise UserError(
-            f"flip={recipe.flip!r}, cutout={recipe.cutout} and color_jitter={recipe.color_jitter:g} cannot all be had "
-            "of torchvision's transforms; compare with flip='random' (or 'none'), cutout=0, color_jitter=0"
+            f"torchvision's transforms cannot do all of flip={recipe.flip!r}, cutout={recipe.cutout} and "
+            f"color_jitter={recipe.color_jitter:g}; compare with flip='random' (or 'none'), cutout=0, color_jitter=0"
         )
     steps: list[Any] = []
     if recipe.crop_padding:
@@ -59,8 +59,8 @@ def torchvision_transform(recipe: Recipe, mean: Tensor, std: Tensor) -> Callable
 def data_loader(data: Dataset, recipe: Recipe, *, workers: int = 0, seed: int = 0) -> DataLoader[tuple[Tensor, int]]:
     """Return a DataLoader over the training set, shuffled, in batches of the recipe's global batch.
 
-    `workers`: processes that augment beside this one, which stay from epoch to epoch; 0: this one does it. `seed`: of
-    the shuffling and, through it, of the augmentation in workers.
+    `workers`: processes that augment beside this one, which stay from epoch to epoch; 0: this one does it. `seed`: for
+    the shuffling and, through it, for the augmentation in workers.
     """
     mean, std = pixel_statistics(data.train_images)
     images = OneByOne(data.train_images, data.train_labels, torchvision_transform(recipe, mean, std))

@@ -41,7 +41,7 @@ def labelled_images(
         labels: int64 (N,).
         classes: names of the K classes.
         dataset: name of the data set.
-        probabilities: float (N, K), a network's; the captions are then its predictions, mistakes marked.
+        probabilities: float (N, K), a network's; the captions are then its predictions, with mistakes marked.
         columns: images in a row.
 
     Returns:
@@ -126,7 +126,7 @@ def augmentation_steps(
         left: likewise.
         mirrored: whether it is flipped.
         cutout: side in pixels of the square that is blanked, here to the image's mean colour.
-        cutout_top: where, in pixels.
+        cutout_top: offset of that square in pixels.
         cutout_left: likewise.
         dataset: name of the data set.
 

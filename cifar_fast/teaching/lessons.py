@@ -18,7 +18,7 @@ HERE, DONE, AHEAD = "#D55E00", "#0072B2", "#767676"
 
 
 def ladder_runs() -> list[dict[str, Any]]:
-    """Return the saved runs of the ladder; none where they are not there."""
+    """Return the saved runs of the ladder; an empty list if there are none."""
     try:
         return saved_runs(SAVED)
     except RunError:
@@ -87,7 +87,7 @@ def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture
 
 
 def _common_epochs(found: Mapping[str, list[Point]]) -> float | None:
-    """Return the number of epochs that most rungs were trained for, of those the largest."""
+    """Return the number of epochs that most rungs were trained for, the largest if there are several."""
     counts: dict[float, int] = {}
     for curve in found.values():
         for point in curve:

@@ -28,7 +28,7 @@ class Stage:
     name: str
     does: list[str]
     shape: tuple[int, ...]
-    """Of what comes out for one image: (C, H, W) or (C,)."""
+    """Shape of the output for one image: (C, H, W) or (C,)."""
     learned: int = 0
     """Parameters that training changes."""
     fixed: int = 0

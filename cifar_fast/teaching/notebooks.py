@@ -1,4 +1,4 @@
-"""Find the notebooks, execute them from top to bottom, and store them so that a diff shows only what changed."""
+"""Finds the notebooks, executes them from top to bottom, and stores them so that a diff shows only what changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METADATA = {
 SOURCE = "CIFAR_FAST_SOURCE"
 """The environment variable that says where to install the package from."""
 INSTALL_MARK = "except ModuleNotFoundError"
-"""What the cell has that installs the package, and no other."""
+"""Text that only the cell that installs the package contains."""
 CELL_SECONDS = 3600  # of one cell: at the scale `laptop` an ablation takes a quarter of an hour
 
 
@@ -39,7 +39,7 @@ def repository_address(project: Path | None = None) -> str:
 def install_cell(address: str) -> str:
     """Return the first code cell of every notebook, which installs the package where it is missing, as in Colab.
 
-    It takes what `CIFAR_FAST_SOURCE` names, else the clone that the notebook lies in, else the repository at `address`.
+    It takes what `CIFAR_FAST_SOURCE` names, else the clone that the notebook is in, else the repository at `address`.
     """
     otherwise = f"git+{address}" if address else ""
     lines = [
@@ -98,7 +98,7 @@ def find(names: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
 def execute(path: Path, scale: str = "smoke") -> None:
     """Run a notebook from top to bottom in a kernel of its own, at `scale`, and store it with its outputs.
 
-    A cell that fails, and is not tagged `raises-exception`, is a `UserError`, and the file stays as it was.
+    Raises `UserError` if a cell that is not tagged `raises-exception` fails; the file then stays as it was.
     """
     try:
         import nbformat

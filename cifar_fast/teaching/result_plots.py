@@ -47,7 +47,7 @@ class Picture(Figure):
         image = self._pixels()
         if caption:
             image = _stacked_images(image, _written(caption, self.get_figwidth())._pixels())
-        # Steps of 8 (white excepted) are below what an eye tells apart, and halve the file.
+        # Steps of 8 (white excepted) are too small for the eye to tell apart, and halve the file.
         image = image.point([8 * round(value / 8) if value < 252 else 255 for value in range(256)] * 3)
         if image.getcolors(256):
             image = image.quantize(256, dither=Image.Dither.NONE)
@@ -92,7 +92,7 @@ def learning_curve(run: RunResult | Sequence[EpochResult], axes: tuple[Axes, Axe
 
     Args:
         run: a finished run, or its epochs so far (which have no title).
-        axes: where to draw accuracy and loss; without it in a new figure.
+        axes: where to draw accuracy and loss; by default in a new figure.
 
     Returns:
         The figure that holds the axes.
@@ -105,7 +105,7 @@ def learning_curve(run: RunResult | Sequence[EpochResult], axes: tuple[Axes, Axe
     seconds = [epoch.train_seconds for epoch in epochs]
     left.plot(seconds, [100 * epoch.train_accuracy for epoch in epochs], **TRAIN)
     left.plot(seconds, [100 * epoch.test_accuracy for epoch in epochs], **TEST)
-    # Smoothed targets keep the training loss above what the same predictions cost on the test set's.
+    # Smoothed targets keep the training loss above what the same predictions would cost with plain ones.
     smoothed = {"label": "training (augmented, smoothed labels)"}
     right.plot(seconds, [epoch.train_loss for epoch in epochs], **(TRAIN | smoothed if _smooths(run) else TRAIN))
     right.plot(seconds, [epoch.test_loss for epoch in epochs], **TEST)
@@ -141,7 +141,7 @@ def accuracy_and_time(benchmark: Benchmark, published: Published = APPLE_2019) -
     """Draw how accuracy and train_seconds are distributed over the runs, each run a dot, stacked where they meet.
 
     The target, the mean with its 95 % interval (Student's t), and published figures are marked. Where the runs are not
-    of CIFAR-10 the published figures are left out, and the figure says so.
+    on CIFAR-10, the published figures are left out, and the figure says so.
     """
     found = summarise(benchmark.runs, benchmark.target)
     figure = Picture(figsize=(10, 4.6))
@@ -253,7 +253,7 @@ TERMS = {
     "set-up": {"color": "#BBBBBB", "hatch": "xxx"},
 }
 BOUND = "\u2265"
-"""Before a figure: it is a lower bound."""
+"""Marks a figure as a lower bound."""
 
 
 def predicted_scaling(predictions: Sequence[Prediction]) -> Figure:

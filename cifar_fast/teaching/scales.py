@@ -40,15 +40,15 @@ class Scale:
     benchmark_world_size: int | None = None
     """Processes of the timing cell; None: all GPUs that the recipe's shards can be divided among, or one process."""
     world_size: int = 1
-    """Processes that share a training where the recipe has as many shards."""
+    """Processes that share a training run where the recipe has as many shards."""
     n_train: int | None = None
-    """Training images that are taken, the first of the set; None: all."""
+    """How many training images are taken, from the start of the set; None: all."""
     n_test: int | None = None
     """Test images, likewise."""
     most_epochs: float = math.inf
-    """Epochs at most of a recipe that `shrink` makes smaller."""
+    """The most epochs of a recipe that `shrink` makes smaller."""
     most_images_per_step: int | None = None
-    """Global batch at most of such a recipe; None: its own."""
+    """The largest global batch of such a recipe; None: its own."""
     narrower: int = 1
     """Factor by which `shrink` divides the networks' widths."""
     rung_epochs: float = 2.0
@@ -89,7 +89,7 @@ class Scale:
         """Return a named recipe as it can be run here: fewer epochs, a smaller batch, a narrower network.
 
         The tricks stay as they are: shards, norm groups in images, everything that is on or off. Learning rates of SGD
-        go with the batch; epochs at the end, and epochs of small images, go with the epochs.
+        scale with the batch; epochs at the end, and epochs of small images, scale with the epochs.
         """
         epochs = min(recipe.epochs, self.most_epochs)
         batch = recipe.global_batch_size
@@ -113,7 +113,7 @@ class Scale:
     def rung(self, name: str) -> tuple[Recipe, Recipe]:
         """Return the classroom ladder's recipe below the trick `name`, and the one with it, at this scale.
 
-        Small images first take an epoch more than the others, because a single epoch has none.
+        The rung "small images first" takes an epoch more than the others, because a single epoch has no small images.
 
         Raises `RecipeError` if no rung adds a trick of that name.
         """

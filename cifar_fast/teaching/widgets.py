@@ -34,7 +34,7 @@ except ImportError as error:
 class Shown(ipywidgets.Image):
     """A PNG as wide as there is room for, with a tooltip for those who cannot see it."""
 
-    description = Unicode("").tag(sync=True)  # the browser's part of ipywidgets fails at a tooltip without one
+    description = Unicode("").tag(sync=True)  # the browser's part of ipywidgets fails on a tooltip without one
 
     def __init__(self) -> None:
         """Start without a picture."""
@@ -44,7 +44,7 @@ class Shown(ipywidgets.Image):
 class Explorer(ipywidgets.VBox):
     """Controls above a picture that a function draws from their values; whenever one changes, the picture is redrawn.
 
-    `controls` has them by the name of the function's argument, `figure` is the picture that is shown, and `message`
+    `controls` holds them by the name of the function's argument, `figure` is the picture that is shown, and `message`
     says why values cannot be drawn. The picture is replaced in place: no flicker, and no new output in the cell.
     `caption` stands below the picture that is stored.
     """
@@ -82,7 +82,7 @@ class Explorer(ipywidgets.VBox):
             self.controls[name].value = value
 
     def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the sliders for a page with a kernel, and for one without the picture of their first position."""
+        """Return the sliders for a page with a kernel, and the picture of their first position for one without."""
         assert self.figure is not None
         alt = f"{self.figure.alt}. {self.caption}"
         data = dict(super()._repr_mimebundle_(**options))
@@ -129,7 +129,7 @@ class LiveCurve:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Return names in a row: a, b and c."""
+    """Return a list of names as text: a, b and c."""
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
@@ -238,7 +238,7 @@ def ghost_batches(activations: Tensor, *, dataset: str) -> Explorer:
 
 
 def scaled_activation(values: Tensor, *, dataset: str) -> Explorer:
-    """Explore scale and bias of a batch norm and the alpha of the CELU behind them, on normalised `values`, float."""
+    """Explore scale and bias of a batch norm and the alpha of the CELU after them, on normalised `values`, float."""
 
     def draw(scale: float, bias: float, celu_alpha: float) -> Picture:
         return concept_plots.scaled_activation(values, scale, bias, celu_alpha=celu_alpha, dataset=dataset)

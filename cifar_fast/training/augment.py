@@ -20,7 +20,7 @@ def crop(padded: Tensor, tops: Tensor, lefts: Tensor, size: int, images: Tensor 
 
 
 def flip(images: Tensor, mirrored: Tensor) -> Tensor:
-    """Mirror those `images` (N, C, H, W) left to right that `mirrored`, bool (N,), selects."""
+    """Mirror left to right those `images` (N, C, H, W) that `mirrored`, bool (N,), selects."""
     return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
 
 

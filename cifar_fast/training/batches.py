@@ -54,7 +54,7 @@ def allowed_world_sizes(recipe: Recipe) -> tuple[int, ...]:
 
 
 def steps_per_epoch(recipe: Recipe, n_images: int) -> int:
-    """Return the number of whole batches in `n_images`; raise `RecipeError` if a shard lacks images for its share."""
+    """Return the number of whole batches in `n_images`; raise `RecipeError` if a shard has too few for its share."""
     smallest = n_images // recipe.n_shards
     if smallest < recipe.local_batch_size:
         raise RecipeError(
@@ -170,10 +170,10 @@ class TrainBatches:
             recipe: what is trained.
             device: where the batches are used.
             dtype: number format of the batches.
-            mean: of each channel, (C,), in pixel values; None: measured.
-            std: likewise.
-            seed: of the random choices; `Seeds` to give order and augmentation one each.
-            rank: of this process.
+            mean: mean of each channel, (C,), in pixel values; None: measured.
+            std: standard deviation of each channel, likewise.
+            seed: seed of the random choices; `Seeds` to give order and augmentation one each.
+            rank: this process's rank.
             world_size: number of processes; divides the recipe's `n_shards`.
             augment: the reader's own function, called for each shard's local batch after all that the recipe does;
                 None: there is none.
@@ -239,7 +239,7 @@ class TrainBatches:
         ]
 
     def choices(self, epoch: int) -> Choices:
-        """Return the choices for `epoch`, (steps, B) each, where the images are; `index` counts over all shards."""
+        """Return the choices for `epoch`, (steps, B) each, on the images' device; `index` counts over all shards."""
         if self._drawn is not None and self._drawn[0] == epoch:
             return self._drawn[1]
         size, steps, drawn = self.recipe.local_batch_size, self.steps_per_epoch, self._draw(epoch)

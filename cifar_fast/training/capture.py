@@ -26,8 +26,9 @@ Make = Callable[..., tuple[Tensor, Tensor]]
 def prepare_step(setup: Setup) -> TrainingStep:
     """Return the training step, compiled and captured as `setup.execution` says; the weights stay as they are.
 
-    Where the compiler or the GPU refuses, the step runs without: a warning says so, and so does `setup.execution` from
-    then on. A field that is `on` in the recipe and impossible on the device causes a warning, too.
+    Where the compiler or the GPU refuses, the step runs without compilation or capture: a warning says so, and so does
+    `setup.execution` from then on. A field that is `on` in the recipe but impossible on the device also causes a
+    warning.
     """
     step, mode = setup.step(), setup.execution.step_mode
     for field in ("cuda_graph", "compile"):
@@ -107,7 +108,7 @@ def _capture(setup: Setup, step: TrainingStep) -> None:
 
 @dataclass(frozen=True)
 class BySide:
-    """Captured updates, of which each knows one size of the images; an eager one takes other sizes."""
+    """Captured updates, each for one size of the images; an eager one takes other sizes."""
 
     updates: dict[int, UpdateFunction]
     """By the side of the images in pixels."""
@@ -119,7 +120,7 @@ class BySide:
 
 
 def _makers(setup: Setup) -> dict[int, Make]:
-    """Return what makes a batch, by the side of its images in pixels, largest first."""
+    """Return the functions that make a batch, by the side of its images in pixels, largest first."""
     sides = {side for side, _ in _variants(setup)}
     return {side: partial(setup.batches.make, side) for side in sorted(sides, reverse=True)}
 

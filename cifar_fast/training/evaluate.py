@@ -15,7 +15,7 @@ from cifar_fast.hardware.numerics import HALF
 from cifar_fast.training.model import Network
 
 VIEWS = {"none": 1, "flip": 2, "flip_shift": 6}
-"""Times that each test-time augmentation shows an image to the network."""
+"""How many times each test-time augmentation shows an image to the network."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def score(logits: Tensor, labels: Tensor) -> Evaluation:
     cells = labels * n_classes + logits.argmax(1)
     counts = torch.zeros(n_classes**2, dtype=torch.float64, device=logits.device)
     counts.scatter_add_(0, cells, torch.ones_like(cells, dtype=torch.float64))
-    # One copy to the host for all figures: each makes it wait for a GPU.
+    # One copy to the host for all figures: each copy makes the host wait for a GPU.
     loss, *counted = torch.cat([F.cross_entropy(logits, labels).double()[None], counts]).tolist()
     confusion = torch.tensor(counted, dtype=torch.float64).long().reshape(n_classes, n_classes)
     return Evaluation(loss, confusion.diagonal().sum().item() / len(labels), confusion, logits)

@@ -1,4 +1,4 @@
-"""The few layers that torch lacks: ghost batch norm, a 3x3 convolution with its algorithm, whitening, a scale."""
+"""The few layers that torch lacks: ghost batch norm, a 3x3 convolution by several algorithms, whitening, a scale."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cifar_fast.hardware.numerics import HALF
 from cifar_fast.kernels import amx, fused, winograd
 
 MANY_GROUPS = 8
-"""From more groups than these, each is so small that a GPU had better normalise all of them at once."""
+"""With more groups than this, each is so small that a GPU does better to normalise all of them at once."""
 
 
 class GhostBatchNorm(nn.BatchNorm2d):
@@ -102,8 +102,8 @@ class GhostBatchNorm(nn.BatchNorm2d):
     def _move_statistics(self, means: Tensor, variances: Tensor, count: int | None = None) -> None:
         """Move the running statistics towards the mean of the groups' `means` and `variances`, (groups, C).
 
-        As in batch norm, the running variance is unbiased: variances that are not come with `count`, the number of
-        values behind each.
+        As in batch norm, the running variance is unbiased: biased variances come with `count`, the number of values
+        behind each.
         """
         self.running_mean.lerp_(means.mean(0), self.momentum)
         unbiased = variances.mean(0) if count is None else variances.mean(0) * (count / (count - 1))

@@ -54,16 +54,16 @@ def train(
         data: the training and test images.
         tricks: functions of your own in place of the recipe's.
         device: `cpu`, `cuda`, ... or None for the best one here.
-        seed: of the weights and of every random choice; `Seeds` to give each kind of choice its own.
+        seed: seed of the weights and of every random choice; `Seeds` to give each kind of choice its own.
         out: a new folder for logs and weights.
         save_logits: keep the logits of the last evaluation, in the result and in `out`.
         progress: whether to show epoch, time left and accuracy: as a bar, or as lines where there is no terminal.
-        expected_seconds: how long the run should take, for the time left until its own pace tells.
+        expected_seconds: how long the run should take; the time left rests on it until the run's own pace is known.
         started: when the command began (`time.time`), for `total_seconds`; None: now.
         on_epoch: called with the result of each epoch.
-        on_step: called with the number of steps done, and of all steps.
-        ranks: the processes that share this run (`distributed.launch` starts them). Each calls this function, rank 0
-            alone with `out`, and each gets the same result, with the clocks of rank 0.
+        on_step: called with the number of steps done and the number of all steps.
+        ranks: the processes that share this run (`distributed.launch` starts them). Each calls this function, only
+            rank 0 with `out`, and each gets the same result, with the clocks of rank 0.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -193,7 +193,7 @@ def train_epoch(
         losses.append(loss.clone())  # a captured step writes the next one to the same place
         correct.append(hits.clone())
         accuracy = None
-        if setup.device.type == "cpu":  # reading the loss makes a GPU wait: there once an epoch
+        if setup.device.type == "cpu":  # reading the loss makes a GPU wait, so there once an epoch
             require_finite(loss, step)
             accuracy = hits.item() / len(labels)
         after_step(accuracy)

@@ -31,7 +31,7 @@ class PiecewiseLinear:
 def lr_schedule(recipe: Recipe) -> PiecewiseLinear:
     """Return the learning rate, as a share of its peak, over time in epochs.
 
-    It rises, decays (with a second slope after the bend, if the recipe has one), and stays flat at the end.
+    It rises, decays (with two slopes, if the recipe says so), and stays flat at the end.
     """
     bend = ((recipe.epochs * recipe.bend_fraction, recipe.bend_lr_fraction),) if recipe.bend_fraction else ()
     points = (
@@ -66,8 +66,8 @@ def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
 def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
     """Return `orthogonalise` of each of `matrices`, (m, n), whose shapes may differ.
 
-    A GPU takes all of them in one batch, because many small kernels cost it more than arithmetic. A CPU takes those of
-    one shape together. Under autocast it keeps them in 16 bits throughout: converting the operands of each product
+    A GPU takes all of them in one batch, because many small kernels cost it more than the arithmetic. A CPU takes those
+    of one shape together. Under autocast it keeps them in 16 bits throughout: converting the operands of each product
     would take as long as the product.
     """
     if matrices[0].is_cuda:
@@ -161,8 +161,8 @@ class VelocitySGD(torch.optim.Optimizer):
 def as_matrix(bank: Tensor) -> Tensor:
     """Return a filter bank (K, C, H, W) as a matrix (K, C H W).
 
-    On a GPU its columns have the order that channels_last has in memory, so nothing is copied: the order of columns
-    changes nothing in what `orthogonalise` does to each.
+    On a GPU its columns have the order that channels_last has in memory, so nothing is copied: the order of the columns
+    does not change what `orthogonalise` does to each.
     """
     return (bank.permute(0, 2, 3, 1) if bank.is_cuda else bank).flatten(1)
 
@@ -215,7 +215,7 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Return the recipe's optimisers: SGD, and with `muon` a second one for the filters of the convolutions.
 
-    Each parameter group has its `peak_lr`; the group of the whitening bias has a `stop_epoch`, too.
+    Each parameter group has its `peak_lr`; the group of the whitening bias also has a `stop_epoch`.
     """
     learned = _by_group(model, muon=recipe.optimizer == "muon")
     weight_rates = {"lr": recipe.peak_lr, "weight_decay": recipe.weight_decay}
@@ -305,7 +305,7 @@ def keep_learning_rates_on(device: torch.device, optimizers: list[torch.optim.Op
 
 
 def fuse(optimizers: list[torch.optim.Optimizer]) -> None:
-    """Have torch's own optimisers step with one kernel a group; only that one reads a learning rate on a GPU."""
+    """Have torch's own optimisers step with one kernel per group; only fused ones read a learning rate on a GPU."""
     for group in _groups(optimizers):
         if "fused" in group:
             group["fused"] = True

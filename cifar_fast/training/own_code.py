@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME")
-"""Instructions of Python that look a global name up."""
+"""Instructions of Python's byte code that look up a global name."""
 
 
 def name_of(function: object) -> str:
@@ -135,7 +135,7 @@ def enumerate_names(values: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _is_open(value: object) -> bool:
-    """Return whether an object's fields tell all there is to it."""
+    """Return whether an object's fields are all there is to it."""
     if not hasattr(value, "__dict__") or isinstance(value, Tensor | ModuleType):
         return False
     return isinstance(value, nn.Module) or dataclasses.is_dataclass(value) or not is_installed(type(value).__module__)
@@ -151,7 +151,7 @@ class Code:
     function: str
     """Its name."""
     fingerprint: str
-    """Sixteen hexadecimal digits; another source, or another constant that it refers to, gives others."""
+    """Sixteen hexadecimal digits; another source, or another constant that it refers to, gives other digits."""
     source: str
     """The source of the function, and of all of the reader's own functions and classes that it refers to."""
 
@@ -257,7 +257,7 @@ class _Reader:
         self._feed(type(value).__module__)
         try:
             self.hash.update(cloudpickle.dumps(value))
-        except Exception:  # it cannot travel either, which is told where it has to
+        except Exception:  # it cannot travel either, which is reported where it has to
             return
 
 
@@ -313,7 +313,7 @@ class _Pickler(cloudpickle.Pickler):
 def pack(value: object) -> bytes:
     """Return `value` as bytes for `pickle.loads` in another process, with the code that it could not import there.
 
-    Raises whatever the object raises that cannot be pickled; `obstacle` says which one that is.
+    Raises whatever an object that cannot be pickled raises; `obstacle` says which object that is.
     """
     with io.BytesIO() as file:
         _Pickler(file).dump(value)

@@ -26,7 +26,7 @@ _BATCH = 500  # pictures read and predicted at a time, so that a large folder ne
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a network says of named images."""
+    """What a network says about named images."""
 
     names: Sequence[str]
     """The path of each picture, or its place in a data set, such as "test[17]"."""
@@ -42,7 +42,7 @@ class Predictions:
         return Counter(self.classes[label] for label in self.probabilities.argmax(1).tolist())
 
     def rows(self, *, with_all: bool = False) -> list[dict[str, Any]]:
-        """Return for each image path, class and probability, and whether it is right, where its label is known.
+        """Return each image's path, class and probability, and whether the class is right, where the label is known.
 
         `with_all` adds the probability of every class, as `probabilities`.
         """
@@ -60,7 +60,7 @@ class Predictions:
 
 
 def check_target(path: Path) -> None:
-    """Raise `UserError` if predictions cannot be written to `path`: before they are made, which may take long."""
+    """Raise `UserError` if predictions cannot be written to `path`: before they are made, which may take a while."""
     if path.suffix.lower() not in (".csv", ".json"):
         raise UserError(f"--out {path} must end in .csv or .json, which says how it is written")
     if path.is_dir():
@@ -80,7 +80,7 @@ def write_predictions(predictions: Predictions, path: Path, *, with_all: bool = 
     rows = predictions.rows(with_all=with_all)
     text = json.dumps(rows, indent=1) + "\n" if path.suffix.lower() == ".json" else _as_csv(rows)
     try:
-        # A path may hold bytes that are no text in this encoding; they are written as they are.
+        # A path may hold bytes that are not text in this encoding; they are written as they are.
         with written_whole(path) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
     except OSError as error:
@@ -136,7 +136,7 @@ def predict_pictures(
 def labels_of(paths: Sequence[Path], classes: Sequence[str]) -> list[int]:
     """Return the label of each picture: its class is the name of the folder that it lies in.
 
-    Raises `UserError` if a folder has the name of no class.
+    Raises `UserError` if the name of a folder is not that of a class.
     """
     known = {name: label for label, name in enumerate(classes)}
     folders = {path: path.absolute().parent.name for path in paths}

@@ -1,6 +1,6 @@
 """Shows how far a training run is: a bar on a terminal or in a notebook, a plain line every ten seconds elsewhere.
 
-In a notebook the bar ends as a line that says what came out, so that a stored notebook has no dead bar.
+In a notebook the bar ends as a line that gives the result, so that a stored notebook has no dead bar.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from cifar_fast.training.evaluate import VIEWS
 from cifar_fast.training.result import EpochResult
 
 LINE_SECONDS = 10.0
-"""Seconds between two lines where the output is no terminal."""
+"""Seconds between two lines where the output is not a terminal."""
 UNSURE = 0.25
 """Share of the test images that get test-time augmentation where `tta_margin` leaves out the others: a guess."""
 TRUSTED = 0.2
 """Share of the work after which the time left follows from this run's own pace alone."""
 BAR_CELLS = 20
 BAR_SECONDS = 0.25
-"""Seconds at least between two drawings of a notebook's bar."""
+"""The least time, in seconds, between two drawings of a notebook's bar."""
 
 
 def views_per_image(recipe: Recipe, epoch: int) -> float:
-    """Return how many views of each test image are evaluated after `epoch`, counted from 0: a mean."""
+    """Return how many views of each test image are evaluated after `epoch`, counted from 0, on average."""
     if epoch + 1 < math.ceil(recipe.epochs):
         return 1.0
     return float(VIEWS[recipe.tta]) if recipe.tta_margin >= 1 else 1 + UNSURE * VIEWS[recipe.tta]
@@ -69,9 +69,9 @@ class Progress:
             recipe: what is trained.
             data: what it is trained on.
             title: what to call the run.
-            seed: of the run, which the line that ends a notebook's bar names; None: nothing is said of it.
+            seed: the run's seed, which the line that ends a notebook's bar names; None: the line names no seed.
             show: False shows nothing.
-            expected_seconds: how long the run should take, for the time left until its own pace tells.
+            expected_seconds: how long the run should take; the time left rests on it until the run's own pace is known.
             stream: where to write; None: standard error.
             clock: tells the time in seconds.
         """
@@ -122,14 +122,14 @@ class Progress:
             self._cell.end(stopped if error else self._outcome())
 
     def _outcome(self) -> str:
-        """Return the line that ends a notebook's bar. It begins like that, too: to compare outputs, nbval reads the
-        first form of an output, and a reader sees the last.
+        """Return the line that ends a notebook's bar. The bar also begins as such a line: to compare outputs, nbval
+        reads the first form of an output, and a reader sees the last.
         """
         accuracy, seconds = (self._last.test_accuracy, self._last.train_seconds) if self._last else (0.0, 0.0)
         return f"{self._named}: {percent(accuracy)} after {seconds:.1f} s of training"
 
     def step(self, done: int, accuracy: float | None = None) -> None:
-        """Note that `done` steps are done in all, the last with that share of its batch right, if that is known."""
+        """Note that `done` steps are done in all, the last with this `accuracy` on its batch, if that is known."""
         for number in range(self._steps, done):
             self._work += self._step_work[number // self._steps_per_epoch]
         if accuracy is not None:
@@ -155,7 +155,7 @@ class Progress:
         self.tick()
 
     def tick(self) -> None:
-        """Write a line if the output is no terminal and the last one is ten seconds old."""
+        """Write a line if the output is not a terminal and the last line is ten seconds old."""
         if self._show and self._bar is self._cell is None and self._clock() - self._last_line >= LINE_SECONDS:
             self._write()
 
@@ -204,7 +204,7 @@ class CellBar:
         self._shown = -math.inf
 
     def show(self, share: float, text: str) -> None:
-        """Draw the bar with that share done, and `text` behind it, unless it was drawn a moment ago."""
+        """Draw the bar with that share done, and `text` after it, unless it was drawn a moment ago."""
         if (now := time.monotonic()) - self._shown >= BAR_SECONDS:
             self._shown = now
             full = round(share * BAR_CELLS)

@@ -54,11 +54,11 @@ class EpochResult:
 
 @dataclass(repr=False)
 class RunResult:
-    """A finished training run. It prints as a few lines, in a notebook as a table."""
+    """A finished training run. It prints as a few lines, or as a table in a notebook."""
 
     recipe: Recipe
     dataset: dict[str, Any]
-    """`name`, `fingerprint`, `n_train`, `n_test`, `classes`; of a subset also `subset`."""
+    """`name`, `fingerprint`, `n_train`, `n_test`, `classes`; for a subset, also `subset`."""
     environment: dict[str, Any]
     """Hardware, versions, numerics, step mode and processes, from `Setup.environment`."""
     seed: int | Seeds
@@ -267,7 +267,7 @@ def tricks_file(tricks: Mapping[str, Any]) -> str:
 
 
 class MissingModel:
-    """Stands for the network of a run whose `model` function is not at hand; whoever uses it is told what to do."""
+    """Stands in for the network of a run whose `model` function is not at hand; whoever uses it is told what to do."""
 
     def __init__(self, function: str, where: object) -> None:
         self._advice = (
@@ -293,7 +293,7 @@ def load_run(path: Path | str, *, tricks: Tricks | None = None) -> RunResult:
     Args:
         path: the folder.
         tricks: those that the run was trained with, if their `model` built its network. Without them the result has
-            everything but the network, and says so when it is used. A warning tells if the function is not the same.
+            everything but the network, and says so when it is used. A warning follows if the function is not the same.
 
     Raises:
         RunError: the folder is incomplete, or the weights do not fit.
@@ -305,7 +305,7 @@ def load_run(path: Path | str, *, tricks: Tricks | None = None) -> RunResult:
         indices = torch.from_numpy(np.load(folder / INDICES)) if (folder / INDICES).exists() else None
     except FileNotFoundError as error:
         raise RunError(f"{folder} is not a finished run ({error}); train it again to another folder") from error
-    except (OSError, EOFError, ValueError, SafetensorError) as error:  # also what is not JSON or no array
+    except (OSError, EOFError, ValueError, SafetensorError) as error:  # also what is not JSON or not an array
         raise RunError(f"the run in {folder} cannot be read: {error}; train it again") from error
     logits, labels = load_logits(folder / LOGITS) if (folder / LOGITS).exists() else (None, None)
     try:

@@ -16,12 +16,12 @@ class Seeds:
     """
 
     start: int = 0
-    """Of the weights before training."""
+    """Seed of the weights before training."""
     order: int = 0
-    """Of the order in which the images come."""
+    """Seed of the order in which the images come."""
     augmentation: int = 0
-    """Of crops, mirroring, cutout and colour jitter, so that an image looks the same in the same epoch, whatever the
-    order; and of all that a reader's own functions draw while they train, dropout for instance."""
+    """Seed of crops, mirroring, cutout and colour jitter, so that an image looks the same in the same epoch, whatever
+    the order; and of all that a reader's own functions draw while they train, dropout for instance."""
 
     def __post_init__(self) -> None:
         """Raise `UserError` for a negative seed."""

@@ -65,8 +65,8 @@ def agree_on_execution(
 ) -> Execution:
     """Have all ranks check that they train the same thing, and choose how, in one exchange.
 
-    Raises `UserError` on every rank if one was started with another recipe, data set, seed or other tricks than rank 0.
-    Warns if the recipe asks for a precision that cannot be had.
+    Raises `UserError` on every rank if the recipe, data set, seed or tricks of one differ from those of rank 0.
+    Warns if the recipe asks for a precision that is not available.
     """
     mine = {
         "recipe": recipe.to_dict(),
@@ -92,7 +92,7 @@ def _require_same_start(reports: Sequence[Mapping[str, Any]]) -> None:
         for name, expected in reports[0].items():
             if report[name] != expected:
                 raise UserError(
-                    f"rank {rank} was started with another {name} than rank 0: {report[name]}, where rank 0 has "
+                    f"rank {rank} was started with a different {name} from rank 0: {report[name]}, where rank 0 has "
                     f"{expected}; start all ranks with the same command and the same data"
                 )
 
@@ -151,7 +151,7 @@ class Setup:
         )
 
     def environment(self) -> dict[str, Any]:
-        """Return what the results of this set-up stand on: hardware, versions, numerics, step mode, processes."""
+        """Return what the results of this set-up rest on: hardware, versions, numerics, step mode, processes."""
         processes = {"world_size": self.ranks.world_size, "backend": self.ranks.backend}
         return environment(self.device) | self.execution.describe() | processes
 
@@ -173,7 +173,7 @@ def set_up(
         data: its images and labels; the ranks share the training set.
         execution: how it is computed.
         device: where.
-        seed: of the weights and of every random choice; `Seeds` to give each kind of choice its own.
+        seed: seed of the weights and of every random choice; `Seeds` to give each kind of choice its own.
         ranks: the processes that share the work; all start from rank 0's weights.
         tricks: the reader's own parts; those that are missing are the recipe's.
 

@@ -27,9 +27,9 @@ from cifar_fast.training.model import Network
 from cifar_fast.training.optim import set_learning_rates
 
 UpdateFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Images (N, 3, H, W), normalised, and labels int64 (N,) to the mean loss and the number of correct predictions."""
+"""From normalised images (N, 3, H, W) and int64 labels (N,) to the mean loss and the number of correct predictions."""
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""Logits (N, classes) and labels, int64 (N,) or probabilities (N, classes), to the loss of each image or their mean."""
+"""From logits (N, classes) and labels, int64 (N,) or probabilities (N, classes), to each image's loss or the mean."""
 
 
 @dataclass
@@ -102,7 +102,7 @@ class Update:
         half_precision = self.dtype in HALF
         loss, correct = forward_backward(self.model, images, labels, self.recipe, self.dtype, self.loss)
         fill_in_zeros(self.model)
-        # Nobody knows how large the gradients of a stranger's loss are: float16 might not hold them.
+        # Nobody knows how large the gradients of a reader's own loss are: float16 might not hold them.
         send_half = half_precision and not self.own & {"model", "loss"}
         if self.gradients is None:
             self.ranks.average_gradients(self.model, half_precision=send_half, scale=len(images))
@@ -126,7 +126,7 @@ class Update:
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """The recipe's loss: the cross entropy of each image with its label, of which smoothing gives a share to all."""
+    """The recipe's loss: each image's cross entropy with its label, a share of which smoothing gives to all classes."""
 
     label_smoothing: float = 0.0
 
@@ -149,8 +149,8 @@ def forward_backward(
         model: the network.
         images: (N, 3, H, W), normalised.
         labels: int64 (N,), or probabilities (N, classes).
-        recipe: `micro_batch_size`: that many images' activations exist at a time, and the gradients of all of them add
-            up to the same.
+        recipe: with a `micro_batch_size`, only that many images' activations exist at a time; the gradients add up to
+            the same.
         dtype: the number format of the convolutions.
         loss_function: from logits and labels to each image's loss, or to their mean; None: the recipe's.
 

@@ -37,7 +37,7 @@ Schedule = Callable[[float], float]
 PARTS = ("model", "optimizers", "loss", "augment", "schedule", "on_epoch", "on_step")
 """The fields of `Tricks` that hold functions."""
 NAMED = 5
-"""Parameters that an error names at most."""
+"""The most parameters that an error names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Tricks:
     schedule: Schedule | None = None
     """`schedule(epoch)` returns the factor of every learning rate at a time in epochs, such as 2.5."""
     on_epoch: Callable[[EpochResult, TrainingStep], None] | None = None
-    """Called on every process after each epoch and its evaluation; what it takes counts for `total_seconds` alone."""
+    """Called on every process after each epoch and its evaluation; its time counts towards `total_seconds` alone."""
     on_step: Callable[[TrainingStep], None] | None = None
     """Called on every process after each step, within `train_seconds`: `step.done`, `step.model`, `step.optimizers`.
     What it changes, it must change alike on every process."""
@@ -97,7 +97,7 @@ class Tricks:
             if value is not None and not callable(value):
                 raise TricksError(f"{part}={value!r} must be a function; write {part}=my_function, without a call")
         if not isinstance(self.name, str):
-            raise TricksError(f"name={self.name!r} must be a text")
+            raise TricksError(f"name={self.name!r} must be a string")
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel with the description: the source of a notebook cell cannot be found in another process."""
@@ -114,7 +114,7 @@ class Tricks:
         return replace(self, **changes, name=other.name or self.name)
 
     def without_callbacks(self) -> Tricks:
-        """Return what decides the computation alone."""
+        """Return only the parts that decide the computation."""
         return replace(self, on_epoch=None, on_step=None)
 
     def titled(self, recipe: Recipe) -> str:
@@ -144,7 +144,7 @@ class Tricks:
         if self.augment:
             changes |= {"crop_padding": 0, "flip": "none", "cutout": 0, "color_jitter": 0.0}
         if self.model:
-            # A stranger's layers may need contiguous images (`view`), and none of our kernels knows them.
+            # A reader's own layers may need contiguous images (`view`), and none of our kernels knows them.
             changes |= {"channels_last": False, "convolution": "direct", "fuse_norm": False}
         if (self.model or self.loss) and recipe.n_shards > 1:
             # Batch norms and losses of the reader's own see one shard at a time, as on `n_shards` processes.
@@ -263,7 +263,7 @@ def require_optimizers(found: object, model: nn.Module) -> list[Optimizer]:
     held = Counter(id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"])
     names = {id(p): name for name, p in model.named_parameters()}
     if strangers := len(held.keys() - names.keys()):
-        raise TricksError(f"`optimizers` holds {strangers} tensors that are no parameters of the model it was given")
+        raise TricksError(f"`optimizers` holds {strangers} tensors that are not parameters of the model it was given")
     times = {name: held[id(p)] for name, p in model.named_parameters() if p.requires_grad}
     if missing := [name for name, count in times.items() if count == 0]:
         raise TricksError(

@@ -318,7 +318,7 @@ def test_airbenchs_table_is_read(gpu: ModuleType) -> None:
         ["-" * 80, head, "-" * 80, *("|" + "|".join(f"  {cell:>8}  " for cell in row) + "|" for row in rows)]
     )
     assert gpu.read_airbench(table) == {"accuracy": 0.9405, "train_seconds": 3.20, "with_tta_seconds": 3.25}
-    with pytest.raises(UserError, match="another table"):
+    with pytest.raises(UserError, match="a different table"):
         gpu.read_airbench("|  something else  |")
 
 

@@ -419,7 +419,7 @@ def test_two_hosts_train_together(two_hosts, arguments, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "are set, but MASTER_ADDR and MASTER_PORT not: start with torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "are set without MASTER_ADDR and MASTER_PORT: start with torchrun"),
         ({"RANK": "zero", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, "must be whole numbers"),
         ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two' must be the number"),
     ],

@@ -105,7 +105,7 @@ def test_ranks_started_alike_agree(pair):
 def test_a_rank_that_was_started_differently_is_named_on_every_rank(four, different):
     errors = four.run(tasks.agree_on_execution, different)
     assert len(set(errors)) == 1
-    assert errors[0].startswith(f"rank 3 was started with another {different} than rank 0: ")
+    assert errors[0].startswith(f"rank 3 was started with a different {different} from rank 0: ")
     if different == "seed":
         assert "5, where rank 0 has 0; start all ranks with the same command" in errors[0]
 

@@ -47,7 +47,7 @@ def test_a_cpu_does_neither() -> None:
     mode = choose_step_mode(AUTO, CPU)
     assert not mode.cuda_graph and not mode.compile
     assert [reason.split(":")[0] for reason in mode.reasons] == ["no cuda_graph", "no compile"]
-    assert all("no CUDA GPU" in reason for reason in mode.reasons)
+    assert all("not a CUDA GPU" in reason for reason in mode.reasons)
 
 
 def test_gloo_rules_out_a_capture_and_changing_resolutions_rule_out_nothing(has_compiler: None) -> None:

@@ -65,5 +65,5 @@ def test_a_last_batch_that_is_not_full_is_dropped_as_in_training(tiny_data: Data
 
 @pytest.mark.parametrize("change", [{"flip": "alternating"}, {"cutout": 4}, {"color_jitter": 0.1}])
 def test_augmentation_that_torchvision_lacks_is_refused(tiny_data: Dataset, change: dict) -> None:
-    with pytest.raises(UserError, match="cannot all be had of torchvision's transforms"):
+    with pytest.raises(UserError, match="torchvision's transforms cannot do all of"):
         data_loader(tiny_data, replace(RECIPE, **change))

@@ -226,7 +226,7 @@ def wide(recipe: Recipe, n_classes: int) -> nn.Module:
         (Tricks(optimizers=half), r"`optimizers` misses block2a.conv.weight, .*block3a.conv.weight and 3 more"),
         (Tricks(optimizers=lambda m, r: [adam(m, r), adam(m, r)]), "more than once: each step would move them twice"),
         (Tricks(optimizers=lambda m, r: [torch.optim.LBFGS(m.parameters())]), "LBFGS needs closure for a step"),
-        (Tricks(optimizers=lambda m, r: adam(wide(r, 10), r)), "2 tensors that are no parameters of the model"),
+        (Tricks(optimizers=lambda m, r: adam(wide(r, 10), r)), "2 tensors that are not parameters of the model"),
         (Tricks(optimizers=lambda m, r: [0.1]), "`optimizers` returned float; it must return a list of Optimizers"),
         (Tricks(loss=lambda logits, labels: logits), r"the loss returned \(32, 10\) for 32 images"),
         (Tricks(loss=lambda logits, labels: F.cross_entropy(logits, labels).item()), "the loss returned float"),

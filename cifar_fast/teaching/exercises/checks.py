@@ -212,7 +212,7 @@ def _does_nothing(answer: Any) -> bool:
 
 
 def _watched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, which now says so where it gives nothing back."""
+    """Return the function, wrapped so that it says so when it gives nothing back."""
 
     @functools.wraps(function)
     def watched(*args: Any, **options: Any) -> Any:

@@ -25,7 +25,7 @@ def _largest(dtype: torch.dtype) -> float:
     minutes=5,
     hints=(
         "Convert whole numbers to dtype and back to float64, and look for the first that changes.",
-        "float32 has all numbers far beyond a million, so a search one by one is slow. Where must the gap begin?",
+        "float32 has all whole numbers far beyond a million, so a search one by one is slow. Where must the gap begin?",
         "With p significant bits all numbers up to 2**p exist; the next one does not. finfo(dtype).eps is 2**(1 - p).",
     ),
     wrong=(_last_without_a_gap, _largest),

@@ -1,4 +1,4 @@
-"""Asks for the exercises of notebook 08: patch whitening."""
+"""Checks the exercises of notebook 08: patch whitening."""
 
 from __future__ import annotations
 

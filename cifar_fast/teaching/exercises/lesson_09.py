@@ -1,4 +1,4 @@
-"""Asks for the exercises of notebook 09: schedules and optimisers."""
+"""Checks the exercises of notebook 09: schedules and optimisers."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def _last_part(model: nn.Module, images: Tensor, labels: Tensor, n_parts: int) -
     returns_nothing=True,
 )
 def accumulate(answer: Callable[[nn.Module, Tensor, Tensor, int], Any]) -> None:
-    """Compare with one backward pass over the whole batch, and look whether no pass saw more than a part."""
+    """Compare with one backward pass over the whole batch, and check that no pass saw more than a part."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(12, 3, 4, 4, dtype=torch.float64, generator=generator)
     labels = torch.arange(12) % 10

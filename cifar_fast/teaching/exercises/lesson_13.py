@@ -90,7 +90,7 @@ def some_grey(answer: Callable[[Tensor, Tensor, torch.Generator, float], Any]) -
         expect_close(run(0, 1.0), grey, "with share=1, an image")
         first, again, other = run(0, 0.25), run(0, 0.25), run(1, 0.25)
     if not torch.equal(first, again) or torch.equal(first, other):
-        raise Wrong("the same generator should choose the same images, and another one others")
+        raise Wrong("the same generator should choose the same images, and another one should choose others")
     is_grey = torch.isclose(first, grey, atol=1e-6).flatten(1).all(1)
     if not torch.equal(torch.where(is_grey[:, None, None, None], images, first), images):
         raise Wrong("an image should be either grey or as it was")

@@ -8,10 +8,10 @@ Answer = float | str | bool
 
 
 def compare(prediction: Answer | None, answer: Answer, *, within: float = 0.0, unit: str = "") -> None:
-    """Print whether a prediction is right; without one ask for it, and keep the answer.
+    """Print whether a prediction is right; without one, ask for it and withhold the answer.
 
-    `within`: how far off a number may be, in the answer's `unit`. Raises `UserError` for a prediction of another kind
-    than the answer.
+    `within`: how far off a number may be, in the answer's `unit`. Raises `UserError` for a prediction of a different
+    kind from the answer.
     """
     if prediction is None:
         print("First predict: put your answer in place of None and run the cell again.")
