@@ -1163,7 +1163,7 @@ def in_words(seconds: float) -> str:
 
 def class_table(found: Evaluation, classes: Sequence[str]) -> str:
     """Return, for each class, its accuracy and the three classes that the model most often mistakes it for."""
-    rows = [("class", "images", "accuracy", "taken for")]
+    rows = [("class", "images", "accuracy", "confused with")]
     for label, counts in enumerate(found.confusion.tolist()):
         others = sorted(
             (other for other in range(len(classes)) if other != label and counts[other]),

@@ -356,7 +356,7 @@ def turns(seconds: Mapping[str, Sequence[float]], *, where: str) -> Picture:
     """Draw how fast ways of doing the same work are, relative to the first: a dot for each round, a bar for the median.
 
     Args:
-        seconds: by the way's name, what `timing.in_turns` measured, at most ten ways.
+        seconds: by the way's name, what `clock.in_turns` measured, at most ten ways.
         where: the machine, for the title.
 
     Returns:
@@ -629,7 +629,7 @@ def published_ladder(rungs: Sequence[Rung], seconds: Mapping[str, float] = LADDE
     """Draw the published seconds of the ladder's rungs, split into epochs and seconds an epoch.
 
     Args:
-        rungs: as `recipe.ladder` gives them, in order.
+        rungs: as `recipes.ladder` gives them, in order.
         seconds: by the name of the rung's recipe; those that have none are not drawn.
 
     Returns:
@@ -673,7 +673,7 @@ def records(published: Sequence[Record]) -> Picture:
     """Draw published times to 94 %, a row each, the oldest at the top; the axis of seconds is logarithmic.
 
     Args:
-        published: at least one, for instance `report.RECORDS`.
+        published: at least one, for instance `published.RECORDS`.
 
     Returns:
         The figure; marker and colour show what each was measured on.
