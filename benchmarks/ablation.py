@@ -11,9 +11,9 @@ unchanged recipe from folders that `cifar-fast train --out` has written.
 """
 
 import argparse
-import json
 from pathlib import Path
 
+import runs_file
 from revision import commit
 
 from cifar_fast import recipes
@@ -93,17 +93,14 @@ def trained(folders: list[Path], recipe: Recipe, data: Dataset) -> list[RunResul
 def save_run(results: Path, arm: str, result: RunResult, data: Dataset, busy: bool) -> None:
     """Append the run (for the unchanged recipe, also with each other kind of TTA) and rewrite the table."""
     lines = [line(arm, result), *(tta_lines(result, data) if arm == AS_IT_IS else [])]
-    with open(results, "a") as file:
-        file.write("".join(json.dumps(without_clocks(run) if busy else run) + "\n" for run in lines))
+    runs_file.append(results, [without_clocks(run) if busy else run for run in lines])
     write_table(results)
     print(f"{arm}, seed {result.seed}: {100 * result.accuracy:.2f} %, {result.train_seconds:.0f} s", flush=True)
 
 
 def done(results: Path, recipe: Recipe) -> set[tuple[str, int]]:
     """Return the saved arms and seeds; exit when they were measured with another recipe."""
-    if not results.exists():
-        return set()
-    lines = [json.loads(text) for text in results.read_text().splitlines()]
+    lines = runs_file.read(results)
     for there in lines:
         if there["arm"] == AS_IT_IS and (changes := changed_fields(Recipe.from_dict(there["recipe"]), recipe)):
             raise SystemExit(f"error: {results} was measured with another recipe ({changes}); choose another --out")
@@ -113,8 +110,7 @@ def done(results: Path, recipe: Recipe) -> set[tuple[str, int]]:
 def write_table(results: Path) -> None:
     """Rewrite table.txt from all saved runs."""
     arms: dict[str, list[dict]] = {}
-    for text in results.read_text().splitlines():
-        run = json.loads(text)
+    for run in runs_file.read(results):
         arms.setdefault(run["arm"], []).append(run)
     if AS_IT_IS in arms:
         ordered = {AS_IT_IS: arms.pop(AS_IT_IS), **arms}

@@ -10,10 +10,10 @@ The rung that adds test-time augmentation needs no training of its own: it evalu
 """
 
 import argparse
-import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+import runs_file
 from ablation import line, without_clocks
 
 from cifar_fast import recipes
@@ -32,9 +32,7 @@ from cifar_fast.training.result import RunResult
 
 def done(results: Path, data: Dataset) -> set[tuple[str, float, int]]:
     """Return the rung, epochs and seed of every saved run; raise `UserError` if one is not of this ladder and data."""
-    if not results.exists():
-        return set()
-    runs = [json.loads(text) for text in results.read_text().splitlines()]
+    runs = runs_file.read(results)
     for run in runs:
         arm = recipes.classroom_arms(run["recipe"]["epochs"]).get(run["arm"])
         if arm is None or arm.recipe != Recipe.from_dict(run["recipe"]):
@@ -70,8 +68,7 @@ def train_rungs(
             found = evaluate_as_trained(result, data, top.recipe.tta)
             changed = {"accuracy": found.accuracy, "loss": found.loss, "recipe": top.recipe.to_dict()}
             lines.append(line(top.recipe.name, result) | flop | changed)
-        with open(results, "a") as file:
-            file.write("".join(json.dumps(run if quiet else without_clocks(run)) + "\n" for run in lines))
+        runs_file.append(results, [run if quiet else without_clocks(run) for run in lines])
         print(f"{rung.recipe.name}, {epochs:g} epochs, seed {seed}: {100 * result.accuracy:.2f} %", flush=True)
         if on_run:
             on_run(result)
@@ -79,7 +76,7 @@ def train_rungs(
 
 def show(results: Path) -> None:
     """Write what the saved runs say to table.txt, and draw it in curves.png."""
-    runs = [json.loads(text) for text in results.read_text().splitlines()]
+    runs = runs_file.read(results)
     if ladder_runs(runs):
         write_text(results.parent / "table.txt", ladder_table(runs) + "\n")
         with written_whole(results.parent / "curves.png") as temporary:

@@ -75,6 +75,7 @@ from pathlib import Path
 from typing import Any
 
 import needs
+import runs_file
 from revision import commit
 
 
@@ -557,9 +558,8 @@ def read_folders(folders: Mapping[str, Path]) -> dict[str, Any] | None:
 
 def read_ladder(results: Path) -> dict[str, Any] | None:
     """Return how many runs of each rung of the classroom ladder are saved, and its gain in words; None for no run."""
-    if not results.exists():
+    if not (runs := runs_file.read(results)):
         return None
-    runs = [json.loads(line) for line in results.read_text().splitlines()]
     counts = Counter(run["arm"] for run in runs)
     gains = {name: " ".join(gain(name, runs).sentences()) for name in counts if name != "plain"}
     return {"about": about(runs[-1]), "runs": counts, "gains": gains}

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import runs_file
 from ablation import AS_IT_IS, done, line, without_clocks, write_table
 
 from cifar_fast import recipes
@@ -63,10 +64,9 @@ def candidate(recipe: Recipe, changes: str) -> Recipe:
 
 def require_same_data(results: Path, data: Dataset) -> None:
     """Raise `UserError` when `results` holds runs that were scored on other images."""
-    if results.exists():
-        there = json.loads(results.read_text().splitlines()[0])["dataset"]
-        if there != data.describe():
-            raise UserError(f"{results} was scored on other images ({there['fingerprint']}); choose another --out")
+    saved = runs_file.read(results)
+    if saved and (there := saved[0]["dataset"]) != data.describe():
+        raise UserError(f"{results} was scored on other images ({there['fingerprint']}); choose another --out")
 
 
 def main() -> None:
@@ -96,8 +96,7 @@ def main() -> None:
                 continue
             result = train(arm_recipe, data, seed=seed)
             run = line(arm, result)
-            with open(results, "a") as file:
-                file.write(json.dumps(without_clocks(run) if options.busy else run) + "\n")
+            runs_file.append(results, [without_clocks(run) if options.busy else run])
             write_table(results)
             print(f"{arm}, seed {seed}: {100 * result.accuracy:.2f} %, {result.train_seconds:.0f} s", flush=True)
 

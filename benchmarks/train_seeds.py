@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import runs_file
 from matplotlib.figure import Figure
 from revision import commit
 
@@ -42,9 +43,9 @@ def summarise(runs: list[dict]) -> dict:
 
 def require_same_kind(run: dict, results: Path) -> None:
     """Stop when `results` holds runs of another recipe, data set or processor: no mean may mix them with `run`."""
-    if not results.exists():
+    if not (runs := runs_file.read(results)):
         return
-    there = json.loads(results.read_text().splitlines()[0])
+    there = runs[0]
     # Compared as recipes, so that a field that is newer than the file counts as its default.
     before, now = (Recipe.from_dict(each["recipe"]) for each in (there, run))
     if before != now:
@@ -84,9 +85,8 @@ def main() -> None:
             if not results.exists():
                 for name in ("timing_log.tsv", "learning_curve.png"):
                     shutil.copy(folder / name, arguments.out / name)
-            with results.open("a") as lines:
-                lines.write(json.dumps(run) + "\n")
-    runs = [json.loads(line) for line in results.read_text().splitlines()]
+            runs_file.append(results, [run])
+    runs = runs_file.read(results)
     (arguments.out / "summary.json").write_text(json.dumps(summarise(runs), indent=2) + "\n")
     draw_beside_published(runs).savefig(arguments.out / "accuracy_and_time.png")
     print(json.dumps(summarise(runs), indent=2))
