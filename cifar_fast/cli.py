@@ -531,16 +531,17 @@ class Predict:
     def run(self) -> int:
         """Predict the pictures, then print a line for each or write them all."""
         from cifar_fast.training.predict import Predictions, check_target, write_predictions
+        from cifar_fast.training.pretrained import pretrained
 
         named = bool(self.paths) and is_network(self.paths[0])
-        network, images = (self.paths[0], self.paths[1:]) if named else (Path("laptop"), self.paths)
+        images = self.paths[1:] if named else self.paths
         if not images:
             raise UserError("no picture is named: cifar-fast predict [RUN|NAME] PICTURE|FOLDER [...]")
         if self.all and not self.out:
             raise UserError("--all says what is written to --out: name a file with --out")
         if self.out:
             check_target(self.out)
-        result = trained_network(network)
+        result = trained_network(self.paths[0]) if named else pretrained("laptop").run
         classes = result.dataset["classes"]
         if not 1 <= self.top <= len(classes):
             raise UserError(f"--top {self.top} must be from 1 to {len(classes)}, the number of classes")
