@@ -10,12 +10,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean, median
 from types import SimpleNamespace
 
 import pytest
+from cells import run_cell
 from packaging.requirements import Requirement
 from PIL import Image
 
@@ -210,6 +212,31 @@ def test_commands_on_a_page_are_commands_with_options_that_exist(page, capsys):
                 continue
             assert re.search(rf"\b{name}\b", known), found
             assert cli.parse([name, *options]), found
+
+
+def test_the_readmes_python_runs(tiny_data, tmp_path, monkeypatch, capsys):
+    import cifar_fast as cf
+    from cifar_fast.experiments.compare import compare
+
+    small = cf.replace(
+        cf.recipes.smoke(),
+        n_shards=1,
+        widths=(4, 4, 4),
+        epochs=1.0,
+        label_smoothing=0.1,
+        precision="float32",
+        convolution="direct",  # named, so that nothing is measured first
+        fuse_norm=False,
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cf, "load_cifar10", lambda: tiny_data)
+    monkeypatch.setattr(cf, "compare", partial(compare, max_runs=5, progress=False))
+    monkeypatch.setattr(cf.recipes, "laptop", lambda: small)
+    blocks = ["\n".join(lines) for _, lines in code_blocks()]
+    first, second = [code for code in blocks if "import cifar_fast as cf" in code or "def focal" in code]
+    run_cell(second, **run_cell(first))
+    printed = capsys.readouterr().out
+    assert (tmp_path / "curve.png").exists() and re.match(r"[\d.]+ [\d.]+\n", printed) and "focal loss" in printed
 
 
 def test_readme_tables_name_every_notebook_and_every_recipe_outside_the_ladder():
