@@ -327,6 +327,13 @@ def test_the_table_of_the_ladder_says_what_was_measured():
                 f"`{name}` | {found.title} | {found.epochs:g} | {len(found.differences)} | "
                 f"{found.points:+.2f} ({low:+.2f} to {high:+.2f})"
             ) in rows
+    curves = rungs.curves(runs)
+    plain, top = curves["plain"][-1], curves["tta"][0]
+    told = [f"{100 * point.mean:.1f} % with {point.flop / 1e12:.{digits}f}" for point, digits in ((plain, 0), (top, 1))]
+    assert (
+        f"the plain recipe reaches {told[0]} TFLOP (n = {len(plain.accuracy)}), and all tricks together {told[1]} "
+        f"(n = {len(top.accuracy)})"
+    ) in (ROOT / "README.md").read_text()
     worth = {name: f"{rungs.gain(name, runs).points:.1f}" for name in ("muon", "whitening", "schedule", "tta")}
     said = "Muon is worth {muon} points, whitening {whitening}, a schedule {schedule}, TTA {tta}".format(**worth)
     assert said in (ROOT / "README.md").read_text()
