@@ -100,3 +100,12 @@ def test_every_network_that_ships_reaches_what_its_file_says(real_data):
         assert evaluate(found.model, images, labels).accuracy == pytest.approx(found.checked_accuracy, abs=0.0015)
         values = json.loads((module.WEIGHTS / f"{name}.json").read_text())
         assert abs(values["accuracy"] - values["run"]["accuracy"]) < 0.003
+
+
+def test_the_networks_of_the_lessons_ship_and_reach_94_per_cent_together_in_12_mb():
+    smoothed, hard = pretrained("laptop"), pretrained("laptop_hard")
+    assert smoothed.recipe == recipes.laptop()
+    assert replace(hard.recipe, name="laptop", label_smoothing=smoothed.recipe.label_smoothing) == smoothed.recipe
+    assert hard.recipe.label_smoothing == 0
+    assert all(found.accuracy >= 0.939 and found.run.dataset["n_test"] == 10_000 for found in (smoothed, hard))
+    assert sum(path.stat().st_size for path in module.WEIGHTS.iterdir()) < 12e6
