@@ -768,8 +768,8 @@ class Notebooks:
     """The first letters of their names, for example 04 11. Default: all of them."""
     execute: Switch = False
     """Run each from top to bottom and store its outputs. If a cell fails, the file stays as it was."""
-    scale: str = "smoke"
-    """How much to train: smoke (seconds a run; the stored outputs), classroom, laptop, gpu or 8gpu."""
+    scale: str = "classroom"
+    """How much to train: smoke (seconds per run), classroom (the stored outputs), laptop, gpu or 8gpu."""
 
     def run(self) -> int:
         """Go through them in order."""

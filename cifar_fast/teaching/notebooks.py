@@ -95,7 +95,7 @@ def find(names: Sequence[str] = (), folder: Path | None = None) -> list[Path]:
     return [path for path in there if not names or path.name.startswith(tuple(names))]
 
 
-def execute(path: Path, scale: str = "smoke") -> None:
+def execute(path: Path, scale: str = "classroom") -> None:
     """Run a notebook from top to bottom in a kernel of its own, at `scale`, and store it with its outputs.
 
     Raises `UserError` if a cell that is not tagged `raises-exception` fails; the file then stays as it was.
