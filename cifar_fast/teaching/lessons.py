@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,11 +46,12 @@ def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture
     Raises:
         RecipeError: no rung adds a trick of that name.
     """
-    below, _ = recipes.rung_pair(rung)
+    recipes.rung_pair(rung)
     beside = rung in recipes.beside_classroom_ladder()
     found = rungs.curves(ladder_runs() if runs is None else runs, rung)
-    names = list(found)
-    here, epochs = names.index(rung), _common_epochs(found)
+    epochs = _common_epochs(found, rung)
+    names = [name for name in found if epochs is None or name in recipes.classroom_arms(epochs)]
+    here = names.index(rung)
     points = [next((p for p in found[name] if p.epochs == epochs), None) for name in names]
     means = [None if point is None else 100 * point.mean for point in points]
     drawn = [mean for mean in means if mean is not None]
@@ -80,18 +82,23 @@ def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture
     reached = "" if means[here] is None else f", where it reaches {means[here]:.1f} %"
     figure.alt = (
         f"You are here: {names[here].replace('_', ' ')}, "
-        + (f"beside the ladder, added to {below.name}" if beside else f"rung {here} of {len(names) - 1} of the ladder")
+        + (
+            f"beside the ladder, added to {names[here - 1]}"
+            if beside
+            else f"rung {here} of {len(names) - 1} of the ladder"
+        )
         + f"{reached}{told}"
     )
     return figure
 
 
-def _common_epochs(found: Mapping[str, list[Point]]) -> float | None:
-    """Return the number of epochs that most rungs were trained for, the largest if there are several."""
-    counts: dict[float, int] = {}
-    for curve in found.values():
-        for point in curve:
-            counts[point.epochs] = counts.get(point.epochs, 0) + 1
+def _common_epochs(found: Mapping[str, list[Point]], rung: str) -> float | None:
+    """Return the number of epochs that most rungs were trained for, the largest if there are several.
+
+    If `rung` was trained at all, only its own numbers of epochs count.
+    """
+    own = {point.epochs for point in found[rung]}
+    counts = Counter(point.epochs for curve in found.values() for point in curve if not own or point.epochs in own)
     return max(counts, key=lambda epochs: (counts[epochs], epochs)) if counts else None
 
 

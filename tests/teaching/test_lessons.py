@@ -56,6 +56,21 @@ def test_a_trick_beside_the_ladder_comes_after_the_rung_it_is_added_to():
     assert figure.alt.startswith("You are here: dirac, beside the ladder, added to schedule; ")
 
 
+def test_the_strip_shows_the_number_of_epochs_that_the_trick_itself_was_trained_for():
+    two_epochs = made_up()
+    arms = recipes.classroom_arms(1.0)
+    one_epoch = [
+        run | {"recipe": arms[run["arm"]].recipe.to_dict(), "train_flop": 3e12}
+        for run in [*two_epochs, *({**run, "arm": "smoothing"} for run in two_epochs[:1])]
+        if run["arm"] in arms
+    ]
+    figure = lessons.strip("smoothing", [*two_epochs, *one_epoch])
+    labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
+    assert labels[-3:] == ["augmentation", "smoothing", "tta"]  # a single epoch has no small images
+    assert "after 1 epoch" in figure.axes[0].get_title(loc="left") and "added to augmentation" in figure.alt
+    assert "after 2 epochs" in lessons.strip("muon", [*two_epochs, *one_epoch[-1:]]).alt
+
+
 def test_without_runs_the_strip_and_the_gain_say_so(monkeypatch):
     def none(name: str) -> list:
         raise RunError("there are no saved runs")
