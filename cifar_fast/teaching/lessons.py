@@ -46,7 +46,7 @@ def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture
     Raises:
         RecipeError: no rung adds a trick of that name.
     """
-    recipes.rung_pair(rung)
+    recipes.rung_pair(rung)  # raises for a name that is no trick of the ladder
     beside = rung in recipes.beside_classroom_ladder()
     found = rungs.curves(ladder_runs() if runs is None else runs, rung)
     epochs = _common_epochs(found, rung)
