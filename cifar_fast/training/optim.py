@@ -59,7 +59,8 @@ def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
     x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
     for _ in range(steps):
         gram = x @ x.mT  # (B, m, m) with m <= n: the smaller of the two products
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
     return x if matrices.shape[1] <= matrices.shape[2] else x.mT
 
 

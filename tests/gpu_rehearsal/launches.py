@@ -129,6 +129,8 @@ def _product(name: str, shape: Callable[..., tuple[int, ...]]) -> Callable[..., 
         if len(dtypes) > 1:
             raise RuntimeError(f"{name}: expected factors of one dtype, got {dtypes}")
         shapes = " * ".join(str(tuple(factor.shape)) for factor in factors[-2:])
+        if name == "baddbmm" and kwargs.get("beta", 1) != 0:
+            launch("copy of what is added")  # cuBLAS adds to what already lies where its result goes
         launch(f"cublas {name} {factors[0].dtype} {shapes}")
         return factors[0].new_empty(shape(*factors[-2:])) if out is None else out
 

@@ -15,7 +15,7 @@ COLUMNS = ("speedrun", "apple_8gpu", "airbench_2024", "page_2019")
 # One step has the whitening bias frozen, and moves no average. The test set has 10,000 images, in batches of 500.
 BUDGETS: dict[str, dict[str, tuple[int, int, int, int]]] = {
     "kernels of a step": {
-        "arithmetic, element by element": (118, 219, 68, 219),
+        "arithmetic, element by element": (103, 219, 53, 219),
         "batch norm": (96, 0, 12, 0),
         "copy or cast": (48, 60, 36, 60),
         "reduction": (18, 60, 6, 60),
@@ -25,7 +25,7 @@ BUDGETS: dict[str, dict[str, tuple[int, int, int, int]]] = {
         "fill": (22, 8, 10, 8),
         "optimiser over many tensors": (12, 7, 12, 7),
         "max-pool": (8, 8, 8, 8),
-        "copy in memory": (5, 2, 5, 2),
+        "copy in memory": (11, 2, 11, 2),
         "loss and softmax": (4, 4, 4, 4),
         "gather or scatter": (3, 3, 3, 3),
     },
