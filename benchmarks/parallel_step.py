@@ -7,6 +7,7 @@ report has the ratio of their medians, and the ratio round by round. Random imag
 """
 
 import argparse
+import inspect
 import json
 import statistics
 import time
@@ -28,6 +29,9 @@ from cifar_fast.training.batches import TrainBatches
 from cifar_fast.training.setup import Setup, agree_on_execution, set_up
 from cifar_fast.training.step import TrainingStep, Update
 
+# torch 2.13 gave it a new name.
+NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+SYNC_BUFFERS = "forward_sync_buffers" if NEW_NAME else "broadcast_buffers"
 N_IMAGES = 8192
 PREPARED: dict[tuple[Recipe, int, str], tuple[TrainingStep, TrainBatches]] = {}
 """The step and the batches of this process by recipe, number of processes and way, kept over the rounds."""
@@ -48,7 +52,7 @@ def prepare(ranks: Alone, recipe: Recipe, way: str) -> tuple[TrainingStep, Train
 def update_by_ddp(setup: Setup) -> Update:
     """Return the update of `setup`, with gradients averaged by DDP bucket by bucket during the backward pass."""
     setup.model.zero_grad(set_to_none=True)
-    model = DistributedDataParallel(setup.model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    model = DistributedDataParallel(setup.model, gradient_as_bucket_view=True, **{SYNC_BUFFERS: False})
     return replace(setup.update(), model=model, ranks=Alone(), gradients=None)
 
 
