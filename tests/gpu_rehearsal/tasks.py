@@ -15,7 +15,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from cells import run_cell
 from torch import Tensor, nn
 
 import cifar_fast.distributed.launch as launch_module
+import cifar_fast.training.capture as capture
 import cifar_fast.training.loop as loop
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.synthetic import synthetic
@@ -213,6 +214,109 @@ def measure_launches(
     }
 
 
+# ---- What each kernel works on ----
+
+
+def count_work(name: str, side: int = 32, compile: str = "off", n_train: int = 50_000) -> dict[str, Any]:
+    """Train a recipe at full size for two short epochs of captured steps in launch mode; return what its kernels do.
+
+    `set-up`, each state of the whitening bias in `steps`, and `rest of two epochs` list each `work.Kernel` as a list,
+    which ends with how often it occurs. Images are `side` pixels wide.
+    """
+    from gpu_rehearsal import launches, work
+
+    launches.enter(watched=False)
+    recorder = work.Recorder()
+    recorder.install()
+    recipe = replace(
+        named(name),
+        cuda_graph="on",
+        compile=compile,
+        resolutions=(side,),
+        epochs=2.0,
+        flat_epochs=0.0,
+        whitening_bias_epochs=0.5 if named(name).whitening_bias_epochs else 0.0,
+    )
+    marks: dict[str, list[tuple[int, int]]] = {}
+    steps: list[int] = []
+
+    def marked(module: Any, part: str, stage: str) -> None:
+        function = getattr(module, part)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = n_calls()
+            with recorder.within(stage), recorder:
+                result = function(*args, **kwargs)
+            marks.setdefault(part, []).append((begin, n_calls()))
+            return result
+
+        setattr(module, part, call)
+
+    # Compiling lies between the first two and is not watched: torch compiles nothing that is.
+    marked(loop, "set_up", "set-up")
+    marked(capture, "_capture", "optimiser")
+    marked(loop, "train_epoch", "optimiser")
+    result = run(recipe, blank(n_train, 100), "cuda", on_step=lambda done, total: steps.append(n_calls()))
+    # The learning rates, the arguments of the graphs, the copies of loss and accuracy: what no graph holds.
+    executed = recorder.between(steps[-2], steps[-1])
+    (captures,) = marks["_capture"]
+    graphs = [(stage, recorder.between(*captures, number)) for stage, number in recorder.graphs]
+    (batch,) = [kernels for stage, kernels in graphs if stage == "batch"]
+    updates = [kernels for stage, kernels in graphs if stage == "optimiser"]
+    # The whitening bias is learned first, if it is ever learned.
+    states = {"frozen": updates[-1]} | ({"learned": updates[0]} if len(updates) > 1 else {})
+    epochs = sum((recorder.between(*each) for each in marks["train_epoch"]), Counter[work.Kernel]())
+    of_steps = Counter({kernel: len(steps) * count for kernel, count in executed.items()})
+
+    def listed(kernels: Counter[work.Kernel]) -> list[list[Any]]:
+        return [[*astuple(kernel), count] for kernel, count in kernels.items()]
+
+    return {
+        "step mode": result.environment["step_mode"],
+        "reason": result.environment["step_mode_reason"],
+        "torch": torch.__version__,
+        "set-up": listed(recorder.between(*marks["set_up"][0])),
+        "steps": {state: listed(batch + update + executed) for state, update in states.items()},
+        "rest of two epochs": listed(epochs - of_steps),
+        "violations": [call.name for call in calls() if call.kind == "violation"],
+    }
+
+
+def count_known_operations() -> dict[str, list[list[Any]]]:
+    """Do some small operations; return the bytes and floating-point operations of each kernel, by its operation."""
+    from gpu_rehearsal import launches, work
+
+    @torch.library.custom_op(f"{work.NAMESPACE}::rehearsed", mutates_args=())
+    def own(x: Tensor) -> Tensor:
+        return (x.float() * 2).half()
+
+    launches.enter(watched=False)
+    recorder = work.Recorder()
+    a, b = (torch.empty(100, 200, dtype=torch.float16, device="cuda") for _ in range(2))
+    row, bank = torch.empty(200, dtype=torch.float16, device="cuda"), torch.empty(40, 100, device="cuda").half()
+    operations = {
+        "a + b": lambda: a + b,
+        "a + a": lambda: a + a,
+        "a + row": lambda: a + row,
+        "a += b": lambda: a.add_(b),
+        "a := b": lambda: a.copy_(b.T.contiguous().T),
+        "as float32": lambda: a.float(),
+        "a view": lambda: a.view(-1)[10:],
+        "row repeated": lambda: row.expand(100, 200).clone(),
+        "three rows of a": lambda: a.index_select(0, torch.tensor([1, 2, 3]).to("cuda")),
+        "bank @ a": lambda: bank @ a,
+        "own operator": lambda: own(a),
+    }
+    found: dict[str, list[list[Any]]] = {}
+    for name, operation in operations.items():
+        begin = n_calls()
+        with recorder:
+            operation()
+        kernels = recorder.between(begin, n_calls())
+        found[name] = [[kernel.family, kernel.n_bytes, kernel.flop] for kernel in kernels.elements()]
+    return found
+
+
 # ---- Several GPUs ----
 
 OWN_LOSS = """
@@ -261,7 +365,8 @@ def eight_ranks(folder: str) -> dict[str, Any]:
 
 # ---- The process ----
 
-TASKS = {function.__name__: function for function in (compare_with_cpu, run_mutant, measure_launches, eight_ranks)}
+DONE_HERE = (compare_with_cpu, run_mutant, measure_launches, count_work, count_known_operations, eight_ranks)
+TASKS: dict[str, Any] = {function.__name__: function for function in DONE_HERE}
 
 
 def do(order: dict[str, Any]) -> dict[str, Any]:

@@ -30,3 +30,20 @@ def test_compiling_leaves_half_the_kernels(rehearsal: Rehearsal, capsys: pytest.
         print(f"compiled in {seconds[0]} cold, {seconds[1]} warm")
     assert after < before / 2 and conversions[1] < conversions[0] / 2
     assert warm["kernels of a step"] == cold["kernels of a step"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_compiling_changes_no_arithmetic_of_the_network(rehearsal: Rehearsal) -> None:
+    eager, compiled = (
+        rehearsal.run("count_work", name="airbench_2024", n_train=4096, compile=compile, seconds=500)
+        for compile in ("off", "on")
+    )
+    assert compiled["step mode"] == "compiled and captured"
+    for state, rows in eager["steps"].items():
+        flop = [sum(row[5] * row[-1] for row in step if row[5]) for step in (rows, compiled["steps"][state])]
+        assert flop[0] == flop[1], state
+    layers = {row[0] for row in compiled["steps"]["frozen"]}
+    assert layers == {"batch", "network", "loss", "optimiser"}
+    fused = [row for row in compiled["steps"]["frozen"] if row[2].startswith("fused by Inductor")]
+    assert len(fused) > 20 and all(row[4] > 0 for row in fused)
