@@ -34,7 +34,9 @@ Then check, in this order:
     no warning, and `step_mode` in result.json as asked for. If there is a warning, deal with its cause first; it is
     also in `step_mode_reason`.
  3. `ways`: which of the two pays. `kernels`: the gaps (none above a few microseconds inside a graph) and the slowest
-    kernels. If batch norm or the augmentation is among them although compiled, it was not fused. If
+    kernels. Those called `norm_...` are ours: each should take about as long as memory needs to deliver its bytes;
+    otherwise change the sizes of tiles at the top of kernels/fused_triton.py, and compare with `--fuse-norm False`. If
+    another batch norm or the augmentation is among the slowest although compiled, it was not fused. If
     `orthogonalise_us` is lower by shape, use that (`optim.orthogonalise_all`). If a scatter in the max-pool's backward
     pass is slow, remove its decomposition from Inductor before the first compilation, with another
     TORCHINDUCTOR_CACHE_DIR:
@@ -316,7 +318,8 @@ def part_start(options: argparse.Namespace) -> None:
             command = [sys.executable, "-m", "cifar_fast", "train", "--recipe", name, "--out", str(out)]
             command += ["--device", options.device] if options.device else []
             command += ["--data", options.data] if options.data else []
-            compiled = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "compiled")}
+            caches = {"TORCHINDUCTOR_CACHE_DIR": "compiled", "TRITON_CACHE_DIR": "kernels"}
+            compiled = os.environ | {variable: str(Path(folder) / name) for variable, name in caches.items()}
             start = time.monotonic()
             subprocess.run(command, check=True, env=compiled)
             keys = ("total_seconds", "warm_up_seconds", "first_step_seconds", "train_seconds", "evaluate_seconds")

@@ -677,6 +677,8 @@ class Doctor:
         show_row("precision", f"{numerics.dtype}".removeprefix("torch."))
         show_row("convolution", numerics.convolution)
         show_row("because", numerics.reason)
+        if device.type == "cuda":
+            show_row("norm and activation", "fused" if numerics.fuse_norm else "not fused")
 
 
 @dataclass(kw_only=True)

@@ -17,6 +17,8 @@ from cifar_fast.recipe import Bounds, Recipe
 
 ROOMS = ("data", "kernels", "hardware", "training", "distributed", "experiments", "teaching")
 TOP = ("recipe", "recipes", "errors", "files", "shown")
+NOT_SHOWN = {"fused_triton"}
+"""Modules that the build cannot import: torch for CPUs comes without Triton."""
 
 
 def write(folder: Path) -> None:
@@ -101,7 +103,7 @@ def _top_page() -> str:
 
 def _room_page(room: str) -> str:
     package = import_module(f"cifar_fast.{room}")
-    modules = sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+    modules = sorted({module.name for module in pkgutil.iter_modules(package.__path__)} - NOT_SHOWN)
     text = _heading(room, "=") + f"{inspect.getdoc(package)}\n\n"
     return text + "".join(_module(f"cifar_fast.{room}.{name}") for name in modules)
 

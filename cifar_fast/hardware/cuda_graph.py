@@ -74,7 +74,7 @@ def choose_step_mode(recipe: Recipe, device: torch.device, backend: str | None =
     elif not against_both and backend == "gloo":
         against_graph = "gloo averages gradients on the CPU, which no CUDA graph captures; use NCCL"
     if not against_both and mode.compile:
-        against_compile = _no_compiler()
+        against_compile = no_triton()
     if mode.cuda_graph and against_graph:
         mode = mode.without("cuda_graph", against_graph)
     if mode.compile and against_compile:
@@ -82,8 +82,8 @@ def choose_step_mode(recipe: Recipe, device: torch.device, backend: str | None =
     return mode
 
 
-def _no_compiler() -> str | None:
-    """Return what torch.compile needs for a GPU and cannot find, if anything."""
+def no_triton() -> str | None:
+    """Return what Triton, and so torch.compile, needs for a GPU and cannot find, if anything."""
     from torch.utils._triton import has_triton  # torch.compile itself asks this function
 
     if not has_triton():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from cifar_fast.errors import UserError
 from cifar_fast.files import cache_folder, write_text
+from cifar_fast.hardware.cuda_graph import no_triton
 from cifar_fast.hardware.device import OTHER_GPUS, cpu_name
-from cifar_fast.kernels import amx, fused, winograd
+from cifar_fast.kernels import amx, fused, fused_gpu, winograd
 from cifar_fast.recipe import Recipe
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -93,9 +95,23 @@ def choose_numerics(recipe: Recipe, device: torch.device, rates: Mapping[Way, fl
     `rates` are those of this CPU, where they are known; None: they are measured if the choice depends on them.
     """
     numerics = choose_precision_and_convolution(recipe, device, rates)
-    if not recipe.fuse_norm or device.type != "cpu" or numerics.dtype not in fused.DTYPES:
+    if not recipe.fuse_norm:
         return numerics
-    return replace(numerics, fuse_norm=capabilities().fused_norm)
+    if device.type == "cuda":
+        return replace(numerics, fuse_norm=_fuses_on_a_gpu(recipe, device, numerics.dtype))
+    on_a_cpu = device.type == "cpu" and numerics.dtype in fused.DTYPES
+    return replace(numerics, fuse_norm=on_a_cpu and capabilities().fused_norm)
+
+
+def _fuses_on_a_gpu(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the fused kernels run on this GPU; warn if they should and do not."""
+    if no_triton():
+        return False
+    alpha = recipe.celu_alpha if recipe.activation == "celu" else 1.0
+    why = fused_gpu.failure(device, dtype, recipe.activation, alpha, recipe.bn_eps)
+    if why:
+        warnings.warn(f"norm and activation are not fused: Triton cannot run their kernels here: {why}", stacklevel=4)
+    return not why
 
 
 def choose_precision_and_convolution(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_fast.hardware.numerics import HALF
-from cifar_fast.kernels import amx, fused, winograd
+from cifar_fast.kernels import amx, fused, fused_gpu, winograd
 
 MANY_GROUPS = 8
 """With more groups than this, each is so small that a GPU does better to normalise all of them at once."""
@@ -51,9 +53,23 @@ class GhostBatchNorm(nn.BatchNorm2d):
         many = len(x) > MANY_GROUPS * self.group_size or torch.compiler.is_compiling()
         return self.all_groups_at_once(x) if x.is_cuda and many else self.group_by_group(x)
 
-    def then(self, activation: nn.Module, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
-        """Return `activation(self(x))`, fused where a kernel can do it and no hook watches either of the two."""
-        if not self._can_fuse(activation, x):
+    def then(
+        self, activation: nn.Module, x: Tensor, *, pool: bool = False
+    ) -> Tensor:  # (N, C, H, W) -> (N, C, H, W), or (N, C, H // 2, W // 2) if it pools
+        """Return `activation(self(x))`, of `x` max-pooled by 2 first if `pool`.
+
+        It is fused where a kernel can do it and no hook watches either of the two.
+        """
+        if self._can_fuse(activation, x, pool=pool) and fused_gpu.suits(x, self, activation):
+            y, statistics = fused_gpu.normalise_and_activate(
+                x, self.weight, self.bias, activation, group_size=self.group_size, eps=self.eps, pool=pool
+            )
+            torch._foreach_lerp_([self.running_mean, self.running_var], list(statistics), self.momentum)
+            self._count_batch(len(x))
+            return y
+        if pool:
+            x = F.max_pool2d(x, 2)
+        if not (self._can_fuse(activation, x) and fused.suits(x, self, activation)):
             return activation(self(x))
         if not self.training:
             scale = self.weight * torch.rsqrt(self.running_var + self.eps)
@@ -62,15 +78,17 @@ class GhostBatchNorm(nn.BatchNorm2d):
             x, self.weight, self.bias, activation, group_size=self.group_size, eps=self.eps
         )
         self._move_statistics(means, variances, self._values_per_group(x))
-        if len(means) == 1 and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        self._count_batch(len(x))
         return y
 
-    def _can_fuse(self, activation: nn.Module, x: Tensor) -> bool:
-        whole_groups = len(x) % self.group_size == 0 and self._values_per_group(x) > 1
-        if self.training and not whole_groups:
-            return False
-        return not fused.watched(self, activation) and fused.suits(x, self, activation)
+    def _can_fuse(self, activation: nn.Module, x: Tensor, *, pool: bool = False) -> bool:
+        values = self.group_size * (x.shape[2] // 2) * (x.shape[3] // 2) if pool else self._values_per_group(x)
+        whole_groups = len(x) % self.group_size == 0 and values > 1
+        return (whole_groups or not self.training) and not fused.watched(self, activation)
+
+    def _count_batch(self, n: int) -> None:
+        if n == self.group_size and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
 
     def group_by_group(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, C, H, W)
         """Normalise one group after the other: each fits into a CPU's cache, and a GPU has a kernel for it."""
@@ -111,20 +129,36 @@ class GhostBatchNorm(nn.BatchNorm2d):
 
 
 class Block(nn.Sequential):
-    """Layers in a row; with `fuse` a norm and the activation right after it are fused where a kernel can do it."""
+    """Layers in a row; with `fuse` a norm and the activation right after it are fused where a kernel can do it, on a
+    GPU also with the max-pool right before them."""
 
     fuse = False
 
     def forward(self, x: Tensor) -> Tensor:
         norm: GhostBatchNorm | None = None
-        for layer in self:
+        pool = False
+        layers = list(self)
+        for layer, *following in (layers[i : i + 3] for i in range(len(layers))):
             if norm is not None:
-                x, norm = norm.then(layer, x), None
-            elif self.fuse and isinstance(layer, GhostBatchNorm):
+                x, norm, pool = norm.then(layer, x, pool=pool), None, False
+            elif self.fuse and len(following) > 0 and isinstance(layer, GhostBatchNorm):
                 norm = layer
+            elif self.fuse and len(following) == 2 and _leaves_the_pool(layer, following[0], x):
+                x, pool = layer.convolved(x), True
             else:
                 x = layer(x)
-        return x if norm is None else norm(x)
+        return x
+
+
+def _leaves_the_pool(layer: nn.Module, following: nn.Module, x: Tensor) -> TypeGuard[Conv3x3]:
+    """Return whether the max-pool of a convolution can be left to the norm after it: on a CPU it stays where it is."""
+    return (
+        x.is_cuda
+        and isinstance(following, GhostBatchNorm)
+        and isinstance(layer, Conv3x3)
+        and layer.pool
+        and not fused.watched(layer)
+    )
 
 
 class Conv3x3(nn.Conv2d):
@@ -156,8 +190,12 @@ class Conv3x3(nn.Conv2d):
             return convolve(x, self.weight)
         if self.convolution == "amx":
             return (amx.amx_conv2d_max_pool if self.pool else amx.amx_conv2d)(x, self.weight)
-        y = super().forward(x)
+        y = self.convolved(x)
         return F.max_pool2d(y, 2) if self.pool else y
+
+    def convolved(self, x: Tensor) -> Tensor:  # (N, C, H, W) -> (N, K, H, W)
+        """Return torch's own convolution of `x`, not pooled."""
+        return super().forward(x)
 
 
 class Whitening(nn.Conv2d):

@@ -74,9 +74,11 @@ def agree_on_execution(
         "seed": Seeds.of(seed).plain(),
         "tricks": tricks.fingerprint(),
     }
-    chosen = choose_execution(recipe, device, ranks.backend, tricks) if ranks.is_main else None
-    # Asking for them compiles the C kernels, which a GPU never uses.
-    can = capabilities() if device.type == "cpu" else Capabilities({}, fused_norm=True)
+    # A GPU has nothing to measure, so each rank can find out whether its own runs the kernels.
+    asked = ranks.is_main or device.type == "cuda"
+    chosen = choose_execution(recipe, device, ranks.backend, tricks) if asked else None
+    # Asking for a CPU's capabilities compiles the C kernels, which a GPU never uses.
+    can = capabilities() if device.type == "cpu" else Capabilities({}, bool(chosen and chosen.numerics.fuse_norm))
     reports = ranks.gather(_Report(mine, can, chosen))
     _require_same_start([report.started_with for report in reports])
     execution = reports[0].execution

@@ -135,7 +135,7 @@ def blank(n_train: int, n_test: int) -> Dataset:
 
 
 def measure_launches(
-    name: str, captured: bool, compile: str = "off", resolutions: Sequence[int] = ()
+    name: str, captured: bool, compile: str = "off", resolutions: Sequence[int] = (), fuse_norm: bool = True
 ) -> dict[str, Any]:
     """Train a recipe at full size for two short epochs in launch mode; return what each part asks of the GPU.
 
@@ -148,6 +148,7 @@ def measure_launches(
         named(name),
         cuda_graph="on" if captured else "off",
         compile=compile,
+        fuse_norm=fuse_norm,
         resolutions=tuple(resolutions),
         epochs=2.0,
         flat_epochs=0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from cifar_fast.hardware.numerics import (
     needs_measuring,
     saved_rates,
 )
-from cifar_fast.kernels import amx, fused, winograd
+from cifar_fast.kernels import amx, fused, fused_gpu, winograd
 from cifar_fast.recipe import Recipe
 
 CPU = torch.device("cpu")
@@ -250,10 +251,37 @@ def test_half_precision_is_right_where_it_agrees_with_float32(monkeypatch: pytes
     assert not half_precision_is_right(CPU, torch.bfloat16)
 
 
-def test_a_gpu_needs_no_kernels_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """A GPU with Triton and a C compiler, which runs the fused kernels unless a test says why not; what it has run."""
     with_a_gpu(monkeypatch)
-    monkeypatch.setattr(chosen, "capabilities", lambda: pytest.fail("compiled"))
-    assert not choose_numerics(Recipe(), GPU).fuse_norm
+    tried: list[tuple] = []
+    monkeypatch.setattr(chosen, "no_triton", lambda: None)
+    monkeypatch.setattr(fused_gpu, "failure", lambda *kind: tried.append(kind) or "")
+    monkeypatch.setattr(chosen, "capabilities", lambda: pytest.fail("compiled C"))
+    return tried
+
+
+def test_a_gpu_with_triton_fuses_unless_the_recipe_says_otherwise(tried: list[tuple]) -> None:
+    assert choose_numerics(Recipe(activation="celu", celu_alpha=0.3), GPU).describe()["fused_norm"] is True
+    assert choose_numerics(Recipe(activation="silu", precision="float32", bn_eps=1e-3), GPU).fuse_norm
+    assert tried == [(GPU, torch.float16, "celu", 0.3, 1e-5), (GPU, torch.float32, "silu", 1.0, 1e-3)]
+    assert not choose_numerics(Recipe(fuse_norm=False), GPU).fuse_norm and len(tried) == 2
+
+
+def test_a_gpu_without_triton_fuses_nothing(tried: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen, "no_triton", lambda: "Triton is missing")
+    with warnings.catch_warnings(action="error"):
+        assert not choose_numerics(Recipe(), GPU).fuse_norm
+    assert not tried
+
+
+def test_kernels_that_fail_on_a_gpu_are_left_out_with_a_warning(
+    tried: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fused_gpu, "failure", lambda *kind: "PTXASError: out of registers")
+    with pytest.warns(UserWarning, match="norm and activation are not fused: .*PTXASError: out of registers"):
+        assert not choose_numerics(Recipe(), GPU).fuse_norm
 
 
 @pytest.mark.usefixtures("rates")
