@@ -1,7 +1,7 @@
 """Predicts how long a training step would take on an H100, from counts alone: no GPU is used, and nothing is timed.
 
-    python benchmarks/roofline.py                     # count, predict, save, rewrite the README: about two minutes
-    python benchmarks/roofline.py --without-compiled  # keep what is saved of the compiled step: twenty seconds
+    python benchmarks/roofline.py                     # count, predict, save, rewrite the README: a few minutes
+    python benchmarks/roofline.py --without-compiled  # keep what is saved of compiled steps: quicker
     python benchmarks/roofline.py --readme            # rewrite table.txt and the README from what is saved
 
 `tests/gpu_rehearsal` runs each recipe at full size on a simulated GPU, with its step captured as a CUDA graph, and
@@ -39,7 +39,7 @@ from revision import REPOSITORY, commit
 
 from cifar_fast.errors import UserError
 from cifar_fast.files import write_text
-from cifar_fast.recipe import Recipe
+from cifar_fast.recipe import Recipe, changed_fields
 from cifar_fast.recipes import named
 from cifar_fast.shown import table
 from cifar_fast.training.batches import steps_per_epoch
@@ -158,12 +158,16 @@ SMALL = (24, 24, 24, 28, 28, 28, 32)
 def variants() -> dict[str, Variant]:
     """Return what is predicted, by the names in roofline.json."""
     speedrun = named("speedrun")
+    unfused, small = replace(speedrun, fuse_norm=False), replace(speedrun, resolutions=SMALL)
     return {
-        "speedrun": Variant("`speedrun`", speedrun),
-        "speedrun_small": Variant("`speedrun`, three epochs a size", replace(speedrun, resolutions=SMALL)),
-        "speedrun_compiled": Variant("`speedrun`, compiled", speedrun, compile="on"),
-        "airbench_2024": Variant("`airbench_2024`", named("airbench_2024")),
-        "apple_8gpu": Variant("`apple_8gpu`, all 8 shards on one GPU", named("apple_8gpu")),
+        "speedrun": Variant("`speedrun`, not compiled", speedrun),
+        "speedrun_compiled": Variant("`speedrun` as it is, compiled", speedrun, compile="on"),
+        "speedrun_unfused": Variant("without `fuse_norm`, not compiled", unfused),
+        "speedrun_unfused_compiled": Variant("without `fuse_norm`, compiled", unfused, compile="on"),
+        "speedrun_small": Variant("three epochs a size, not compiled", small),
+        "speedrun_small_narrow": Variant("and widths of 64, 192 and 192", replace(small, widths=(64, 192, 192))),
+        "airbench_2024": Variant("`airbench_2024`, not compiled", named("airbench_2024")),
+        "apple_8gpu": Variant("`apple_8gpu`, 8 shards on one GPU, not compiled", named("apple_8gpu")),
     }
 
 
@@ -240,11 +244,13 @@ def count(names: Sequence[str]) -> dict[str, dict[str, Any]]:
                 variant = variants()[name]
                 counted = {}
                 for side in sorted({side for side, _ in variant.steps()}):
-                    key = (variant.recipe.name, side, variant.compile)
+                    arguments = {"name": variant.recipe.name, "side": side, "compile": variant.compile}
+                    changed = changed_fields(named(variant.recipe.name), variant.recipe)
+                    arguments |= {field: now for field, (_, now) in changed.items() if field != "resolutions"}
+                    key = repr(arguments)
                     if key not in known:
-                        arguments = dict(zip(("name", "side", "compile"), key, strict=True))
                         known[key] = rehearsal.run("count_work", seconds=COMPILE_SECONDS, **arguments)
-                        print(f"counted {variant.recipe.name}, {side} pixels, compile={variant.compile}", flush=True)
+                        print("counted " + ", ".join(map(str, arguments.items())), flush=True)
                     counted[side] = known[key]
                     wanted = "compiled and captured" if variant.compile == "on" else "captured"
                     if counted[side]["step mode"] != wanted or counted[side]["violations"]:
@@ -337,39 +343,44 @@ NOTE = (
 
 def _conclusions(found: Mapping[str, Any]) -> list[str]:
     """Return what the figures say about the limits of a step and about capture, small images and compilation."""
-    plain, small = found["speedrun"], found["speedrun_small"]
-    step = _usual(plain)[-1]["step"]
+    plain, small, narrow = (found[name] for name in ("speedrun", "speedrun_small", "speedrun_small_narrow"))
+    step, unfused = (_usual(each)[-1]["step"] for each in (plain, found["speedrun_unfused"]))
     names = {"bytes": "memory traffic", "arithmetic": "arithmetic", "launches": "launches"}
     shares = {names[limit]: 100 * part / step["seconds"] for limit, part in step["decided_by"].items()}
     first, second, third = sorted(shares, key=shares.__getitem__, reverse=True)
-    clocks = [each["predicted_train_seconds"] for each in (plain, small)]
+    clocks = [f"{each['predicted_train_seconds']:.2f}" for each in (plain, small, narrow)]
     said = [
         f"By this model {first} limits {shares[first]:.0f} % of the predicted step of `speedrun`, {second} "
         f"{shares[second]:.0f} %, and {third} {shares[third]:.0f} %. The arithmetic alone would take "
         f"{1e3 * step['flop'] / AT_PEAK.arithmetic:.2f} of {1e3 * step['seconds']:.2f} ms.",
+        f"*Fused norms.* With `fuse_norm` a step has {_traffic(step)}; without it, {_traffic(unfused)}. The model "
+        f"predicts {1e3 * step['seconds']:.2f} instead of {1e3 * unfused['seconds']:.2f} ms. It favours the step "
+        "without `fuse_norm`, since it counts torch's batch norm as if it read its input once.",
         f"*Capture.* The predicted kernels take {1e6 * step['seconds'] / step['kernels']:.1f} us on average. Launched "
         "one by one from Python, they keep the GPU busy only if Python launches one at least that often. A captured "
         "step does not depend on Python's speed.",
         f"*Small images.* Three epochs each with 24, 28 and 32 pixels change the predicted `train_seconds` from "
-        f"{clocks[0]:.2f} to {clocks[1]:.2f} s.",
+        f"{clocks[0]} to {clocks[1]} s, and narrower layers as well to {clocks[2]} s. What this does to the accuracy "
+        "has not been tried.",
     ]
-    if "speedrun_compiled" in found:
-        compiled = _usual(found["speedrun_compiled"])[-1]
+    if {"speedrun_compiled", "speedrun_unfused_compiled"} <= set(found):
+        compiled, without = (_usual(found[f"speedrun{name}_compiled"])[-1] for name in ("", "_unfused"))
         version = found["speedrun_compiled"]["torch"].partition("+")[0]
         pools = [
             sum(row["bytes"] for row in each["layers"] if row["direction"] == "backward" and "pool" in row["family"])
-            for each in (_usual(plain)[-1], compiled)
+            for each in (_usual(found["speedrun_unfused"])[-1], without)
         ]
-        before, after = step, compiled["step"]
         said.append(
-            f"*Compilation* (torch {version}). It leaves {after['kernels']} of {before['kernels']} kernels, which move "
-            f"{after['bytes'] / 1e9:.1f} GB instead of {before['bytes'] / 1e9:.1f}, so the model predicts "
-            f"{1e3 * after['seconds']:.2f} instead of {1e3 * before['seconds']:.2f} ms. The kernels that hold the "
-            f"gradient of a max-pool move {pools[1] / 1e9:.1f} GB, uncompiled {pools[0] / 1e9:.1f}. The comparison "
-            "favours the uncompiled step: its batch norm is counted as if it read its input once, the compiled one by "
-            "what each of its kernels reads."
+            f"*Compilation* (torch {version}) leaves {_traffic(compiled['step'])}, predicted to take "
+            f"{1e3 * compiled['step']['seconds']:.2f} ms. Without `fuse_norm` it leaves {_traffic(without['step'])}, "
+            f"{1e3 * without['step']['seconds']:.2f} ms: fewer kernels that move more, because those with the gradient "
+            f"of a max-pool then move {pools[1] / 1e9:.1f} GB, uncompiled {pools[0] / 1e9:.1f}."
         )
     return said
+
+
+def _traffic(step: Mapping[str, Any]) -> str:
+    return f"{step['kernels']} kernels, which move {step['bytes'] / 1e9:.1f} GB"
 
 
 def _usual(found: Mapping[str, Any]) -> list[dict[str, Any]]:

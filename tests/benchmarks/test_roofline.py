@@ -93,10 +93,11 @@ def test_without_the_compiled_step_what_is_saved_of_it_is_kept(
 
     monkeypatch.setattr(script, "count", count)
     assert script.main(["--out", str(tmp_path), "--without-compiled"]) == 0
-    assert asked == [name for name in script.variants() if name != "speedrun_compiled"]
+    compiled = {"speedrun_compiled", "speedrun_unfused_compiled"}
+    assert asked == [name for name in script.variants() if name not in compiled]
     commits = {name: found["commit"] for name, found in script.saved(tmp_path)["variants"].items()}
-    kept = report["variants"]["speedrun_compiled"]["commit"]
-    assert commits == dict.fromkeys(asked, "a later one") | {"speedrun_compiled": kept}
+    kept = {name: report["variants"][name]["commit"] for name in compiled}
+    assert commits == dict.fromkeys(asked, "a later one") | kept
     assert script.main(["--out", str(tmp_path / "nothing"), "--readme"]) == 2
     assert "cannot be read" in capsys.readouterr().err
 

@@ -218,8 +218,11 @@ def measure_launches(
 # ---- What each kernel works on ----
 
 
-def count_work(name: str, side: int = 32, compile: str = "off", n_train: int = 50_000) -> dict[str, Any]:
-    """Train a recipe at full size for two short epochs of captured steps in launch mode; return what its kernels do.
+def count_work(
+    name: str, side: int = 32, compile: str = "off", n_train: int = 50_000, **changes: Any
+) -> dict[str, Any]:
+    """Train a recipe, with some fields changed, for two short epochs of captured steps in launch mode; return what its
+    kernels do.
 
     `set-up`, each state of the whitening bias in `steps`, and `rest of two epochs` list each `work.Kernel` as a list,
     which ends with how often it occurs. Images are `side` pixels wide.
@@ -237,6 +240,7 @@ def count_work(name: str, side: int = 32, compile: str = "off", n_train: int = 5
         epochs=2.0,
         flat_epochs=0.0,
         whitening_bias_epochs=0.5 if named(name).whitening_bias_epochs else 0.0,
+        **changes,
     )
     marks: dict[str, list[tuple[int, int]]] = {}
     steps: list[int] = []

@@ -12,7 +12,7 @@ import pytest
 from cifar_fast.experiments.arithmetic import train_flop
 from cifar_fast.recipes import named
 from gpu_rehearsal.runtime import Rehearsal
-from gpu_rehearsal.work import Kernel
+from gpu_rehearsal.work import OWN_KERNELS, Kernel
 
 NAMES = ("speedrun", "airbench_2024", "apple_8gpu")
 OUTSIDE = {"batch", "loss", "optimiser"}
@@ -64,8 +64,30 @@ def test_every_kernel_of_a_step_is_counted_and_belongs_to_a_layer(
     }
     assert backward == expected
     for layer in expected:
-        directions = {kernel.direction for kernel in step if kernel.layer == layer and kernel.family == "norm"}
-        assert directions == {"forward", "backward"}, layer
+        norms = [
+            kernel.direction for kernel in step.elements() if (kernel.layer, kernel.family) == (layer, OWN_KERNELS)
+        ]
+        n_norms = 2 if layer.startswith("residual") else 1
+        directions = Counter(each.direction for each in own)
+        assert directions == {"forward": 3 * n_norms, "backward": 3 * n_norms}, layer
+
+
+def test_a_fused_norm_moves_what_its_kernels_read_and_write(rehearsal: Rehearsal) -> None:
+    found = rehearsal.run("count_work", name="airbench_2024", n_train=4096)
+    step = kernels(found["steps"]["frozen"])
+
+    def moved(layer: str) -> int:
+        return sum(n * each.n_bytes for each, n in step.items() if (each.layer, each.family) == (layer, OWN_KERNELS))
+
+    # Images of 31 pixels are pooled to 15. Forward a norm reads its input twice and writes once, backward it reads both
+    # the input and the gradient twice and writes once.
+    after = 2000 * 64 * 15 * 15 * 2  # float16
+    assert 8 * after < moved("block1b") < 8.05 * after  # and a little for sums over parts of the batch
+    # With a pool: reads x, writes it pooled and with the places of the maxima, one byte each; then as before, but with
+    # the places read and a gradient written for every pixel of x.
+    before = 2000 * 64 * 31 * 31 * 2
+    pooled = (before + 1.5 * after) + 2 * after + 2 * after + (2.5 * after + before)
+    assert pooled < moved("block1a") < 1.02 * pooled
 
 
 def test_setting_up_sends_the_whole_training_set(rehearsal: Rehearsal) -> None:

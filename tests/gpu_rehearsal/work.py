@@ -35,6 +35,8 @@ aten = torch.ops.aten
 
 NAMESPACE = "cifar_fast"
 """Of the package's own operators: their arguments and results are counted, whatever they do inside."""
+OWN_KERNELS = "fused pool, norm and activation"
+"""The family of the package's own Triton kernels."""
 NETWORK = "network"
 """The layer of all kernels of a compiled network: the compiler fuses across layers."""
 TRANSFERS = ("copy from pinned memory", "copy from pageable memory", "copy to the host")
@@ -238,7 +240,11 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _note(self, begin: int, end: int, operation: Any, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
-        launched = {begin + i: call for i, call in enumerate(calls(begin, end)) if call.kind in (*WORK, *TRANSFERS)}
+        launched = {
+            number: call
+            for number, call in enumerate(calls(begin, end), begin)
+            if call.kind in (*WORK, *TRANSFERS) and number not in self.kernels  # the package's own kernels are
+        }
         if not launched:
             return
         packet, place = operation.overloadpacket, self._place()
@@ -285,16 +291,24 @@ class Recorder(TorchDispatchMode):
                 self._add(number, self._place(), family, name, n_bytes, 0)
                 n_bytes = 0
 
+    def _note_own(self, begin: int, kernel: Any, args: tuple) -> None:
+        """Note a Triton kernel of the package, which reads or writes each tensor that it is given once."""
+        n_bytes = sum(map(size, _on_device(args)))
+        for number, call in enumerate(calls(begin), begin):
+            if call.kind in WORK:
+                self._add(number, self._place(), OWN_KERNELS, kernel.__name__, n_bytes, 0)
+
     # -- how it watches --
 
     def install(self) -> None:
         """Watch the training code of this process for good; enter the mode separately, once all is compiled."""
         from torch._inductor.output_code import CompiledFxGraph
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+        from triton.runtime.jit import JITFunction
 
         recorder, capture, replay = self, CapturedFunction.__init__, CapturedFunction.__call__
         forward_backward, draw, run = step_module.forward_backward, TrainBatches.choices, CachingAutotuner.run
-        run_graph = CompiledFxGraph.__call__
+        run_graph, run_own = CompiledFxGraph.__call__, JITFunction.run
 
         def stage_of(function: Any) -> str:
             return "optimiser" if isinstance(function, Update) else "batch"
@@ -329,6 +343,12 @@ class Recorder(TorchDispatchMode):
             recorder._note_inductors(begin, self, arguments)
             return result
 
+        def launch_own(self: Any, *arguments: Any, **kwargs: Any) -> Any:
+            begin = n_calls()
+            result = run_own(self, *arguments, **kwargs)
+            recorder._note_own(begin, self, arguments)
+            return result
+
         def graph(self: Any, inputs: Any) -> Any:
             is_on = recorder in _get_current_dispatch_mode_stack()
             with recorder if recorder._resumes and not is_on else nullcontext():
@@ -337,6 +357,7 @@ class Recorder(TorchDispatchMode):
         CapturedFunction.__init__, CapturedFunction.__call__ = init, call  # type: ignore[method-assign]
         step_module.forward_backward, TrainBatches.choices = watched, choices  # type: ignore
         CachingAutotuner.run, CompiledFxGraph.__call__ = launch, graph  # type: ignore[method-assign]
+        JITFunction.run = launch_own
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled function that is looked up without this mode, and watched once it is found.
