@@ -64,9 +64,7 @@ def test_every_kernel_of_a_step_is_counted_and_belongs_to_a_layer(
     }
     assert backward == expected
     for layer in expected:
-        norms = [
-            kernel.direction for kernel in step.elements() if (kernel.layer, kernel.family) == (layer, OWN_KERNELS)
-        ]
+        own = [each for each in step.elements() if (each.layer, each.family) == (layer, OWN_KERNELS)]
         n_norms = 2 if layer.startswith("residual") else 1
         directions = Counter(each.direction for each in own)
         assert directions == {"forward": 3 * n_norms, "backward": 3 * n_norms}, layer
