@@ -354,8 +354,8 @@ def _conclusions(found: Mapping[str, Any]) -> list[str]:
         f"{shares[second]:.0f} %, and {third} {shares[third]:.0f} %. The arithmetic alone would take "
         f"{1e3 * step['flop'] / AT_PEAK.arithmetic:.2f} of {1e3 * step['seconds']:.2f} ms.",
         f"*Fused norms.* With `fuse_norm` a step has {_traffic(step)}; without it, {_traffic(unfused)}. It is "
-        f"predicted to take {1e3 * step['seconds']:.2f} instead of {1e3 * unfused['seconds']:.2f} ms. The model favours "
-        "the step without `fuse_norm`, since it counts torch's batch norm as if it read its input once.",
+        f"predicted to take {1e3 * step['seconds']:.2f} instead of {1e3 * unfused['seconds']:.2f} ms. The model "
+        "favours the step without `fuse_norm`, since it counts torch's batch norm as if it read its input once.",
         f"*Capture.* The predicted kernels take {1e6 * step['seconds'] / step['kernels']:.1f} us on average. Launched "
         "one by one from Python, they keep the GPU busy only if Python launches one at least that often. A captured "
         "step does not depend on Python's speed.",
