@@ -473,7 +473,8 @@ class Split:
                         fused_layers |= {before, layer}
         then = GhostBatchNorm.then
 
-        def timed(norm: GhostBatchNorm, activation: nn.Module, x: Tensor) -> Tensor:
+        def timed(norm: GhostBatchNorm, activation: nn.Module, x: Tensor, *, pool: bool) -> Tensor:
+            assert not pool  # on a CPU a convolution pools for itself
             part = Part(NORM_AND_ACTIVATION, "forward", names[norm])
             with self.within(part):
                 y = then(norm, activation, x)

@@ -15,7 +15,7 @@ this commit, and `speedrun`, `apple`, `recipes` and `ladder` add the runs that a
     airbench  up to 50 runs of PyPI's airbench (train94), if installed, on the same data in the same hour
     apple     up to 50 runs of apple_8gpu with its 8 shards, on as many GPUs as can share them
     kernels   one step of speedrun: kernels by time, gaps, share of the matrix limit measured beside it
-    ways      what the CUDA graph and torch.compile are each worth
+    ways      what the CUDA graph, torch.compile and fused norms are each worth
     start     two fresh commands, `cifar-fast train --recipe speedrun`: with nothing compiled, then with what the first
               has compiled
     recipes   every other named recipe, Page's ladder first, in rounds of one run each
@@ -33,9 +33,9 @@ Then check, in this order:
  2. `cifar-fast train --recipe speedrun --cuda-graph on --compile off`, then `--cuda-graph off --compile on`, then both:
     no warning, and `step_mode` in result.json as asked for. If there is a warning, deal with its cause first; it is
     also in `step_mode_reason`.
- 3. `ways`: which of the two pays. `kernels`: the gaps (none above a few microseconds inside a graph) and the slowest
+ 3. `ways`: which of the three pays. `kernels`: the gaps (none above a few microseconds inside a graph) and the slowest
     kernels. Those called `norm_...` are ours: each should take about as long as memory needs to deliver its bytes;
-    otherwise change the sizes of tiles at the top of kernels/fused_triton.py, and compare with `--fuse-norm False`. If
+    otherwise change the sizes of tiles at the top of kernels/fused_triton.py. If
     another batch norm or the augmentation is among the slowest although compiled, it was not fused. If
     `orthogonalise_us` is lower by shape, use that (`optim.orthogonalise_all`). If a scatter in the max-pool's backward
     pass is slow, remove its decomposition from Inductor before the first compilation, with another
@@ -209,16 +209,17 @@ def part_kernels(options: argparse.Namespace) -> None:
 
 
 def part_ways(options: argparse.Namespace) -> None:
-    """Compare graph and compiler in turns, and the ways to orthogonalise."""
+    """Compare graph, compiler and fused norms in turns, and the ways to orthogonalise."""
     recipe, data = chosen("speedrun", options), load(options)
     found: dict[str, Any] = {"about": {"recipe": recipe.name, "dataset": data.describe()}, "ways": {}}
     path = options.out / "ways.json"
-    compilers = ("off",) if options.rehearse else ("auto", "off")
-    for graph, compiler in itertools.product(("auto", "off"), compilers):
-        way = replace(recipe, cuda_graph=graph, compile=compiler)
+    for name, changes in gpu_report.WAYS.items():
+        if options.rehearse and changes["compile"] != "off":
+            continue
+        way = replace(recipe, **changes)
         runs = [cf.train(way, data, device=options.device, seed=seed, progress=False) for seed in range(2)]
         # The second run counts: in the first, everything is loaded, compiled and measured for the first time.
-        found["ways"][f"cuda_graph={graph} compile={compiler}"] = [brief(run) for run in runs]
+        found["ways"][name] = [brief(run) for run in runs]
         write_json(path, found)
     if select_device(options.device).type != "cuda":
         return

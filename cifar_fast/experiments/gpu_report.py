@@ -22,8 +22,24 @@ COMMAND = "python benchmarks/gpu.py --out benchmarks/results/gpu"
 MISSING = "not yet measured on a GPU"
 KERNELS = 5
 """How many of the slowest kernels are shown."""
-WAYS = [f"cuda_graph={graph} compile={compiler}" for graph in ("auto", "off") for compiler in ("auto", "off")]
-"""How the script's part `ways` trains speedrun; the last way is eager."""
+_WAYS = (
+    ("auto", "auto", True),
+    ("auto", "auto", False),
+    ("auto", "off", True),
+    ("auto", "off", False),
+    ("off", "auto", True),
+    ("off", "off", True),
+    ("off", "off", False),
+)
+WAYS: dict[str, dict[str, Any]] = {
+    f"cuda_graph={graph} compile={compiler} fuse_norm={fuse}": {
+        "cuda_graph": graph,
+        "compile": compiler,
+        "fuse_norm": fuse,
+    }
+    for graph, compiler, fuse in _WAYS
+}
+"""How the script's part `ways` trains speedrun; the last way is eager, with torch's own batch norm."""
 
 COLUMNS = ("n", "accuracy", "train_seconds", "warm_up_seconds", "total_seconds", "hardware", "torch", "commit")
 LEGEND = (
@@ -151,7 +167,7 @@ def step_tables(folder: Path | str | None = None) -> str:
     """
     parts = saved_parts(folder)
     wanted = [
-        Wanted("speedrun with and without CUDA graph and torch.compile", _ways, "ways", "ways", "speedrun"),
+        Wanted("speedrun with and without graph, compiler and fused norms", _ways, "ways", "ways", "speedrun"),
         Wanted("the limit of float16 and bfloat16 matrix products", _limit, "kernels", "limit", "speedrun"),
         Wanted("the share of it that a step reaches, and the slowest kernels", _step, "kernels", "step", "speedrun"),
     ]
@@ -267,7 +283,7 @@ def _command_row(finding: Finding) -> tuple[str, ...]:
 def _ways(finding: Finding) -> str:
     # The second run of each way: in the first, everything is loaded and compiled for the first time.
     runs = {way: finding.values[way][1] for way in WAYS if way in finding.values}
-    eager = runs.get(WAYS[-1])
+    eager = runs.get(list(WAYS)[-1])
     rows = [("speedrun with", "step mode", "n", "train_seconds", "speed against eager", "warm_up_seconds")]
     for way, run in runs.items():
         speed = f"{eager['train_seconds'] / run['train_seconds']:.2f}" if eager else MISSING
