@@ -54,14 +54,24 @@ def orthogonalise(matrices: Tensor, steps: int = 3) -> Tensor:
     The coefficients of the quintic favour a steep slope at zero over convergence, so the singular values end between
     about 0.5 and 1.5. Source: Keller Jordan, "Muon: an optimizer for hidden layers in neural networks", 2024.
     """
-    a, b, c = NEWTON_SCHULZ
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    x = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above 1
+    x = _iterated(_shrunk(wide), steps)
+    return x if matrices.shape[1] <= matrices.shape[2] else x.mT
+
+
+def _shrunk(matrices: Tensor) -> Tensor:
+    """Return the matrices, (B, m, n), with no singular value above 1."""
+    return matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)
+
+
+def _iterated(x: Tensor, steps: int = 3) -> Tensor:
+    """Return `steps` Newton-Schulz iterations of matrices (B, m, n), m <= n, that have no singular value above 1."""
+    a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
-        gram = x @ x.mT  # (B, m, m) with m <= n: the smaller of the two products
+        gram = x @ x.mT  # (B, m, m): the smaller of the two products
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram gram
         x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
-    return x if matrices.shape[1] <= matrices.shape[2] else x.mT
+    return x
 
 
 def orthogonalise_all(matrices: list[Tensor]) -> list[Tensor]:
@@ -102,11 +112,11 @@ def orthogonalise_padded(matrices: list[Tensor]) -> list[Tensor]:
     for place, matrix in zip(padded, wide, strict=True):
         place[: matrix.shape[0], : matrix.shape[1]] = matrix
     device = padded.device.type
+    shrunk = _shrunk(padded)
     if torch.is_autocast_enabled(device):
-        padded = padded / (padded.norm(dim=(1, 2), keepdim=True) + 1e-30)
-        padded = padded.to(torch.get_autocast_dtype(device))
+        shrunk = shrunk.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
-        orthogonal = orthogonalise(padded)
+        orthogonal = _iterated(shrunk)
     found = [each[: m.shape[0], : m.shape[1]] for each, m in zip(orthogonal, wide, strict=True)]
     return [each if each.shape == matrix.shape else each.mT for each, matrix in zip(found, matrices, strict=True)]
 

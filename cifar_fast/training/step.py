@@ -160,19 +160,20 @@ def forward_backward(
     loss_function = loss_function or CrossEntropy(recipe.label_smoothing)
     size = recipe.micro_batch_size or len(images)
     # A mean loss has gradients too small for float16; those of the sum, which the original recipes took, are not.
-    loss_scale = len(images) if dtype == torch.float16 else 1
+    of_sum = dtype == torch.float16
     loss, correct = images.new_zeros(()), images.new_zeros(())
     parts = list(zip(images.split(size), labels.split(size), strict=True))
     for number, (part, target) in enumerate(parts, start=1):
         expect_part(model, number, len(parts))
         with torch.autocast(images.device.type, dtype, enabled=dtype in HALF):
             logits = at_least_float32(model(part))
-        part_loss = summed(loss_function, logits, target) / len(images)
-        (part_loss * loss_scale).backward()
+        part_sum = summed(loss_function, logits, target)
+        part_loss = part_sum / len(images)
+        (part_sum if of_sum else part_loss).backward()
         loss += part_loss.detach()
         correct += (logits.detach().argmax(1) == likeliest(target)).sum()
-    if loss_scale != 1:
-        torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], loss_scale)
+    if of_sum:
+        torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], len(images))
     return loss, correct
 
 
