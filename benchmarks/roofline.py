@@ -152,7 +152,7 @@ class Variant:
 
 
 SMALL = (24, 24, 24, 28, 28, 28, 32)
-"""Three epochs at each size, the last of which lasts; Fulcrum's record of July 2026 uses these sizes."""
+"""Three epochs at each size; later epochs keep the last one. Fulcrum's record of July 2026 uses these sizes."""
 
 
 def variants() -> dict[str, Variant]:
@@ -162,10 +162,12 @@ def variants() -> dict[str, Variant]:
     return {
         "speedrun": Variant("`speedrun`, not compiled", speedrun),
         "speedrun_compiled": Variant("`speedrun` as it is, compiled", speedrun, compile="on"),
-        "speedrun_unfused": Variant("without `fuse_norm`, not compiled", unfused),
-        "speedrun_unfused_compiled": Variant("without `fuse_norm`, compiled", unfused, compile="on"),
-        "speedrun_small": Variant("three epochs a size, not compiled", small),
-        "speedrun_small_narrow": Variant("and widths of 64, 192 and 192", replace(small, widths=(64, 192, 192))),
+        "speedrun_unfused": Variant("`speedrun` without `fuse_norm`, not compiled", unfused),
+        "speedrun_unfused_compiled": Variant("`speedrun` without `fuse_norm`, compiled", unfused, compile="on"),
+        "speedrun_small": Variant("`speedrun`, three epochs at each size, not compiled", small),
+        "speedrun_small_narrow": Variant(
+            "the same with widths of 64, 192 and 192", replace(small, widths=(64, 192, 192))
+        ),
         "airbench_2024": Variant("`airbench_2024`, not compiled", named("airbench_2024")),
         "apple_8gpu": Variant("`apple_8gpu`, 8 shards on one GPU, not compiled", named("apple_8gpu")),
     }
@@ -320,7 +322,7 @@ def readme_block(report: Mapping[str, Any]) -> str:
         rows.append(_with_share(name, _sum(layers[name]), step["step"]["seconds"]))
     rows.append(_with_share("the whole step", step["step"], step["step"]["seconds"]))
     clocks = ("predicted `train_seconds`", "with slower convolutions")
-    others = [("a step of", *FIGURES, "limited by memory / arithmetic / launches", *clocks)]
+    others = [("variant", *FIGURES, "limited by memory / arithmetic / launches", *clocks)]
     for each in found.values():
         for usual in _usual(each):
             shares = [part / usual["step"]["seconds"] for part in usual["step"]["decided_by"].values()]
@@ -334,10 +336,10 @@ def readme_block(report: Mapping[str, Any]) -> str:
 
 
 NOTE = (
-    "Every layer counts its forward and backward pass; `batch` makes and augments the images. The steps shown have a "
-    "frozen whitening bias. `train_seconds` sums up the set-up, each kind of step as often as it occurs, and the ends "
-    "of the epochs. No convolution reaches the peak: the columns with slower convolutions compute them at "
-    f"{SLOWER.convolution / 1e12:.0f} TFLOP/s."
+    "Each layer includes its forward and backward pass; `batch` makes and augments the images. The steps shown have a "
+    "frozen whitening bias. `train_seconds` adds up the set-up, all the steps, and the work at the end of each epoch. "
+    "No convolution reaches the peak rate, so the columns `with slower convolutions` assume "
+    f"{SLOWER.convolution / 1e12:.0f} TFLOP/s for them."
 )
 
 
@@ -350,18 +352,18 @@ def _conclusions(found: Mapping[str, Any]) -> list[str]:
     first, second, third = sorted(shares, key=shares.__getitem__, reverse=True)
     clocks = [f"{each['predicted_train_seconds']:.2f}" for each in (plain, small, narrow)]
     said = [
-        f"By this model {first} limits {shares[first]:.0f} % of the predicted step of `speedrun`, {second} "
-        f"{shares[second]:.0f} %, and {third} {shares[third]:.0f} %. The arithmetic alone would take "
-        f"{1e3 * step['flop'] / AT_PEAK.arithmetic:.2f} of {1e3 * step['seconds']:.2f} ms.",
-        f"*Fused norms.* With `fuse_norm` a step has {_traffic(step)}; without it, {_traffic(unfused)}. It is "
-        f"predicted to take {1e3 * step['seconds']:.2f} instead of {1e3 * unfused['seconds']:.2f} ms. The model "
-        "favours the step without `fuse_norm`, since it counts torch's batch norm as if it read its input once.",
-        f"*Capture.* The predicted kernels take {1e6 * step['seconds'] / step['kernels']:.1f} us on average. Launched "
-        "one by one from Python, they keep the GPU busy only if Python launches one at least that often. A captured "
-        "step does not depend on Python's speed.",
-        f"*Small images.* Three epochs each with 24, 28 and 32 pixels change the predicted `train_seconds` from "
-        f"{clocks[0]} to {clocks[1]} s, and narrower layers as well to {clocks[2]} s. What this does to the accuracy "
-        "has not been tried.",
+        f"In this model, {first} limits {shares[first]:.0f} % of the time of a step of `speedrun`, {second} "
+        f"{shares[second]:.0f} %, and {third} {shares[third]:.0f} %. At the assumed rate, the arithmetic alone would "
+        f"take {1e3 * step['flop'] / AT_PEAK.arithmetic:.2f} of the {1e3 * step['seconds']:.2f} ms.",
+        f"*Fused norms.* With `fuse_norm` a step has {_traffic(step)}; without it, {_traffic(unfused)}. The predicted "
+        f"time goes from {1e3 * unfused['seconds']:.2f} to {1e3 * step['seconds']:.2f} ms. The real gain may be "
+        "larger: the model assumes that torch's batch norm reads its input only once.",
+        f"*Capture.* The predicted kernels take {1e6 * step['seconds'] / step['kernels']:.1f} us on average. If Python "
+        "launches them one by one and needs longer than that for each, the GPU has to wait. A captured step does not "
+        "depend on Python's speed.",
+        "*Small images.* With three epochs each at 24, 28 and 32 pixels, the predicted `train_seconds` goes from "
+        f"{clocks[0]} to {clocks[1]} s; with narrower layers as well, to {clocks[2]} s. The effect on accuracy has not "
+        "been tested.",
     ]
     if {"speedrun_compiled", "speedrun_unfused_compiled"} <= set(found):
         compiled, without = (_usual(found[f"speedrun{name}_compiled"])[-1] for name in ("", "_unfused"))
@@ -371,10 +373,10 @@ def _conclusions(found: Mapping[str, Any]) -> list[str]:
             for each in (_usual(found["speedrun_unfused"])[-1], without)
         ]
         said.append(
-            f"*Compilation* (torch {version}) leaves {_traffic(compiled['step'])}, predicted to take "
-            f"{1e3 * compiled['step']['seconds']:.2f} ms. Without `fuse_norm` it leaves {_traffic(without['step'])}, "
-            f"{1e3 * without['step']['seconds']:.2f} ms: fewer kernels that move more, because those with the gradient "
-            f"of a max-pool then move {pools[1] / 1e9:.1f} GB, uncompiled {pools[0] / 1e9:.1f}."
+            f"*Compilation* (torch {version}) leaves {_traffic(compiled['step'])} and are predicted to take "
+            f"{1e3 * compiled['step']['seconds']:.2f} ms. Without `fuse_norm` it leaves {_traffic(without['step'])} "
+            f"and are predicted to take {1e3 * without['step']['seconds']:.2f} ms; those of them that compute the "
+            f"gradient of a max-pool move {pools[1] / 1e9:.1f} GB, and {pools[0] / 1e9:.1f} if nothing is compiled."
         )
     return said
 

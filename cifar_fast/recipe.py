@@ -168,8 +168,8 @@ class Recipe:
     convolution: Literal["auto", "direct", "winograd", "amx"] = "auto"
     """How a CPU computes 3x3 convolutions: PyTorch's way, Winograd's (float32), with AMX (bfloat16), or the fastest."""
     fuse_norm: bool = True
-    """Fuse each batch norm with the activation after it, on a CPU with a C compiler; on a GPU with Triton also with the
-    max-pool before it."""
+    """Fuse each batch norm with the activation after it: on a CPU with a C compiler, and on a GPU with Triton, there
+    together with the max-pool before it."""
     cuda_graph: Literal["off", "auto", "on"] = "off"
     """On a GPU, record a whole step once and replay it: `auto` where possible, `on` with a warning where not."""
     compile: Literal["off", "auto", "on"] = "off"

@@ -104,13 +104,16 @@ def choose_numerics(recipe: Recipe, device: torch.device, rates: Mapping[Way, fl
 
 
 def _fuses_on_a_gpu(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether the fused kernels run on this GPU; warn if they should and do not."""
-    if no_triton():
+    """Return whether the fused kernels run on this GPU; warn if Triton is here but they fail."""
+    if no_triton() or not recipe.channels_last:  # the kernels read channels-last images only
         return False
     alpha = recipe.celu_alpha if recipe.activation == "celu" else 1.0
     why = fused_gpu.failure(device, dtype, recipe.activation, alpha, recipe.bn_eps)
     if why:
-        warnings.warn(f"norm and activation are not fused: Triton cannot run their kernels here: {why}", stacklevel=4)
+        warnings.warn(
+            f"batch norm and activation are not fused, because Triton's kernels do not work on this GPU: {why}",
+            stacklevel=6,
+        )
     return not why
 
 

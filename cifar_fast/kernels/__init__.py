@@ -1,1 +1,1 @@
-"""Convolutions and fused norms: for a CPU written in C, for a GPU in Triton, and compiled on first use."""
+"""Convolutions and fused norms for a CPU, in C, and fused norms for a GPU, in Triton; all compiled on first use."""

@@ -1,4 +1,4 @@
-"""The Triton kernels of `fused_gpu`, which explains the method; only a machine with Triton can import this module.
+"""The Triton kernels of `fused_gpu`, which explains the method; importing this module requires Triton.
 
 An image tensor, channels-last, is a table with a row for each pixel and a column for each channel, and a group of batch
 norm is a block of whole rows. A program works on tiles of `ROWS` rows and `CHANNELS` columns. Sums over a group go in
@@ -16,20 +16,20 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS, CHANNELS = 64, 64
-"""A tile: 64 channels in half precision are 128 bytes, the unit in which a GPU reads its memory."""
+"""A tile: 64 channels in half precision are 128 bytes, the size of one memory transaction on a GPU."""
 WARPS = 8
-"""Warps of a program on such a tile: 16 numbers a thread, few enough for the registers of several programs."""
+"""Warps for each program: 16 numbers a thread, few enough for several programs to share a multiprocessor."""
 PARTS, FEW_CHANNELS = 128, 16
-"""A tile of the kernels that add up parts: few columns, so that many programs share the little work there is."""
+"""A tile of the kernels that add up parts: narrow, so that the little work there is spreads over many programs."""
 GROUPS = 16
 """Groups whose statistics are averaged at a time."""
 PROGRAMS = 1024
-"""About as many programs sum up a tensor: several for each multiprocessor of the largest GPUs."""
+"""About how many programs sum up a tensor: several for each multiprocessor of the largest GPUs."""
 
 
 @triton.jit
 def _at(row, channel, n_channels):
-    """Return the places of a tile in memory; 64 bits, as a tensor may have more than 2**31 numbers."""
+    """Return the offsets of a tile in memory, in 64 bits because a tensor may hold more than 2**31 numbers."""
     return row.to(tl.int64)[:, None] * n_channels + channel[None, :]
 
 
@@ -138,8 +138,8 @@ def norm_activate(
     ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, EPS: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of y, and in the first program of each column statistics (2, C): the mean over the groups of mean
-    and unbiased variance."""
+    """Write a tile of y. The first program of each block of channels also writes statistics (2, C): mean and unbiased
+    variance, averaged over the groups."""
     tile, group = tl.program_id(0), tl.program_id(1)
     r, c = tile * ROWS + tl.arange(0, ROWS), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     here = c < n_channels
@@ -213,10 +213,10 @@ def norm_input_gradient(
     POOL: tl.constexpr, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, EPS: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Write a tile of dx, and in the first program of each column of_parameters (2, C): db and dw.
+    """Write a tile of dx. The first program of each block of channels also writes of_parameters (2, C): db and dw.
 
-    `tiled` rows of each group are shared among the programs. With `POOL` they are windows of dx, also those that reach
-    over an odd edge: every pixel is written, and all but the maxima become zero.
+    The programs share `tiled` rows of each group. With `POOL` a row is a window of dx, and windows that reach over an
+    odd edge count, too. Every pixel is written, and all but the maxima become zero.
     """
     tile, group = tl.program_id(0), tl.program_id(1)
     r, c = tile * ROWS + tl.arange(0, ROWS), tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
@@ -267,7 +267,8 @@ def norm_input_gradient(
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, activation: str, alpha: float, group_size: int, eps: float, pool: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Launch three kernels for what `fused_gpu.norm_activation` describes; it has the same arguments."""
+    """Compute `fused_gpu.norm_activation`, with the same arguments, in three kernel launches."""
+    assert x.is_contiguous(memory_format=torch.channels_last)
     n, channels, height, width = x.shape
     high, wide = (height // 2, width // 2) if pool else (height, width)
     groups, rows = n // group_size, group_size * high * wide
@@ -307,7 +308,8 @@ def backward(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor]:
-    """Launch three kernels for what `fused_gpu.norm_activation_backward` describes; it has the same arguments."""
+    """Compute `fused_gpu.norm_activation_backward`, with the same arguments, in three kernel launches."""
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in (dy, values))
     n, channels, high, wide = dy.shape
     pool, groups = winner.numel() > 0, len(mean)
     rows = n // groups * high * wide
@@ -336,7 +338,7 @@ def _images(like: Tensor, *shape: int) -> Tensor:
 
 
 def _parts(groups: int, rows: int, channels: int) -> tuple[int, int]:
-    """Return into how many parts a group's rows are cut, and the rows of a part, a multiple of `ROWS`."""
+    """Return the number of parts into which a group's rows are split, and the rows in each, a multiple of `ROWS`."""
     tiles = triton.cdiv(rows, ROWS)
     tiles_of_a_part = max(1, tiles * groups * triton.cdiv(channels, CHANNELS) // PROGRAMS)
     return triton.cdiv(tiles, tiles_of_a_part), tiles_of_a_part * ROWS

@@ -58,7 +58,7 @@ class GhostBatchNorm(nn.BatchNorm2d):
     ) -> Tensor:  # (N, C, H, W) -> (N, C, H, W), or (N, C, H // 2, W // 2) if it pools
         """Return `activation(self(x))`, of `x` max-pooled by 2 first if `pool`.
 
-        It is fused where a kernel can do it and no hook watches either of the two.
+        They are fused if a kernel supports them and neither module has a hook.
         """
         if self._can_fuse(activation, x, pool=pool) and fused_gpu.suits(x, self, activation):
             y, statistics = fused_gpu.normalise_and_activate(
@@ -129,8 +129,8 @@ class GhostBatchNorm(nn.BatchNorm2d):
 
 
 class Block(nn.Sequential):
-    """Layers in a row; with `fuse` a norm and the activation right after it are fused where a kernel can do it, on a
-    GPU also with the max-pool right before them."""
+    """Layers in a row. With `fuse` a norm and the activation right after it are fused where a kernel supports them; on
+    a GPU, so is the max-pool right before them."""
 
     fuse = False
 
@@ -151,7 +151,7 @@ class Block(nn.Sequential):
 
 
 def _leaves_the_pool(layer: nn.Module, following: nn.Module, x: Tensor) -> TypeGuard[Conv3x3]:
-    """Return whether the max-pool of a convolution can be left to the norm after it: on a CPU it stays where it is."""
+    """Return whether a convolution can leave its max-pool to the norm after it, which happens only on a GPU."""
     return (
         x.is_cuda
         and isinstance(following, GhostBatchNorm)

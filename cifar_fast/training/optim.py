@@ -65,7 +65,7 @@ def _shrunk(matrices: Tensor) -> Tensor:
 
 
 def _iterated(x: Tensor, steps: int = 3) -> Tensor:
-    """Return `steps` Newton-Schulz iterations of matrices (B, m, n), m <= n, that have no singular value above 1."""
+    """Return matrices (B, m, n), m <= n, none with a singular value above 1, after `steps` Newton-Schulz iterations."""
     a, b, c = NEWTON_SCHULZ
     for _ in range(steps):
         gram = x @ x.mT  # (B, m, m): the smaller of the two products
@@ -103,8 +103,8 @@ def orthogonalise_by_shape(matrices: list[Tensor]) -> list[Tensor]:
 def orthogonalise_padded(matrices: list[Tensor]) -> list[Tensor]:
     """Orthogonalise all matrices in one batch, padded with zeros, which stay zero and add nothing to any product.
 
-    Under autocast they are in 16 bits throughout, as in `orthogonalise_all`, once they are so large that float16 holds
-    them.
+    Under autocast they are first divided by their norms, since float16 might not hold them as they come, and then stay
+    in 16 bits.
     """
     wide = [matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT for matrix in matrices]
     rows, columns = (max(matrix.shape[side] for matrix in wide) for side in (0, 1))

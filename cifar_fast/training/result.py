@@ -341,9 +341,8 @@ def run_from_dict(values: Mapping[str, Any], weights: dict[str, Tensor], tricks:
     recipe = Recipe.from_dict(values["recipe"])
     # With the algorithms of the training run, where this machine has them, the logits agree to the last bit.
     where = values["environment"]
-    numerics = Numerics(
-        torch.float32, where.get("convolution", "direct"), "as in the training run", where.get("fused_norm", False)
-    )
+    fused = where.get("fused_norm", False) and not where.get("gpu")  # a GPU has kernels of its own
+    numerics = Numerics(torch.float32, where.get("convolution", "direct"), "as in the training run", fused)
     function = tricks.completed(recipe, numerics).model
     assert function is not None
     n_classes = len(values["dataset"]["classes"])

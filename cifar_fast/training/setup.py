@@ -74,10 +74,10 @@ def agree_on_execution(
         "seed": Seeds.of(seed).plain(),
         "tricks": tricks.fingerprint(),
     }
-    # A GPU has nothing to measure, so each rank can find out whether its own runs the kernels.
+    # On a GPU nothing is measured, so each rank can check whether the kernels work on its own GPU.
     asked = ranks.is_main or device.type == "cuda"
     chosen = choose_execution(recipe, device, ranks.backend, tricks) if asked else None
-    # Asking for a CPU's capabilities compiles the C kernels, which a GPU never uses.
+    # On a CPU, asking compiles the C kernels, which a GPU never uses.
     can = capabilities() if device.type == "cpu" else Capabilities({}, bool(chosen and chosen.numerics.fuse_norm))
     reports = ranks.gather(_Report(mine, can, chosen))
     _require_same_start([report.started_with for report in reports])

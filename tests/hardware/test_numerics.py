@@ -267,6 +267,7 @@ def test_a_gpu_with_triton_fuses_unless_the_recipe_says_otherwise(tried: list[tu
     assert choose_numerics(Recipe(activation="silu", precision="float32", bn_eps=1e-3), GPU).fuse_norm
     assert tried == [(GPU, torch.float16, "celu", 0.3, 1e-5), (GPU, torch.float32, "silu", 1.0, 1e-3)]
     assert not choose_numerics(Recipe(fuse_norm=False), GPU).fuse_norm and len(tried) == 2
+    assert not choose_numerics(Recipe(channels_last=False), GPU).fuse_norm and len(tried) == 2
 
 
 def test_a_gpu_without_triton_fuses_nothing(tried: list[tuple], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +281,7 @@ def test_kernels_that_fail_on_a_gpu_are_left_out_with_a_warning(
     tried: list[tuple], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_gpu, "failure", lambda *kind: "PTXASError: out of registers")
-    with pytest.warns(UserWarning, match="norm and activation are not fused: .*PTXASError: out of registers"):
+    with pytest.warns(UserWarning, match="norm and activation are not fused, because .*: PTXASError: out of registers"):
         assert not choose_numerics(Recipe(), GPU).fuse_norm
 
 

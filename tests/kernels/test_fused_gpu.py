@@ -131,7 +131,7 @@ def test_the_kernels_compile_for_a_gpu_that_is_not_here(monkeypatch: pytest.Monk
         monkeypatch.setattr(fused_triton, name, Recorded(getattr(fused_triton, name), launches))
     weight, bias = torch.empty(2, 256, device="meta").unbind()
     for pool, activation in ((True, "celu"), (False, "gelu")):
-        x = torch.empty(1536, 256, 15, 15, dtype=torch.float16, device="meta")
+        x = torch.empty(1536, 256, 15, 15, dtype=torch.float16, device="meta", memory_format=torch.channels_last)
         y, pooled, winner, mean, variance, _ = fused_triton.forward(x, weight, bias, activation, 0.3, 192, 1e-5, pool)
         values = pooled if pool else x
         fused_triton.backward(y, values, winner, mean, variance, weight, bias, activation, 0.3, 1e-5, 15, 15)
@@ -198,8 +198,27 @@ def test_a_kernel_that_cannot_be_compiled_is_a_reason_not_an_error(monkeypatch: 
 
     where = (torch.device("cpu"), torch.float32, "silu", 1.0, 1e-5)
     assert fused_gpu.failure.__wrapped__(*where) == ""
-    monkeypatch.setattr(fused_gpu, "norm_activation", broken)
-    assert fused_gpu.failure.__wrapped__(*where) == "ValueError: no such instruction"
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_gpu, "norm_activation", broken)
+        assert fused_gpu.failure.__wrapped__(*where) == "ValueError: no such instruction"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("place", range(5))
+def test_kernels_whose_results_differ_are_not_used(
+    dtype: torch.dtype, place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = (torch.device("cpu"), dtype, "gelu", 1.0, 1e-5)
+    assert fused_gpu.failure.__wrapped__(*where) == ""
+    calls: list[int] = []
+    right = fused_gpu._try_out
+
+    def wrong(*arguments: Any) -> list[torch.Tensor]:
+        calls.append(len(calls))
+        return [each * (1.05 if len(calls) == 4 and i == place else 1) for i, each in enumerate(right(*arguments))]
+
+    monkeypatch.setattr(fused_gpu, "_try_out", wrong)  # one result of the last of four calls is 5 % too large
+    assert fused_gpu.failure.__wrapped__(*where) == "their results differ from those of PyTorch"
 
 
 # --- On a GPU ---
