@@ -365,6 +365,15 @@ def _conclusions(found: Mapping[str, Any]) -> list[str]:
         f"{clocks[0]} to {clocks[1]} s; with narrower layers as well, to {clocks[2]} s. The effect on accuracy has not "
         "been tested.",
     ]
+    (products,) = [
+        row for row in _usual(plain)[-1]["layers"] if (row["layer"], row["family"]) == ("optimiser", "matrix product")
+    ]
+    said.append(
+        "*Muon on several GPUs.* Each GPU orthogonalises all filters. The matrix products are predicted to take "
+        f"{1e3 * products['seconds']:.3f} ms of a step, and their {products['kernels']} launches alone "
+        f"{1e3 * products['kernels'] * AT_PEAK.launch:.3f}. If the GPUs shared the filters, they would save at most "
+        "the difference, and need another collective to exchange the results."
+    )
     if {"speedrun_compiled", "speedrun_unfused_compiled"} <= set(found):
         compiled, without = (_usual(found[f"speedrun{name}_compiled"])[-1] for name in ("", "_unfused"))
         version = found["speedrun_compiled"]["torch"].partition("+")[0]
