@@ -14,7 +14,8 @@ What the model leaves out, in both directions:
 - Kernels do not overlap, and every byte comes from memory. An H100 keeps 50 MB in its L2 cache, so a kernel that reads
   what the one before it has just written can be faster than predicted.
 - An operation moves each of its tensors once. A real batch norm or sum may read its input twice, and be slower.
-- A kernel that Inductor generated moves all of each tensor it is given, even if it only needs a part.
+- A kernel that Inductor generated, and each of our own in Triton, moves all of each tensor it is given, even if it only
+  needs a part.
 - No convolution reaches the peak, so a second prediction computes convolutions at a lower rate.
 - The host keeps up. Python's time between replays, the drawing of random choices, and what the set-up computes on the
   CPU (initial weights, eigenvectors for the whitening layer) cost nothing here.

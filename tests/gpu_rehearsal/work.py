@@ -2,7 +2,8 @@
 
 Everything is read off the tensors that an operation is given and returns, so nothing here is measured. An operation
 reads each of its arguments once and writes each of its results once, however often a real kernel goes back to them. One
-that changes a tensor in place reads and writes it. A view moves nothing. Only convolutions and matrix products have
+that changes a tensor in place reads and writes it. A view moves nothing. Kernels in Triton, the package's and
+Inductor's, are counted one by one, each by the tensors that it is given. Only convolutions and matrix products have
 their arithmetic counted, an addition and a multiplication as two operations, as in `cifar_fast.experiments.arithmetic`.
 """
 
