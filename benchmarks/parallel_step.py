@@ -29,7 +29,7 @@ from cifar_fast.training.batches import TrainBatches
 from cifar_fast.training.setup import Setup, agree_on_execution, set_up
 from cifar_fast.training.step import TrainingStep, Update
 
-# torch 2.13 gave it a new name.
+# torch 2.13 renamed the argument that says whether DDP synchronises buffers.
 NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 SYNC_BUFFERS = "forward_sync_buffers" if NEW_NAME else "broadcast_buffers"
 N_IMAGES = 8192

@@ -75,7 +75,7 @@ class Rates:
     launch: float = 2e-6
     """Seconds that the shortest kernel of a CUDA graph takes."""
     upload: float = 50e9
-    """Bytes a second from pinned memory over PCIe 5. Copies from pageable memory are slower; all are counted so."""
+    """Bytes a second from pinned memory over PCIe 5. Copies from pageable memory are slower, but counted alike."""
 
 
 AT_PEAK = Rates()
@@ -99,7 +99,7 @@ class Kernel(NamedTuple):
 
 
 def limits(kernel: Kernel, rates: Rates) -> dict[str, float]:
-    """Return the seconds that each limit allows one launch of a kernel at least."""
+    """Return the shortest time, in seconds, that each limit allows for one launch of a kernel."""
     if kernel.family in TRANSFERS:
         return {"bytes": kernel.n_bytes / rates.upload, "launches": rates.launch}
     arithmetic = rates.convolution if kernel.family == "convolution" else rates.arithmetic
@@ -111,12 +111,12 @@ def limits(kernel: Kernel, rates: Rates) -> dict[str, float]:
 
 
 def seconds(kernel: Kernel, rates: Rates) -> float:
-    """Return the predicted seconds of one launch of a kernel: what its narrowest limit allows."""
+    """Return the predicted seconds of one launch of a kernel: the longest of those times."""
     return max(limits(kernel, rates).values())
 
 
 def totals(kernels: Iterable[Kernel]) -> dict[str, Any]:
-    """Return what kernels launch, move, compute and are predicted to take, and how much of it each limit decides."""
+    """Add up launches, bytes, operations and predicted seconds, and the seconds that each limit decides."""
     found: dict[str, Any] = {"kernels": 0, "bytes": 0, "flop": 0, "seconds": 0.0, "seconds_slower": 0.0}
     decided = {"bytes": 0.0, "arithmetic": 0.0, "launches": 0.0}
     for kernel in kernels:
@@ -175,7 +175,7 @@ def variants() -> dict[str, Variant]:
 
 
 def predict(variant: Variant, counted: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return everything about a variant.
+    """Return the predictions for a variant, and the counts behind them.
 
     Args:
         variant: what is predicted.

@@ -296,6 +296,23 @@ def test_readme_expects_what_was_measured():
     assert f"{accuracy['page_2019']} on a CPU, n = 1" in page
 
 
+def test_the_results_say_what_the_form_of_the_velocity_was_worth():
+    from cifar_fast.experiments.saved import saved_runs
+    from cifar_fast.experiments.statistics import mean_interval
+
+    found = {(run["arm"], run["seed"]): 100 * run["accuracy"] for run in saved_runs("velocity_form")}
+    arms = ("lr_in_velocity=True", "lr_in_velocity=False")
+    seeds = sorted(seed for arm, seed in found if arm == arms[0])
+    assert set(found) == {(arm, seed) for arm in arms for seed in seeds}
+    differences = [found[arms[0], seed] - found[arms[1], seed] for seed in seeds]
+    low, high = mean_interval(differences)
+    text = " ".join((RESULTS / "README.md").read_text().split())
+    assert f"n = {len(seeds)} each: paired by seed {fmean(differences):+.2f} points" in text
+    assert f"(95 % interval {low:+.2f} to {high:+.2f}; [runs](velocity_form/results.jsonl))" in text
+    means = [f"{fmean(found[arm, seed] for seed in seeds):.2f} %" for arm in arms]
+    assert f"reached {means[0]} with it and {means[1]} with PyTorch's SGD" in text
+
+
 def test_the_table_of_laptop_runs_says_what_was_measured():
     from cifar_fast.experiments.saved import saved_runs
 

@@ -141,7 +141,7 @@ class Block(nn.Sequential):
         for layer, *following in (layers[i : i + 3] for i in range(len(layers))):
             if norm is not None:
                 x, norm, pool = norm.then(layer, x, pool=pool), None, False
-            elif self.fuse and len(following) > 0 and isinstance(layer, GhostBatchNorm):
+            elif self.fuse and following and isinstance(layer, GhostBatchNorm):
                 norm = layer
             elif self.fuse and len(following) == 2 and _leaves_the_pool(layer, following[0], x):
                 x, pool = layer.convolved(x), True

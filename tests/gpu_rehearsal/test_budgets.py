@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpu_rehearsal.launches import family
-from gpu_rehearsal.runtime import Rehearsal
+from gpu_rehearsal.runtime import REPOSITORY, Rehearsal
 from gpu_rehearsal.small import NAMES
 
 COLUMNS = ("speedrun", "apple_8gpu", "airbench_2024", "page_2019")
@@ -71,6 +71,12 @@ BUDGETS: dict[str, dict[str, tuple[int, int, int, int]]] = {
 def budget(part: str, name: str) -> Counter[str]:
     column = COLUMNS.index(name)
     return Counter({row: counts[column] for row, counts in BUDGETS[part].items()})
+
+
+def test_the_readme_says_how_many_kernels_the_budgets_allow() -> None:
+    text = (REPOSITORY / "benchmarks" / "results" / "README.md").read_text()
+    sums = " | ".join(str(budget("kernels of a step", name).total()) for name in COLUMNS)
+    assert f"| kernels of a step, eager | {sums} |" in text
 
 
 def kernels_of(families: Counter[str], names: dict[str, int]) -> str:

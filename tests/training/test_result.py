@@ -18,8 +18,9 @@ from cifar_fast.kernels import amx, winograd
 from cifar_fast.recipes import smoke
 from cifar_fast.training import result as result_module
 from cifar_fast.training.evaluate import predict_logits
+from cifar_fast.training.layers import Block
 from cifar_fast.training.loop import train
-from cifar_fast.training.result import RunFolder, RunResult, halved, load_run, save_run
+from cifar_fast.training.result import RunFolder, RunResult, halved, load_run, run_from_dict, save_run
 from cifar_fast.training.seeds import Seeds
 
 CLOCKS = ("train_seconds", "evaluate_seconds", "total_seconds")
@@ -120,6 +121,14 @@ def test_a_saved_run_comes_back_with_identical_logits(trained, folder, tiny_data
     assert torch.equal(predict_logits(loaded.model, tiny_data.test_images, tta="flip"), expected)
     assert loaded.to_dict() == trained.to_dict()
     assert not loaded.model.training
+
+
+@pytest.mark.parametrize(("gpu", "fused"), [(None, True), ("Some GPU", False)])
+def test_a_network_from_a_gpu_is_not_fused_on_a_cpu(trained: RunResult, gpu: str | None, fused: bool) -> None:
+    values = trained.to_dict()
+    values["environment"] = values["environment"] | {"gpu": gpu, "fused_norm": True}
+    model = run_from_dict(values, trained.model.state_dict()).model
+    assert {block.fuse for block in model.modules() if isinstance(block, Block)} == {fused}
 
 
 @pytest.mark.parametrize(("loops", "precision"), [(winograd, "float32"), (amx, "bfloat16")], ids=["winograd", "amx"])
