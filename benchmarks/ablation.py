@@ -3,11 +3,13 @@
     python benchmarks/ablation.py --recipe laptop --seeds 0 1 2 --out benchmarks/results/ablation
     python benchmarks/ablation.py --trained runs/A runs/B --out benchmarks/results/ablation  # trained before
     python benchmarks/ablation.py --epochs 2 --out benchmarks/results/ablation_2_epochs  # as notebooks do
+    python benchmarks/ablation.py --leave-one-out --epochs 1 --seeds 0 1 2 --out benchmarks/results/leave_one_out
 
 When a run ends, the script appends a line to results.jsonl (`arm`, commit, and what `RunResult.to_dict` gives) and
 rewrites table.txt. It does not repeat saved runs, so it can be stopped and started again. Test-time augmentation needs
 no training of its own: the networks of the unchanged recipe are evaluated with each kind. `--trained` takes runs of the
-unchanged recipe from folders that `cifar-fast train --out` has written.
+unchanged recipe from folders that `cifar-fast train --out` has written. `--leave-one-out` trains the top of the
+classroom ladder, and the top without each of the ladder's tricks.
 """
 
 import argparse
@@ -90,6 +92,16 @@ def trained(folders: list[Path], recipe: Recipe, data: Dataset) -> list[RunResul
     return runs
 
 
+def top_and_without(epochs: float) -> tuple[Recipe, dict[str, Recipe]]:
+    """Return the top of the classroom ladder and, by the name of their arm, the top and the top without each trick.
+
+    TTA has no arm: every network of the unchanged recipe is also evaluated without it.
+    """
+    top = recipes.classroom_ladder(epochs)[-1].recipe
+    without = {f"without {name}": recipe for name, recipe in recipes.leave_one_out(epochs).items() if name != "tta"}
+    return top, {AS_IT_IS: top, **without}
+
+
 def save_run(results: Path, arm: str, result: RunResult, data: Dataset, busy: bool) -> None:
     """Append the run (for the unchanged recipe, also with each other kind of TTA) and rewrite the table."""
     lines = [line(arm, result), *(tta_lines(result, data) if arm == AS_IT_IS else [])]
@@ -123,23 +135,31 @@ def main() -> None:
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, help="shorten the recipe to this many epochs")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--leave-one-out", action="store_true", help="take tricks from the top of the classroom ladder")
+    parser.add_argument("--arms", nargs="+", help="train only these; default: all")
     parser.add_argument(
         "--trained", type=Path, nargs="+", default=[], metavar="FOLDER", help="finished runs of the unchanged recipe"
     )
     parser.add_argument("--busy", action="store_true", help="other work shares the machine: save no clocks")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    results, data = options.out / "results.jsonl", load_cifar10()
+    if options.leave_one_out:
+        recipe, arms = top_and_without(options.epochs or 2.0)
+    else:
+        recipe = recipes.named(options.recipe)
+        if options.epochs is not None:
+            recipe = recipes.shortened(recipe, options.epochs)
+        arms = {arm: Recipe.from_dict(recipe.to_dict() | changes) for arm, changes in ARMS.items()}
+    if unknown := set(options.arms or ()) - set(arms):
+        raise SystemExit(f"error: --arms {' '.join(sorted(unknown))}: the arms are {', '.join(arms)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    results, recipe, data = options.out / "results.jsonl", recipes.named(options.recipe), load_cifar10()
-    if options.epochs is not None:
-        recipe = recipes.shortened(recipe, options.epochs)
     for run in trained(options.trained, recipe, data):
         if (AS_IT_IS, run.seed) not in done(results, recipe):
             save_run(results, AS_IT_IS, run, data, options.busy)
     for seed in options.seeds:
-        for arm in options.arms:
-            arm_recipe = Recipe.from_dict(recipe.to_dict() | ARMS[arm])
+        for arm in options.arms or arms:
+            arm_recipe = arms[arm]
             changes_nothing = arm != AS_IT_IS and not changed_fields(recipe, arm_recipe)
             if changes_nothing or (arm, seed) in done(results, recipe):
                 continue

@@ -2,10 +2,13 @@
 
     python benchmarks/search.py "activation=relu" "activation=relu epochs=8" --out benchmarks/results/search
 
+    python benchmarks/search.py "resolutions=[24,28,32]" --recipe speedrun --all "widths=[16,64,64]" --out narrow
+
 Each candidate names the fields that it changes, `field=value`, separated by spaces; a list is written `[64,256]`. The
-last 5,000 training images are held out and replace the test set. The script saves its runs as `ablation.py` does: one
-line a run in results.jsonl, a table of all saved runs in table.txt, and no run is trained twice. Only a candidate that
-wins here is worth a look at the test set, with `train_seeds.py`.
+fields named with `--all` are changed in every run, for instance to narrow a network that takes too long. The last 5,000
+training images are held out and replace the test set. The script saves its runs as `ablation.py` does: one line a run
+in results.jsonl, a table of all saved runs in table.txt, and no run is trained twice. Only a candidate that wins here
+is worth a look at the test set, with `train_seeds.py`.
 """
 
 import argparse
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("candidates", nargs="+", metavar="'FIELD=VALUE ...'")
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--epochs", type=float, help="shorten the recipe to this many")
+    parser.add_argument("--all", metavar="'FIELD=VALUE ...'", help="change these fields in every run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--hold-out", type=int, default=5_000, metavar="N", help="training images to score on")
     parser.add_argument("--busy", action="store_true", help="other work shares the machine: save no clocks")
@@ -83,6 +87,7 @@ def main() -> None:
     try:
         recipe = recipes.named(options.recipe)
         recipe = recipe if options.epochs is None else recipes.shortened(recipe, options.epochs)
+        recipe = candidate(recipe, options.all) if options.all else recipe
         arms = {AS_IT_IS: recipe} | {changes: candidate(recipe, changes) for changes in options.candidates}
         data = hold_out(load_cifar10(), options.hold_out)
         results = options.out / "results.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import pairwise
 from typing import Any, Literal
 
 from cifar_fast.errors import RecipeError
@@ -311,6 +312,17 @@ def classroom_arms(epochs: float = 2.0) -> dict[str, Rung]:
     """Return the rungs of the ladder and the tricks beside it, by name."""
     beside = {name: rung for name, (_, rung) in beside_classroom_ladder(epochs).items()}
     return {rung.recipe.name: rung for rung in classroom_ladder(epochs)} | beside
+
+
+def leave_one_out(epochs: float = 2.0) -> dict[str, Recipe]:
+    """Return the top of the classroom ladder without one of its tricks, by the name of that trick."""
+    rungs = [rung.recipe for rung in classroom_ladder(epochs)]
+    top = rungs[-1]
+    without = {}
+    for below, rung in pairwise(rungs):
+        undone = {field: before for field, (before, _) in changed_fields(below, rung).items()}
+        without[rung.name] = replace(top, **undone)
+    return without
 
 
 def rung_pair(name: str, epochs: float = 2.0) -> tuple[Recipe, Recipe]:

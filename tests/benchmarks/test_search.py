@@ -72,6 +72,13 @@ def test_the_command_trains_each_candidate_once_and_draws_the_table(script, tiny
     assert {run["dataset"]["n_test"] for run in runs} == {40} and runs[0]["train_seconds"] is None
     assert runs[1]["recipe"]["activation"] == "relu" and runs[1]["commit"] == "of a test"
     assert "activation=relu" in (out / "table.txt").read_text() and "held-out" in (out / "table.txt").read_text()
+    narrow = tmp_path / "narrow"
+    options = ["flip=random", "--all", "widths=[8,4,4]", "--hold-out", "40", "--out", str(narrow)]
+    monkeypatch.setattr("sys.argv", ["search.py", *options])
+    script.main()
+    runs = [json.loads(text) for text in (narrow / "results.jsonl").read_text().splitlines()]
+    assert {tuple(run["recipe"]["widths"]) for run in runs} == {(8, 4, 4)} and len(runs) == 6
+    assert [run["recipe"]["flip"] for run in runs[:2]] == [RECIPE.flip, "random"]
     capsys.readouterr()
     search("activation=relu", "--hold-out", "40", "--busy")
     assert capsys.readouterr().out == ""  # both are there

@@ -255,6 +255,25 @@ def test_every_arm_of_the_script_changes_what_its_name_says(script):
             assert str(changed[arm.split("=")[0]][1]) in (arm.split("=")[1], arm.split("=")[1] + ".0")
 
 
+def test_leave_one_out_trains_the_top_of_the_ladder_without_each_trick(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "load_cifar10", lambda: None)
+    trained = {}
+    monkeypatch.setattr(script, "train", lambda recipe, data, seed: trained.setdefault(recipe, seed))
+    monkeypatch.setattr(script, "save_run", lambda *run: None)
+
+    def leave_one_out(*options: str) -> None:
+        monkeypatch.setattr("sys.argv", ["ablation.py", "--leave-one-out", *options, "--out", str(tmp_path / "out")])
+        script.main()
+
+    leave_one_out("--epochs", "1", "--seeds", "3")
+    *_, top = recipes.classroom_ladder(1.0)
+    without = recipes.leave_one_out(1.0)
+    assert "tta" in without  # evaluated with the top's networks, not trained
+    assert trained == dict.fromkeys([top.recipe, *(without[name] for name in without if name != "tta")], 3)
+    with pytest.raises(SystemExit, match="error: --arms no_muon: the arms are as it is, without schedule, without"):
+        leave_one_out("--arms", "without muon", "no_muon")
+
+
 def test_saved_runs_are_not_trained_again_and_another_recipe_is_refused(script, tmp_path):
     results = tmp_path / "results.jsonl"
     assert script.done(results, RECIPE) == set()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from cifar_fast import recipes
 from cifar_fast.experiments.arithmetic import train_flop
+from cifar_fast.recipe import changed_fields
 
 
 def test_airbench_spends_what_its_layers_add_up_to():
@@ -32,3 +33,16 @@ def test_the_classroom_ladder_ends_at_the_classroom_recipe():
     rungs = recipes.classroom_ladder()
     assert all(above.changes(below) for below, above in zip(rungs, rungs[1:], strict=False))
     assert len({rung.recipe.name for rung in rungs}) == len(rungs) == 8
+
+
+def test_leaving_a_trick_out_undoes_that_trick_alone():
+    rungs = [rung.recipe for rung in recipes.classroom_ladder()]
+    without = recipes.leave_one_out()
+    assert list(without) == [rung.name for rung in rungs[1:]]
+    for below, rung in zip(rungs, rungs[1:], strict=False):
+        for field, (before, _) in changed_fields(below, rung).items():
+            assert getattr(without[rung.name], field) == before
+    assert changed_fields(rungs[-1], without["muon"]).keys() == {"optimizer"}
+    # `warmup` has undone two of the fields that `schedule` sets, so leaving `schedule` out leaves these as they are.
+    assert changed_fields(rungs[-1], without["schedule"]).keys() == {"peak_lr", "final_lr_fraction"}
+    assert replace(without["tta"], name="small_images") == rungs[-2]
