@@ -2,7 +2,7 @@
 
     python benchmarks/search.py "activation=relu" "activation=relu epochs=8" --out benchmarks/results/search
 
-    python benchmarks/search.py "resolutions=[24,28,32]" --recipe speedrun --all "widths=[16,64,64]" --out narrow
+    python benchmarks/search.py "epochs=8" --recipe speedrun --all "widths=[16,64,64]" --out narrow
 
 Each candidate names the fields that it changes, `field=value`, separated by spaces; a list is written `[64,256]`. The
 fields named with `--all` are changed in every run, for instance to narrow a network that takes too long. The last 5,000

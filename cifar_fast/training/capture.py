@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from cifar_fast.errors import TrainingError
 from cifar_fast.hardware.cuda_graph import CapturedFunction, compiled, first_line, measured_convolutions
+from cifar_fast.training.gradients import fill_in_zeros
 from cifar_fast.training.model import tensors
-from cifar_fast.training.optim import keep_learning_rates_on
+from cifar_fast.training.optim import Muon, keep_learning_rates_on, move_banks
 from cifar_fast.training.setup import Setup
 from cifar_fast.training.step import TrainingStep, UpdateFunction, forward_backward, freeze_whitening_bias
 
@@ -42,7 +43,7 @@ def prepare_step(setup: Setup) -> TrainingStep:
 
 
 def _compile(setup: Setup, step: TrainingStep) -> None:
-    """Compile the network, and the making of a batch if it happens on the device."""
+    """Compile the network, Muon's update, and the making of a batch if it happens on the device."""
     update, make = setup.update(), _makers(setup)
     # Modules around the model, with its parameters.
     models: dict[bool, Any] = {
@@ -50,6 +51,10 @@ def _compile(setup: Setup, step: TrainingStep) -> None:
     }
     if setup.batches.home == setup.device:
         make = {side: compiled(function) for side, function in make.items()}
+    muons = [optimizer for optimizer in setup.optimizers if isinstance(optimizer, Muon)]
+    keep_learning_rates_on(setup.device, muons)  # a rate that is a number would be compiled in, and anew at each step
+    for muon in muons:
+        muon.update = compiled(muon.update)
     why = ""
     with rolled_back(setup.model, setup.optimizers), measured_convolutions():
         try:
@@ -58,10 +63,14 @@ def _compile(setup: Setup, step: TrainingStep) -> None:
                 images, labels = make[side](*setup.batches.example_choices())
                 images, labels = setup.batches.augmented(images, labels, 0, 1)
                 forward_backward(models[frozen], images, labels, setup.recipe, update.dtype, update.loss)
+            fill_in_zeros(setup.model)
+            replace(update, optimizers=muons).move_weights()
         except Exception as error:  # a compiler fails in many ways, and none need end a training run
             why = first_line(error)
         update.clear_gradients()
     if not setup.ranks.all(not why):
+        for muon in muons:
+            muon.update = move_banks
         _run_without(setup, "compile", why or "another rank failed to compile it")
         return
     step.updates = {frozen: replace(update, model=model) for frozen, model in models.items()}

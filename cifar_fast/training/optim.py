@@ -193,34 +193,41 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
+        self.update: Callable[..., None] = move_banks
+        """What a step does to all filter banks of a group, which can be compiled as a whole."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all filter banks."""
         for group in self.param_groups:
-            banks, rate = group["params"], group["lr"]
-            updates = orthogonalise_all([as_matrix(each) for each in self._nesterov(banks, group["momentum"])])
-            moves = [torch.empty_like(p).copy_(as_bank(each, p)) for p, each in zip(banks, updates, strict=True)]
-            norms = torch._foreach_reciprocal(torch._foreach_norm(banks))
-            scales = torch.stack(torch._foreach_mul(norms, [len(p) ** 0.5 for p in banks]))
-            # Zeros, and numbers so small that their norm underflows, cannot be scaled: the update alone moves them.
-            scales.nan_to_num_(nan=math.nan, posinf=1.0)
-            torch._foreach_mul_(banks, scales.unbind())
-            torch._foreach_mul_(moves, rate)
-            torch._foreach_sub_(banks, moves)
+            gradients, averages = [], []
+            for p in group["params"]:
+                assert p.grad is not None
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                gradients.append(p.grad)
+                averages.append(self.state[p]["momentum_buffer"])
+            self.update(group["params"], gradients, averages, group["lr"], group["momentum"])
 
-    def _nesterov(self, banks: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
-        gradients, averages = [], []
-        for p in banks:
-            assert p.grad is not None
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            gradients.append(p.grad)
-            averages.append(self.state[p]["momentum_buffer"])
-        # A GPU computes each of these for all filter banks in one kernel.
-        torch._foreach_mul_(averages, momentum)
-        torch._foreach_add_(averages, gradients)
-        return torch._foreach_add(gradients, averages, alpha=momentum)
+
+@torch.no_grad()
+def move_banks(
+    banks: list[Tensor], gradients: list[Tensor], averages: list[Tensor], lr: float | Tensor, momentum: float
+) -> None:
+    """Move filter banks (K, C, H, W) by one step of `Muon`, and the averages of their gradients with them."""
+    # A GPU computes each operation on a list in one kernel.
+    torch._foreach_mul_(averages, momentum)
+    torch._foreach_add_(averages, gradients)
+    nesterov = torch._foreach_add(gradients, averages, alpha=momentum)
+    updates = orthogonalise_all([as_matrix(each) for each in nesterov])
+    moves = [torch.empty_like(p).copy_(as_bank(each, p)) for p, each in zip(banks, updates, strict=True)]
+    norms = torch._foreach_reciprocal(torch._foreach_norm(banks))
+    scales = torch.stack(torch._foreach_mul(norms, [len(p) ** 0.5 for p in banks]))
+    # Zeros, and numbers so small that their norm underflows, cannot be scaled: the update alone moves them.
+    scales.nan_to_num_(nan=math.nan, posinf=1.0)
+    torch._foreach_mul_(banks, scales.unbind())
+    torch._foreach_mul_(moves, lr)
+    torch._foreach_sub_(banks, moves)
 
 
 def build_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:

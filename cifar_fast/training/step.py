@@ -99,21 +99,26 @@ class Update:
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Update the weights once; arguments and result as for `forward_backward`."""
-        half_precision = self.dtype in HALF
         loss, correct = forward_backward(self.model, images, labels, self.recipe, self.dtype, self.loss)
         fill_in_zeros(self.model)
         # Nobody knows how large the gradients of a reader's own loss are: float16 might not hold them.
-        send_half = half_precision and not self.own & {"model", "loss"}
+        send_half = self.dtype in HALF and not self.own & {"model", "loss"}
         if self.gradients is None:
             self.ranks.average_gradients(self.model, half_precision=send_half, scale=len(images))
         else:
             self.ranks.average_buffer(self.gradients, half_precision=send_half, scale=len(images))
-        # Muon multiplies its matrices in half precision, too.
-        with torch.autocast(images.device.type, self.dtype, enabled=half_precision and "optimizers" not in self.own):
-            for optimizer in self.optimizers:
-                optimizer.step()
+        self.move_weights()
         self.clear_gradients()
         return loss, correct
+
+    def move_weights(self) -> None:
+        """Have the optimisers take a step."""
+        # Muon multiplies its matrices in half precision, too.
+        half_precision = self.dtype in HALF and "optimizers" not in self.own
+        device = next(self.model.parameters()).device.type
+        with torch.autocast(device, self.dtype, enabled=half_precision):
+            for optimizer in self.optimizers:
+                optimizer.step()
 
     def clear_gradients(self) -> None:
         """Remove the gradients; those that lie in one buffer become zeros instead."""
