@@ -15,7 +15,8 @@ from statistics import fmean
 from typing import Any
 
 from cifar_fast import recipes
-from cifar_fast.errors import RecipeError
+from cifar_fast.errors import RecipeError, UserError
+from cifar_fast.experiments.ablation import AS_IT_IS
 from cifar_fast.experiments.statistics import mean_interval
 from cifar_fast.experiments.tables import rounded
 from cifar_fast.recipe import Recipe
@@ -258,6 +259,67 @@ def _factor(lower: Curve, target: Point, seeds: Sequence[int], beyond: float = B
         if slope > 0 and low <= (x := x0 + (wanted - y0) / slope) <= high:
             return math.exp(x) / target.flop
     return 0.0 if wanted < reached[0][1] else math.inf
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What a trick gains where the ladder adds it, and what the top of the ladder loses without it, seed by seed."""
+
+    epochs: float
+    gains: tuple[float, ...]
+    """Accuracy with the trick minus accuracy of the rung below, in points."""
+    losses: tuple[float, ...]
+    """Accuracy of the top minus accuracy of the top without the trick, in points."""
+
+
+def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[Mapping[str, Any]]) -> dict[str, Worth]:
+    """Return the worth of each trick by its name, from the foot of the ladder upwards.
+
+    Args:
+        ladder: lines of the ladder's `results.jsonl`.
+        left_out: lines that `benchmarks/ablation.py --leave-one-out` saved, all with the same number of epochs.
+
+    Raises:
+        UserError: `left_out` has no runs of today's ladder, or runs of several numbers of epochs.
+    """
+    left_out = list(left_out)
+    lengths = {run["recipe"]["epochs"] for run in left_out}
+    if len(lengths) != 1:
+        raise UserError(
+            f"the runs without a trick were trained for {', '.join(f'{n:g}' for n in sorted(lengths)) or 'no'} epochs; "
+            "give those of one number of epochs, as benchmarks/ablation.py --leave-one-out saves them"
+        )
+    (length,) = lengths
+    found = _points(ladder)
+    top = recipes.classroom_ladder(length)[-1].recipe
+    # Test-time augmentation takes no training, so its arm is named after the kind, and keeps the top's recipe.
+    arms = {name: (f"without {name}", recipe) for name, recipe in recipes.leave_one_out(length).items()}
+    arms["tta"] = ("tta=none", top)
+    tops = _accuracies(left_out, AS_IT_IS, top)
+    worth = {}
+    for name, (arm, recipe) in arms.items():
+        with_it, below = (_at(found[each], length) for each in (name, _below(name, length)))
+        gains = [100 * (with_it[seed] - below[seed]) for seed in sorted(with_it.keys() & below.keys())]
+        without = _accuracies(left_out, arm, recipe)
+        losses = [100 * (tops[seed] - without[seed]) for seed in sorted(tops.keys() & without.keys())]
+        if gains and losses:
+            worth[name] = Worth(length, tuple(gains), tuple(losses))
+    if not worth:
+        raise UserError(
+            "no trick of today's ladder was both added and left out; benchmarks/ablation.py trains the runs"
+        )
+    return worth
+
+
+def _accuracies(runs: Iterable[Mapping[str, Any]], arm: str, recipe: Recipe) -> dict[int, float]:
+    """Return the accuracy of each run of `arm` with `recipe`, by seed."""
+    values = recipe.to_dict()
+    return {run["seed"]: run["accuracy"] for run in runs if run["arm"] == arm and run["recipe"] == values}
+
+
+def _at(curve: Curve, length: float) -> dict[int, float]:
+    """Return the accuracies of a curve at one number of epochs, by seed."""
+    return next((point.accuracy for point in curve if point.epochs == length), {})
 
 
 def ladder_table(runs: Iterable[Mapping[str, Any]]) -> str:

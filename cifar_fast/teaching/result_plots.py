@@ -6,6 +6,7 @@ import io
 import textwrap
 from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from matplotlib import colormaps
@@ -15,10 +16,12 @@ from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
 from cifar_fast.errors import UserError
+from cifar_fast.experiments import rungs
 from cifar_fast.experiments.published import APPLE_2019, Published, comparable
 from cifar_fast.experiments.rungs import TERA, curves, ladder_runs
 from cifar_fast.experiments.statistics import mean_interval, summarise, wilson_interval
 from cifar_fast.shown import data_set, hardware, percent
+from cifar_fast.shown import epochs as in_epochs
 
 if TYPE_CHECKING:
     from cifar_fast.experiments.benchmark import Benchmark
@@ -370,6 +373,55 @@ def ladder_curves(runs: Iterable[Mapping[str, Any]]) -> Picture:
         f"Test accuracy over the arithmetic of training for {len(found)} rungs of the ladder, from "
         f"{100 * first.mean:.1f} % at {first.flop / TERA:.1f} TFLOP ({list(found)[0]}) to {100 * last.mean:.1f} % at "
         f"{last.flop / TERA:.1f} TFLOP ({ends[-1][2]})"
+    )
+    return figure
+
+
+ADDED: dict[str, Any] = {"color": "#0072B2", "marker": "o", "label": "added to those before it: points gained"}
+LEFT_OUT: dict[str, Any] = {"color": "#D55E00", "marker": "s", "label": "taken away from all: points lost"}
+
+
+def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[Mapping[str, Any]]) -> Picture:
+    """Draw what each trick gains where the ladder adds it, beside what the top of the ladder loses without it.
+
+    Bars are 95 % intervals of the mean (Student's t) over seeds.
+
+    Args:
+        ladder: lines of the ladder's `results.jsonl`.
+        left_out: lines of `leave_one_out`'s.
+
+    Raises:
+        UserError: as `experiments.rungs.added_and_left_out`.
+    """
+    left_out = list(left_out)
+    worth = rungs.added_and_left_out(ladder, left_out)
+    figure = Picture(figsize=(8, 1.6 + 0.6 * len(worth)), layout="constrained")
+    axis = figure.subplots()
+    axis.axvline(0, color="black", linewidth=0.8)
+    for style, shift, field in ((ADDED, -0.14, "gains"), (LEFT_OUT, 0.14, "losses")):
+        for place, each in enumerate(worth.values()):
+            values = getattr(each, field)
+            interval = mean_interval(values)
+            half = (interval[1] - interval[0]) / 2 if interval else 0.0
+            label = style | {"label": style["label"] if place == 0 else None}
+            axis.errorbar(
+                [fmean(values)], [place + shift], xerr=[half], markersize=7, capsize=3, linestyle="none", **label
+            )
+    axis.set_yticks(range(len(worth)), [name.replace("_", " ") for name in worth], fontsize=12)
+    axis.invert_yaxis()
+    axis.set_xlabel("points of test accuracy", fontsize=13)
+    axis.tick_params(axis="x", labelsize=12)
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    axis.legend(fontsize=12, frameon=False)
+    seeds = sorted({len(values) for each in worth.values() for values in (each.gains, each.losses)})
+    n = f"n = {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "")
+    names = " / ".join(dict.fromkeys(run["dataset"]["name"] for run in left_out))
+    length = in_epochs(next(iter(worth.values())).epochs)
+    axis.set_title(f"What a trick is worth, asked in two ways ({names}, {length}, {n})", fontsize=13, loc="left")
+    figure.alt = "Points of test accuracy for each trick, gained when added and lost when taken away: " + "; ".join(
+        f"{name} {fmean(each.gains):+.1f} and {fmean(each.losses):+.1f}" for name, each in worth.items()
     )
     return figure
 

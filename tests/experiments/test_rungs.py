@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cifar_fast import recipes
-from cifar_fast.errors import RecipeError
+from cifar_fast.errors import RecipeError, UserError
 from cifar_fast.experiments import rungs
 from cifar_fast.experiments.statistics import mean_interval
 
@@ -132,3 +132,41 @@ def test_the_table_has_a_line_for_each_rung_and_number_of_epochs():
     assert "+2.00 (" in said[4] and said[4].endswith("n = 5")
     assert any(line.startswith("muon: 1.15 times the arithmetic") for line in said)
     assert said[-1] == "hardware: an abacus, wood, 1 thread"
+
+
+# --- added and left out ---
+
+
+def without(arm: str, seed: int, accuracy: float, epochs: float = 1.0) -> dict[str, Any]:
+    """A made-up line that `benchmarks/ablation.py --leave-one-out` would save; arms are `as it is` or a trick."""
+    top = recipes.classroom_ladder(epochs)[-1].recipe
+    recipe = recipes.leave_one_out(epochs)[arm] if arm not in ("as it is", "tta=none") else top
+    name = arm if recipe is top else f"without {arm}"
+    return run("tta", epochs, seed, accuracy) | {"arm": name, "recipe": recipe.to_dict()}
+
+
+def test_a_trick_s_gain_stands_beside_what_the_top_loses_without_it():
+    added = [line for line in ladder(0.02) if line["seed"] < 3]
+    added += [run(name, 1.0, seed, a) for name, a in (("augmentation", 0.7), ("tta", 0.72)) for seed in (0, 1, 2)]
+    left_out = [without("as it is", seed, 0.72) for seed in (1, 2, 3)]
+    left_out += [without("muon", 1, 0.62), without("muon", 2, 0.61), without("muon", 9, 0.0)]
+    left_out += [without("tta=none", seed, 0.70) for seed in (1, 2)]
+    left_out += [without("whitening", 1, 0.6)]  # the ladder has no runs of the rung below it
+    found = rungs.added_and_left_out(added, left_out)
+    assert list(found) == ["muon", "tta"]
+    assert {each.epochs for each in found.values()} == {1.0}
+    assert found["muon"].gains == pytest.approx((2.3, 2.1, 2.0))
+    assert found["muon"].losses == pytest.approx((10.0, 11.0))
+    assert found["tta"].gains == pytest.approx((2.0, 2.0, 2.0))
+    assert found["tta"].losses == pytest.approx((2.0, 2.0))
+
+
+def test_runs_that_left_out_a_trick_must_be_of_one_length_and_of_this_ladder():
+    runs = [without("as it is", 0, 0.7), without("muon", 0, 0.6)]
+    with pytest.raises(UserError, match="trained for 1, 2 epochs; give those of one number of epochs"):
+        rungs.added_and_left_out(ladder(0.02), [*runs, without("muon", 0, 0.6, 2.0)])
+    with pytest.raises(UserError, match="trained for no epochs"):
+        rungs.added_and_left_out(ladder(0.02), [])
+    runs[1]["recipe"]["peak_lr"] = 0.3
+    with pytest.raises(UserError, match="no trick of today's ladder was both added and left out"):
+        rungs.added_and_left_out(ladder(0.02), runs)

@@ -11,7 +11,7 @@ from cifar_fast import recipes
 from cifar_fast.errors import RecipeError, RunError, UserError
 from cifar_fast.experiments.rungs import TERA
 from cifar_fast.teaching import lessons, network_plots
-from cifar_fast.teaching.result_plots import ladder_curves, spaced
+from cifar_fast.teaching.result_plots import added_and_left_out, ladder_curves, spaced
 from cifar_fast.training.model import build_model
 
 NAMES = [rung.recipe.name for rung in recipes.classroom_ladder()]
@@ -108,6 +108,25 @@ def test_the_curves_are_those_of_the_rungs_with_runs_each_with_its_name():
     )
     with pytest.raises(UserError, match="no run of the classroom ladder to draw"):
         ladder_curves([])
+
+
+def test_what_a_trick_gains_is_drawn_beside_what_is_lost_without_it():
+    top = recipes.classroom_ladder(1.0)[-1].recipe
+    arms = {"as it is": top} | {f"without {name}": recipe for name, recipe in recipes.leave_one_out(1.0).items()}
+    accuracies = {"as it is": 0.8, "without muon": 0.7, "without whitening": 0.79}
+    left_out = [
+        made_up()[0] | {"arm": arm, "recipe": arms[arm].to_dict(), "seed": seed, "accuracy": accuracy + 0.002 * seed}
+        for arm, accuracy in accuracies.items()
+        for seed in range(2)
+    ]
+    figure = added_and_left_out(made_up(), left_out)
+    (axis,) = figure.axes
+    assert [text.get_text() for text in axis.get_yticklabels()] == ["whitening", "muon"]
+    drawn = [bars.lines[0].get_xydata()[0] for bars in axis.containers]
+    assert [x for x, _ in drawn] == pytest.approx([2.0, 2.0, 1.0, 10.0])
+    assert [y for _, y in drawn] == pytest.approx([-0.14, 0.86, 0.14, 1.14])
+    assert "CIFAR-10, 1 epoch, n = 2 to 3" in axis.get_title(loc="left")
+    assert figure.alt.endswith("when taken away: whitening +2.0 and +1.0; muon +2.0 and +10.0")
 
 
 def test_labels_that_would_meet_move_apart_and_no_further_than_they_must():
