@@ -173,8 +173,8 @@ class Recipe:
     cuda_graph: Literal["off", "auto", "on"] = "off"
     """On a GPU, record a whole step once and replay it: `auto` where possible, `on` with a warning where not."""
     compile: Literal["off", "auto", "on"] = "off"
-    """On a GPU, have torch.compile fuse the kernels of network, augmentation and Muon's update; `auto` and `on` as
-    above."""
+    """On a GPU, have torch.compile fuse the kernels of augmentation, network, loss and Muon's update; `auto` and
+    `on` as above."""
 
     def __post_init__(self) -> None:
         """Check each field by its own rule, then the rules that join several, so that every recipe can be run."""

@@ -18,7 +18,14 @@ from cifar_fast.training.gradients import fill_in_zeros
 from cifar_fast.training.model import tensors
 from cifar_fast.training.optim import Muon, keep_learning_rates_on, move_banks
 from cifar_fast.training.setup import Setup
-from cifar_fast.training.step import TrainingStep, UpdateFunction, forward_backward, freeze_whitening_bias
+from cifar_fast.training.step import (
+    CrossEntropy,
+    TrainingStep,
+    UpdateFunction,
+    forward_backward,
+    freeze_whitening_bias,
+    scored,
+)
 
 Make = Callable[..., tuple[Tensor, Tensor]]
 """From the random choices for a batch to its images and labels."""
@@ -43,7 +50,7 @@ def prepare_step(setup: Setup) -> TrainingStep:
 
 
 def _compile(setup: Setup, step: TrainingStep) -> None:
-    """Compile the network, Muon's update, and the making of a batch if it happens on the device."""
+    """Compile the network, the recipe's loss, Muon's update, and the making of a batch if it happens on the device."""
     update, make = setup.update(), _makers(setup)
     # Modules around the model, with its parameters.
     models: dict[bool, Any] = {
@@ -51,7 +58,8 @@ def _compile(setup: Setup, step: TrainingStep) -> None:
     }
     if setup.batches.home == setup.device:
         make = {side: compiled(function) for side, function in make.items()}
-    muons = [optimizer for optimizer in setup.optimizers if isinstance(optimizer, Muon)]
+    score = compiled(scored) if isinstance(update.loss, CrossEntropy) else None
+    muons: list[Any] = [optimizer for optimizer in setup.optimizers if isinstance(optimizer, Muon)]
     keep_learning_rates_on(setup.device, muons)  # a rate that is a number would be compiled in, and anew at each step
     for muon in muons:
         muon.update = compiled(muon.update)
@@ -62,7 +70,7 @@ def _compile(setup: Setup, step: TrainingStep) -> None:
                 freeze_whitening_bias(setup.model, frozen)
                 images, labels = make[side](*setup.batches.example_choices())
                 images, labels = setup.batches.augmented(images, labels, 0, 1)
-                forward_backward(models[frozen], images, labels, setup.recipe, update.dtype, update.loss)
+                forward_backward(models[frozen], images, labels, setup.recipe, update.dtype, update.loss, score)
             fill_in_zeros(setup.model)
             replace(update, optimizers=muons).move_weights()
         except Exception as error:  # a compiler fails in many ways, and none need end a training run
@@ -73,7 +81,7 @@ def _compile(setup: Setup, step: TrainingStep) -> None:
             muon.update = move_banks
         _run_without(setup, "compile", why or "another rank failed to compile it")
         return
-    step.updates = {frozen: replace(update, model=model) for frozen, model in models.items()}
+    step.updates = {frozen: replace(update, model=model, score=score) for frozen, model in models.items()}
     setup.batches.prepared = make
 
 

@@ -30,6 +30,8 @@ UpdateFunction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From normalised images (N, 3, H, W) and int64 labels (N,) to the mean loss and the number of correct predictions."""
 Loss = Callable[[Tensor, Tensor], Tensor]
 """From logits (N, classes) and labels, int64 (N,) or probabilities (N, classes), to each image's loss or the mean."""
+Score = Callable[[Loss, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""The type of `scored`."""
 
 
 @dataclass
@@ -96,10 +98,12 @@ class Update:
     """None: the recipe's."""
     own: frozenset[str] = frozenset()
     """As for `TrainingStep`."""
+    score: Score | None = None
+    """A compiled `scored`; None: not compiled."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Update the weights once; arguments and result as for `forward_backward`."""
-        loss, correct = forward_backward(self.model, images, labels, self.recipe, self.dtype, self.loss)
+        loss, correct = forward_backward(self.model, images, labels, self.recipe, self.dtype, self.loss, self.score)
         fill_in_zeros(self.model)
         # Nobody knows how large the gradients of a reader's own loss are: float16 might not hold them.
         send_half = self.dtype in HALF and not self.own & {"model", "loss"}
@@ -147,6 +151,7 @@ def forward_backward(
     recipe: Recipe,
     dtype: torch.dtype,
     loss_function: Loss | None = None,
+    score: Score | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Leave the gradients of the batch's mean loss in the parameters.
 
@@ -158,28 +163,42 @@ def forward_backward(
             the same.
         dtype: the number format of the convolutions.
         loss_function: from logits and labels to each image's loss, or to their mean; None: the recipe's.
+        score: `scored`, compiled; None: not compiled.
 
     Returns:
         The mean loss and the number of correct predictions, two scalars on the device.
     """
-    loss_function = loss_function or CrossEntropy(recipe.label_smoothing)
+    loss_function, score = loss_function or CrossEntropy(recipe.label_smoothing), score or scored
     size = recipe.micro_batch_size or len(images)
     # A mean loss has gradients too small for float16; those of the sum, which the original recipes took, are not.
     of_sum = dtype == torch.float16
-    loss, correct = images.new_zeros(()), images.new_zeros(())
+    losses, hits = [], []
     parts = list(zip(images.split(size), labels.split(size), strict=True))
     for number, (part, target) in enumerate(parts, start=1):
         expect_part(model, number, len(parts))
         with torch.autocast(images.device.type, dtype, enabled=dtype in HALF):
-            logits = at_least_float32(model(part))
-        part_sum = summed(loss_function, logits, target)
+            outputs = model(part)
+        part_sum, correct = score(loss_function, outputs, target)
         part_loss = part_sum / len(images)
         (part_sum if of_sum else part_loss).backward()
-        loss += part_loss.detach()
-        correct += (logits.detach().argmax(1) == likeliest(target)).sum()
+        losses.append(part_loss.detach())
+        hits.append(correct)
     if of_sum:
         torch._foreach_div_([p.grad for p in model.parameters() if p.grad is not None], len(images))
-    return loss, correct
+    return sum(losses[1:], losses[0]), sum(hits[1:], hits[0])
+
+
+def scored(loss_function: Loss, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum of the images' losses and the number of correct predictions, two scalars of one type.
+
+    Args:
+        loss_function: as for `forward_backward`.
+        outputs: of the network, (N, classes), in any number format.
+        labels: int64 (N,), or probabilities (N, classes).
+    """
+    logits = at_least_float32(outputs)
+    correct = logits.detach().argmax(1) == likeliest(labels)
+    return summed(loss_function, logits, labels), correct.sum(dtype=logits.dtype)
 
 
 def summed(loss_function: Loss, logits: Tensor, labels: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_leaves
 import cifar_fast.training.step as step_module
 from cifar_fast.hardware.cuda_graph import CapturedFunction
 from cifar_fast.training.batches import TrainBatches
+from cifar_fast.training.optim import Muon
 from cifar_fast.training.step import Update
 from gpu_rehearsal.calls import WORK, calls, n_calls
 
@@ -309,7 +310,7 @@ class Recorder(TorchDispatchMode):
 
         recorder, capture, replay = self, CapturedFunction.__init__, CapturedFunction.__call__
         forward_backward, draw, run = step_module.forward_backward, TrainBatches.choices, CachingAutotuner.run
-        run_graph, run_own = CompiledFxGraph.__call__, JITFunction.run
+        run_graph, run_own, step = CompiledFxGraph.__call__, JITFunction.run, Muon.step
 
         def stage_of(function: Any) -> str:
             return "optimiser" if isinstance(function, Update) else "batch"
@@ -329,9 +330,19 @@ class Recorder(TorchDispatchMode):
         def watched(model: nn.Module, *arguments: Any) -> Any:
             with recorder.within("loss"):
                 if hasattr(model, "_orig_mod"):
-                    return forward_backward(_Compiled(recorder, model), *arguments)
+                    *others, score = arguments
+                    return forward_backward(_Compiled(recorder, model), *others, score and recorder.compiled(score))
                 with recorder._naming(model):
                     return forward_backward(model, *arguments)
+
+        def move(self: Any) -> None:
+            update = self.update
+            if hasattr(update, "_torchdynamo_orig_callable"):
+                self.update = recorder.compiled(update)
+            try:
+                step(self)
+            finally:
+                self.update = update
 
         def choices(self: Any, epoch: int) -> Any:
             recorder._training_set = {each.untyped_storage().data_ptr() for each in (self.all_images, self.all_labels)}
@@ -357,6 +368,7 @@ class Recorder(TorchDispatchMode):
 
         CapturedFunction.__init__, CapturedFunction.__call__ = init, call  # type: ignore[method-assign]
         step_module.forward_backward, TrainBatches.choices = watched, choices  # type: ignore
+        Muon.step = move  # type: ignore[method-assign]
         CachingAutotuner.run, CompiledFxGraph.__call__ = launch, graph  # type: ignore[method-assign]
         JITFunction.run = launch_own
 

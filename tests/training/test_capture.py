@@ -255,8 +255,8 @@ def test_the_step_compiles_as_a_whole_and_once_for_all_runs(
     torch._dynamo.utils.counters.clear()
     first = run(recipe, data)
     assert first.environment["step_mode"] == "compiled"
-    # The making of a batch, and the network, once more where its first bias is frozen on the way, and Muon's update.
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1 + (3 if recipe is MUON else 1)
+    # The making of a batch, the loss, and the network, once more where its first bias is frozen, and Muon's update.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 + (3 if recipe is MUON else 1)
     tolerance = 1e-6 if recipe is MUON else 1e-9  # Muon's learning rate is now in float32
     assert_same_run(first, plain, tolerance)
     with torch._dynamo.config.patch(error_on_recompile=True):
