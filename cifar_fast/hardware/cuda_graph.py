@@ -196,9 +196,10 @@ class CapturedFunction:
 
     def __call__(self, *arguments: Tensor) -> Any:
         """Replay the function on the current stream."""
-        for own, given in zip(self.inputs, arguments, strict=True):
-            if given is not own:
-                own.copy_(given)
+        pairs = [(own, given) for own, given in zip(self.inputs, arguments, strict=True) if given is not own]
+        for dtype in {own.dtype for own, _ in pairs}:  # one kernel copies all tensors of a type
+            alike = [pair for pair in pairs if pair[0].dtype == dtype]
+            torch._foreach_copy_([own for own, _ in alike], [given for _, given in alike])
         self.graph.replay()
         return self.outputs
 

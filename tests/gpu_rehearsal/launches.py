@@ -203,6 +203,7 @@ FAMILIES = (
     ("matrix product", r"^cublas"),
     ("collective", r"^nccl"),
     ("moving averages over many tensors", r"LerpFunctor"),
+    ("copy of many tensors", r"multi_tensor_apply.* Copy<"),
     ("optimiser over many tensors", r"multi_tensor_apply|lpnorm_cleanup"),
     ("copy or cast", r"copy_kernel|CatArrayBatchedCopy"),
     ("fill", r"FillFunctor"),
