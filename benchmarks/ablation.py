@@ -3,13 +3,15 @@
     python benchmarks/ablation.py --recipe laptop --seeds 0 1 2 --out benchmarks/results/ablation
     python benchmarks/ablation.py --trained runs/A runs/B --out benchmarks/results/ablation  # trained before
     python benchmarks/ablation.py --epochs 2 --out benchmarks/results/ablation_2_epochs  # as notebooks do
-    python benchmarks/ablation.py --leave-one-out --epochs 1 --seeds 0 1 2 --out benchmarks/results/leave_one_out
+    python benchmarks/ablation.py --leave-one-out benchmarks/results/classroom_ladder --epochs 1 \\
+        --out benchmarks/results/leave_one_out
 
 When a run ends, the script appends a line to results.jsonl (`arm`, commit, and what `RunResult.to_dict` gives) and
 rewrites table.txt. It does not repeat saved runs, so it can be stopped and started again. Test-time augmentation needs
 no training of its own: the networks of the unchanged recipe are evaluated with each kind. `--trained` takes runs of the
 unchanged recipe from folders that `cifar-fast train --out` has written. `--leave-one-out` trains the top of the
-classroom ladder, and the top without each of the ladder's tricks.
+classroom ladder without each of the ladder's tricks, and takes runs of the top itself from what
+`benchmarks/classroom_ladder.py` has saved in the folder.
 """
 
 import argparse
@@ -102,6 +104,20 @@ def top_and_without(epochs: float) -> tuple[Recipe, dict[str, Recipe]]:
     return top, {AS_IT_IS: top, **without}
 
 
+def top_lines(ladder: Path, top: Recipe, data: Dataset) -> list[dict]:
+    """Return the saved runs of the top of the ladder, evaluated with TTA and without, as lines of an ablation.
+
+    The rung below trains the same networks, and evaluates them without TTA.
+    """
+    below = recipes.classroom_ladder(top.epochs)[-2].recipe
+    return [
+        run | {"arm": arm, "recipe": top.to_dict()}
+        for run in runs_file.read(ladder)
+        for arm, recipe in ((AS_IT_IS, top), ("tta=none", below))
+        if run["recipe"] == recipe.to_dict() and run["dataset"] == data.describe()
+    ]
+
+
 def save_run(results: Path, arm: str, result: RunResult, data: Dataset, busy: bool) -> None:
     """Append the run (for the unchanged recipe, also with each other kind of TTA) and rewrite the table."""
     lines = [line(arm, result), *(tta_lines(result, data) if arm == AS_IT_IS else [])]
@@ -135,7 +151,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, help="shorten the recipe to this many epochs")
-    parser.add_argument("--leave-one-out", action="store_true", help="take tricks from the top of the classroom ladder")
+    parser.add_argument("--leave-one-out", type=Path, metavar="FOLDER", help="take tricks from the top of this ladder")
     parser.add_argument("--arms", nargs="+", help="train only these; default: all")
     parser.add_argument(
         "--trained", type=Path, nargs="+", default=[], metavar="FOLDER", help="finished runs of the unchanged recipe"
@@ -154,6 +170,10 @@ def main() -> None:
     if unknown := set(options.arms or ()) - set(arms):
         raise SystemExit(f"error: --arms {' '.join(sorted(unknown))}: the arms are {', '.join(arms)}")
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.leave_one_out:
+        known = done(results, recipe)
+        lines = top_lines(options.leave_one_out / "results.jsonl", recipe, data)
+        runs_file.append(results, [line for line in lines if (line["arm"], line["seed"]) not in known])
     for run in trained(options.trained, recipe, data):
         if (AS_IT_IS, run.seed) not in done(results, recipe):
             save_run(results, AS_IT_IS, run, data, options.busy)

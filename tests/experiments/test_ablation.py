@@ -256,20 +256,37 @@ def test_every_arm_of_the_script_changes_what_its_name_says(script):
 
 
 def test_leave_one_out_trains_the_top_of_the_ladder_without_each_trick(script, tmp_path, monkeypatch):
-    monkeypatch.setattr(script, "load_cifar10", lambda: None)
-    trained = {}
-    monkeypatch.setattr(script, "train", lambda recipe, data, seed: trained.setdefault(recipe, seed))
+    class Data:
+        def describe(self) -> dict[str, Any]:
+            return {"name": "CIFAR-10"}
+
+    monkeypatch.setattr(script, "load_cifar10", Data)
+    trained = []
+    monkeypatch.setattr(script, "train", lambda recipe, data, seed: trained.append((recipe, seed)))
     monkeypatch.setattr(script, "save_run", lambda *run: None)
+    *_, below, top = (rung.recipe for rung in recipes.classroom_ladder(1.0))
+    saved = [
+        {"arm": rung.name, "seed": 3, "accuracy": accuracy, "dataset": {"name": name}, "recipe": rung.to_dict()}
+        for rung, accuracy, name in ((below, 0.7, "CIFAR-10"), (top, 0.8, "CIFAR-10"), (top, 0.1, "another"))
+    ]
+    ladder, out = tmp_path / "ladder", tmp_path / "out"
+    ladder.mkdir()
+    (ladder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in saved))
 
     def leave_one_out(*options: str) -> None:
-        monkeypatch.setattr("sys.argv", ["ablation.py", "--leave-one-out", *options, "--out", str(tmp_path / "out")])
+        command = ["ablation.py", "--leave-one-out", str(ladder), "--epochs", "1", *options, "--out", str(out)]
+        monkeypatch.setattr("sys.argv", command)
         script.main()
 
-    leave_one_out("--epochs", "1", "--seeds", "3")
-    *_, top = recipes.classroom_ladder(1.0)
-    without = recipes.leave_one_out(1.0)
-    assert "tta" in without  # evaluated with the top's networks, not trained
-    assert trained == dict.fromkeys([top.recipe, *(without[name] for name in without if name != "tta")], 3)
+    for _ in range(2):
+        leave_one_out("--seeds", "3", "4")
+        lines = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
+        # The networks of the top are those of the rung below, evaluated with TTA.
+        assert [(line["arm"], line["accuracy"]) for line in lines] == [("tta=none", 0.7), (AS_IT_IS, 0.8)]
+        assert all(line["recipe"] == top.to_dict() for line in lines)
+    without = [recipe for name, recipe in recipes.leave_one_out(1.0).items() if name != "tta"]
+    once = [*((recipe, 3) for recipe in without), (top, 4), *((recipe, 4) for recipe in without)]
+    assert trained == 2 * once
     with pytest.raises(SystemExit, match="error: --arms no_muon: the arms are as it is, without schedule, without"):
         leave_one_out("--arms", "without muon", "no_muon")
 
