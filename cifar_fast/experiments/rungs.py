@@ -24,6 +24,8 @@ from cifar_fast.shown import data_set, epochs, hardware, table
 
 RESAMPLES = 2000
 """Draws of the bootstrap."""
+LEAST_SEEDS = 3
+"""Runs that a point needs to count where arithmetic is compared."""
 BEYOND = 1.25
 """Factor in arithmetic by which a curve may be extended beyond its ends."""
 TERA = 1e12
@@ -104,20 +106,22 @@ class Saving:
     """Lower end of the 95 % interval; 0 if some resamples fall below the curve."""
     high: float
     """Upper end; infinity if some resamples lie above the curve."""
+    n: int
+    """Seeds that all points of both curves share."""
     more: bool = False
     """Whether the curve below ends before that accuracy, so that `factor` is only a bound."""
 
     def __str__(self) -> str:
         """Return the factor in words."""
         if self.more:
-            return f"more than {self.factor:.1f} times the arithmetic"
+            return f"more than {self.factor:.1f} times the arithmetic (n = {self.n})"
         if 0 < self.low and self.high < math.inf:
-            between = f" (95 % interval {self.low:.2f} to {self.high:.2f})"
+            between = f"95 % interval {self.low:.2f} to {self.high:.2f}, "
         elif self.low > 0:
-            between = f" (95 % interval: at least {self.low:.2f})"
+            between = f"95 % interval: at least {self.low:.2f}, "
         else:
-            between = f" (95 % interval: at most {self.high:.2f})" if self.high < math.inf else " (roughly)"
-        return f"{self.factor:.2f} times the arithmetic{between}"
+            between = f"95 % interval: at most {self.high:.2f}, " if self.high < math.inf else "roughly, "
+        return f"{self.factor:.2f} times the arithmetic ({between}n = {self.n})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,20 +195,15 @@ def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
     title = recipes.classroom_arms()[rung].title
     kept = ladder_runs(runs)
     found = _points(kept)
-    # What a trick is added to can depend on the epochs, because a single epoch has no small images.
-    below = {point.epochs: found[_below(rung, point.epochs)] for point in found[rung]}
+    curves = (_curve_below(rung, found), found[rung])
     shared = {
-        point.epochs: sorted(set(point.accuracy) & set(other.accuracy))
-        for point in found[rung]
-        for other in below[point.epochs]
-        if other.epochs == point.epochs
+        point.epochs: sorted(point.accuracy.keys() & _at(curves[0], point.epochs).keys()) for point in found[rung]
     }
     if not any(shared.values()):
         return Gain(rung=rung, title=title)
     length, seeds = max(shared.items(), key=lambda item: (len(item[1]), item[0]))
-    curves = (below[length], found[rung])
-    first, second = (next(p for p in curve if p.epochs == length).accuracy for curve in curves)
-    whole = [[point for point in curve if set(seeds) <= set(point.accuracy)] for curve in curves]
+    first, second = (_at(curve, length) for curve in curves)
+    whole = [[point for point in curve if len(point.accuracy) >= LEAST_SEEDS] for curve in curves]
     names = (_below(rung, length), rung)
     compared = [run for run in kept if run["arm"] in names and run["recipe"]["epochs"] == length]
     return Gain(
@@ -236,10 +235,10 @@ def saving(lower: Curve, upper: Curve) -> Saving | None:
                 draws = random.Random(0)
                 factors = sorted(_factor(lower, target, draws.choices(seeds, k=len(seeds))) for _ in range(RESAMPLES))
                 low, high = factors[round(0.025 * (RESAMPLES - 1))], factors[round(0.975 * (RESAMPLES - 1))]
-                return Saving(target.epochs, factor, low, high)
+                return Saving(target.epochs, factor, low, high, len(seeds))
     least = upper[0]
     if _factor(lower, least, seeds) == math.inf and (bound := lower[-1].flop / least.flop) > 1:
-        return Saving(least.epochs, bound, bound, math.inf, more=True)
+        return Saving(least.epochs, bound, bound, math.inf, len(seeds), more=True)
     return None
 
 
@@ -311,6 +310,17 @@ def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[M
     return worth
 
 
+def _curve_below(rung: str, found: Mapping[str, Curve]) -> Curve:
+    """Return the points of what the trick `rung` is added to.
+
+    That depends on the epochs, because a single epoch has no small images: `tta` is then added to another rung.
+    """
+    names = {point.epochs: _below(rung, point.epochs) for curve in found.values() for point in curve}
+    return [
+        point for length in sorted(names) for point in found[names[length] or _below(rung)] if point.epochs == length
+    ]
+
+
 def _accuracies(runs: Iterable[Mapping[str, Any]], arm: str, recipe: Recipe) -> dict[int, float]:
     """Return the accuracy of each run of `arm` with `recipe`, by seed."""
     values = recipe.to_dict()
@@ -355,9 +365,9 @@ def ladder_table(runs: Iterable[Mapping[str, Any]]) -> str:
 
 
 def _below(name: str, epochs: float = 2.0) -> str:
-    """Return the name of the recipe that the trick `name` is added to; "" for the foot of the ladder."""
-    is_foot = name == recipes.classroom_ladder(epochs)[0].recipe.name
-    return "" if is_foot else recipes.rung_pair(name, epochs)[0].name
+    """Return the name of the recipe that the trick `name` is added to; "" for the foot, or if no rung adds it then."""
+    arms = recipes.classroom_arms(epochs)
+    return recipes.rung_pair(name, epochs)[0].name if name in list(arms)[1:] else ""
 
 
 def _change(differences: Sequence[float]) -> str:

@@ -83,9 +83,28 @@ def test_what_costs_accuracy_has_a_factor_below_one():
 def test_beyond_the_curve_there_is_a_bound_and_from_one_budget_or_seed_nothing():
     found = rungs.gain("muon", ladder(0.5)).saving
     assert found and found.more and found.factor == pytest.approx(4.0)
-    assert str(found) == "more than 4.0 times the arithmetic"
+    assert str(found) == "more than 4.0 times the arithmetic (n = 5)"
     assert rungs.gain("muon", ladder(0.02, budgets=(2.0,))).saving is None
     assert rungs.gain("muon", [line for line in ladder(0.02) if line["seed"] == 0]).saving is None
+
+
+def test_the_curve_below_follows_what_a_trick_is_added_to_and_takes_three_seeds():
+    """`tta` is added to `augmentation` at one epoch, and to `small_images` at two and more."""
+    gained = {"augmentation": 0.0, "small_images": 0.0, "tta": 0.02}
+    runs = [
+        run(name, epochs, seed, 0.5 + 0.1 * math.log2(epochs) + gained[name], 1e12 * epochs)
+        for name in gained
+        for epochs in (1.0, 2.0)
+        if (name, epochs) != ("small_images", 1.0)
+        for seed in range(2 if (name, epochs) == ("augmentation", 2.0) else 4)
+    ]
+    found = rungs.gain("tta", runs).saving
+    assert found and (found.epochs, found.n) == (1.0, 4) and found.factor == pytest.approx(2**0.2)
+    assert str(found).startswith("1.15 times the arithmetic (95 % interval 1.15 to 1.15, n = 4)")
+    assert rungs.gain("small_images", runs).saving is None  # too few runs of `augmentation` at two epochs
+    more = [run("augmentation", 2.0, seed, 0.6, 2e12) for seed in (2, 3)]
+    found = rungs.gain("small_images", [*runs, *more]).saving
+    assert found and (found.epochs, found.n) == (2.0, 4) and found.factor == pytest.approx(1.0)
 
 
 def test_a_gain_says_in_words_what_was_measured_and_where():
