@@ -28,8 +28,8 @@ from another machine there, rewrite that README with `--out benchmarks/results/g
 
 Then check, in this order:
 
- 1. `tests`: look first at test_what_is_recorded_is_done_again_with_new_inputs, then at
-    test_the_recorded_step_gives_the_eager_steps_weights (muon, then sgd), then at the compiled ones, NCCL last.
+ 1. `tests`: look first at test_a_captured_function_repeats_its_work_on_new_inputs, then at
+    test_the_captured_step_gives_the_eager_steps_weights (muon, then sgd), then at the compiled ones, NCCL last.
  2. `cifar-fast train --recipe speedrun --cuda-graph on --compile off`, then `--cuda-graph off --compile on`, then both:
     no warning, and `step_mode` in result.json as asked for. If there is a warning, deal with its cause first; it is
     also in `step_mode_reason`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -38,6 +39,12 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(
 def test_every_part_has_its_work_and_its_word_in_the_description(gpu: ModuleType) -> None:
     assert gpu.PARTS == ("tests", *gpu.WORK)
     assert all(f"\n    {part} " in gpu.__doc__ for part in gpu.PARTS)
+
+
+def test_the_tests_that_the_description_names_exist(gpu: ModuleType) -> None:
+    names = re.findall(r"test_\w+", gpu.__doc__)
+    there = "\n".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
+    assert names and all(f"def {name}(" in there for name in names)
 
 
 @pytest.fixture
