@@ -25,6 +25,7 @@ from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.load import load_cifar10
 from cifar_fast.errors import RunError
 from cifar_fast.experiments.ablation import AS_IT_IS, Ablation, evaluate_as_trained
+from cifar_fast.hardware.device import environment, select_device
 from cifar_fast.recipe import Recipe, changed_fields, choices
 from cifar_fast.training.loop import train
 from cifar_fast.training.result import RunResult, load_run
@@ -105,16 +106,20 @@ def top_and_without(epochs: float) -> tuple[Recipe, dict[str, Recipe]]:
 
 
 def top_lines(ladder: Path, top: Recipe, data: Dataset) -> list[dict]:
-    """Return the saved runs of the top of the ladder, evaluated with TTA and without, as lines of an ablation.
+    """Return this machine's saved runs of the top of the ladder, with TTA and without, as lines of an ablation.
 
     The rung below trains the same networks, and evaluates them without TTA.
     """
-    below = recipes.classroom_ladder(top.epochs)[-2].recipe
+    if not ladder.exists():
+        raise SystemExit(f"error: there is no {ladder}; name a folder that benchmarks/classroom_ladder.py has written")
+    below, here = recipes.classroom_ladder(top.epochs)[-2].recipe, environment(select_device(None))
     return [
         run | {"arm": arm, "recipe": top.to_dict()}
         for run in runs_file.read(ladder)
         for arm, recipe in ((AS_IT_IS, top), ("tta=none", below))
         if run["recipe"] == recipe.to_dict() and run["dataset"] == data.describe()
+        # A difference is taken between runs of one machine.
+        if all(run["environment"][key] == here[key] for key in ("cpu", "cpu_capability", "gpu", "torch"))
     ]
 
 
@@ -150,8 +155,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", default="laptop")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=float, help="shorten the recipe to this many epochs")
-    parser.add_argument("--leave-one-out", type=Path, metavar="FOLDER", help="take tricks from the top of this ladder")
+    parser.add_argument(
+        "--epochs", type=float, help="shorten the recipe to this many epochs; of the ladder, 2 unless another is given"
+    )
+    parser.add_argument(
+        "--leave-one-out",
+        type=Path,
+        metavar="FOLDER",
+        help="take tricks from the top of this ladder, not from --recipe",
+    )
     parser.add_argument("--arms", nargs="+", help="train only these; default: all")
     parser.add_argument(
         "--trained", type=Path, nargs="+", default=[], metavar="FOLDER", help="finished runs of the unchanged recipe"
@@ -174,6 +186,7 @@ def main() -> None:
         known = done(results, recipe)
         lines = top_lines(options.leave_one_out / "results.jsonl", recipe, data)
         runs_file.append(results, [line for line in lines if (line["arm"], line["seed"]) not in known])
+        write_table(results)
     for run in trained(options.trained, recipe, data):
         if (AS_IT_IS, run.seed) not in done(results, recipe):
             save_run(results, AS_IT_IS, run, data, options.busy)

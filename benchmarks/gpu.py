@@ -14,7 +14,7 @@ this commit, and `speedrun`, `apple`, `recipes` and `ladder` add the runs that a
     speedrun  up to 50 runs on one GPU, and 10 on all of them where there are several
     airbench  up to 50 runs of PyPI's airbench (train94), if installed, on the same data in the same hour
     apple     up to 50 runs of apple_8gpu with its 8 shards, on as many GPUs as can share them
-    kernels   one step of speedrun: kernels by time, gaps, share of the matrix limit measured beside it
+    kernels   one full-size step of speedrun: kernels by time, gaps, share of the matrix limit measured beside it
     ways      what the CUDA graph, torch.compile and fused norms are each worth
     start     two fresh commands, `cifar-fast train --recipe speedrun`: with nothing compiled, then with what the first
               has compiled
@@ -42,8 +42,9 @@ Then check, in this order:
     TORCHINDUCTOR_CACHE_DIR:
     `torch._inductor.decomposition.decompositions.pop(torch.ops.aten.max_pool2d_with_indices_backward.default)`.
  4. `speedrun` and `airbench`: mean accuracy at least 94.0 %, mean train_seconds at most 0.9, three times airbench's
-    speed. If accuracy falls short: n_shards=1 (batch norm over all 1536 images, as in Hiverge's), then epochs=10. If
-    there is accuracy to spare: fewer epochs. float16 against bfloat16 (`--precision bfloat16`) at the same epochs.
+    speed. If accuracy falls short: n_shards=1 (batch norm over all 1536 images, as in Hiverge's), then more epochs, or
+    more of them at full size. If there is accuracy to spare: fewer. float16 against bfloat16 (`--precision
+    bfloat16`) at the same epochs.
  5. `tta_margin=0.5` against 1: the same accuracy to within 0.01 points over the runs' networks, else a larger margin.
  6. `apple`: Apple published 41 of 50 runs at 94 % and a median of 94.19 %.
  7. `start`: under 20 s the first time, under 12 s the second.
@@ -184,8 +185,8 @@ class OutOfTime(UserError):
 
 
 def part_kernels(options: argparse.Namespace) -> None:
-    """Measure the GPU's limit, then look at the kernels of a few steps."""
-    recipe, data = chosen("speedrun", options), load(options)
+    """Measure the GPU's limit, then look at the kernels of a few full-size steps."""
+    recipe, data = replace(chosen("speedrun", options), resolutions=()), load(options)
     found: dict[str, Any] = {"about": {"recipe": recipe.name, "dataset": data.describe()}}
     path = options.out / "kernels.json"
     if select_device(options.device).type != "cuda":
@@ -209,8 +210,9 @@ def part_kernels(options: argparse.Namespace) -> None:
 
 
 def part_ways(options: argparse.Namespace) -> None:
-    """Compare graph, compiler and fused norms in turns, and the ways to orthogonalise."""
-    recipe, data = chosen("speedrun", options), load(options)
+    """Compare graph, compiler and fused norms in turns, on full-size images, and the ways to orthogonalise."""
+    # A single size: every way that compiles has to compile for each size anew.
+    recipe, data = replace(chosen("speedrun", options), resolutions=()), load(options)
     found: dict[str, Any] = {"about": {"recipe": recipe.name, "dataset": data.describe()}, "ways": {}}
     path = options.out / "ways.json"
     # The last way, which the others are compared with, comes first, in case the time is too short for all.

@@ -152,23 +152,22 @@ class Variant:
         return found
 
 
-SMALL = (24, 24, 24, 28, 28, 28, 32)
-"""Three epochs at each size; later epochs keep the last one. Fulcrum's record of July 2026 uses these sizes."""
-
-
 def variants() -> dict[str, Variant]:
     """Return what is predicted, by the names in roofline.json."""
     speedrun = named("speedrun")
-    unfused, small = replace(speedrun, fuse_norm=False), replace(speedrun, resolutions=SMALL)
+    large = replace(speedrun, resolutions=(), epochs=9.0)
+    unfused = replace(large, fuse_norm=False)
+    in_full = "`speedrun` with nine epochs of full-size images"
     return {
         "speedrun": Variant("`speedrun`, not compiled", speedrun),
         "speedrun_compiled": Variant("`speedrun` as it is, compiled", speedrun, compile="on"),
-        "speedrun_unfused": Variant("`speedrun` without `fuse_norm`, not compiled", unfused),
-        "speedrun_unfused_compiled": Variant("`speedrun` without `fuse_norm`, compiled", unfused, compile="on"),
-        "speedrun_small": Variant("`speedrun`, three epochs at each size, not compiled", small),
-        "speedrun_small_narrow": Variant(
-            "the same with widths of 64, 192 and 192", replace(small, widths=(64, 192, 192))
+        "narrow": Variant(
+            "`speedrun` with widths of 64, 192 and 192, not compiled", replace(speedrun, widths=(64, 192, 192))
         ),
+        "large": Variant(f"{in_full}, not compiled", large),
+        "large_compiled": Variant(f"{in_full}, compiled", large, compile="on"),
+        "large_unfused": Variant(f"{in_full}, without `fuse_norm`, not compiled", unfused),
+        "large_unfused_compiled": Variant(f"{in_full}, without `fuse_norm`, compiled", unfused, compile="on"),
         "airbench_2024": Variant("`airbench_2024`, not compiled", named("airbench_2024")),
         "apple_8gpu": Variant("`apple_8gpu`, 8 shards on one GPU, not compiled", named("apple_8gpu")),
     }
@@ -249,7 +248,9 @@ def count(names: Sequence[str]) -> dict[str, dict[str, Any]]:
                 for side in sorted({side for side, _ in variant.steps()}):
                     arguments = {"name": variant.recipe.name, "side": side, "compile": variant.compile}
                     changed = changed_fields(named(variant.recipe.name), variant.recipe)
-                    arguments |= {field: now for field, (_, now) in changed.items() if field != "resolutions"}
+                    # The size is given already, and no step depends on the number of epochs.
+                    given = ("resolutions", "epochs")
+                    arguments |= {field: now for field, (_, now) in changed.items() if field not in given}
                     key = repr(arguments)
                     if key not in known:
                         known[key] = rehearsal.run("count_work", seconds=COMPILE_SECONDS, **arguments)
@@ -346,14 +347,14 @@ NOTE = (
 
 def _conclusions(found: Mapping[str, Any]) -> list[str]:
     """Return what the figures say about the limits of a step and about capture, small images and compilation."""
-    plain, small, narrow = (found[name] for name in ("speedrun", "speedrun_small", "speedrun_small_narrow"))
-    step, unfused = (_usual(each)[-1]["step"] for each in (plain, found["speedrun_unfused"]))
+    plain, large, narrow = (found[name] for name in ("speedrun", "large", "narrow"))
+    step, unfused = (_usual(each)[-1]["step"] for each in (plain, found["large_unfused"]))
     names = {"bytes": "memory traffic", "arithmetic": "arithmetic", "launches": "launches"}
     shares = {names[limit]: 100 * part / step["seconds"] for limit, part in step["decided_by"].items()}
     first, second, third = sorted(shares, key=shares.__getitem__, reverse=True)
-    clocks = [f"{each['predicted_train_seconds']:.2f}" for each in (plain, small, narrow)]
+    clocks = [f"{each['predicted_train_seconds']:.2f}" for each in (large, plain, narrow)]
     said = [
-        f"In this model, {first} limits {shares[first]:.0f} % of the time of a step of `speedrun`, {second} "
+        f"In this model, {first} limits {shares[first]:.0f} % of the time of a full-size step of `speedrun`, {second} "
         f"{shares[second]:.0f} %, and {third} {shares[third]:.0f} %. At the assumed rate, the arithmetic alone would "
         f"take {1e3 * step['flop'] / AT_PEAK.arithmetic:.2f} of the {1e3 * step['seconds']:.2f} ms.",
         f"*Fused norms.* With `fuse_norm` a step has {_traffic(step)}; without it, {_traffic(unfused)}. The predicted "
@@ -362,9 +363,9 @@ def _conclusions(found: Mapping[str, Any]) -> list[str]:
         f"*Capture.* The predicted kernels take {1e6 * step['seconds'] / step['kernels']:.1f} us on average. If Python "
         "launches them one by one and needs longer than that for each, the GPU has to wait. A captured step does not "
         "depend on Python's speed.",
-        "*Small images.* With three epochs each at 24, 28 and 32 pixels, the predicted `train_seconds` goes from "
-        f"{clocks[0]} to {clocks[1]} s; with narrower layers as well, to {clocks[2]} s. The effect on accuracy has not "
-        "been tested.",
+        "*Small images.* `speedrun` trains four epochs at 24 pixels, three at 28 and three at 32. Nine epochs at full "
+        f"size would be predicted to take {clocks[0]} s, these ten {clocks[1]} s ([their accuracy]"
+        f"(#how-the-images-of-speedrun-were-chosen)), and {clocks[2]} s with narrower layers, which cost accuracy.",
     ]
     (products,) = [
         row for row in _usual(plain)[-1]["layers"] if (row["layer"], row["family"]) == ("optimiser", "matrix product")
@@ -375,15 +376,16 @@ def _conclusions(found: Mapping[str, Any]) -> list[str]:
         f"{1e3 * products['kernels'] * AT_PEAK.launch:.3f}. If the GPUs shared the filters, they would save at most "
         "the difference, and need another collective to exchange the results."
     )
-    if {"speedrun_compiled", "speedrun_unfused_compiled"} <= set(found):
-        compiled, without = (_usual(found[f"speedrun{name}_compiled"])[-1] for name in ("", "_unfused"))
-        version = found["speedrun_compiled"]["torch"].partition("+")[0]
+    if {"large_compiled", "large_unfused_compiled"} <= set(found):
+        compiled, without = (_usual(found[f"large{name}_compiled"])[-1] for name in ("", "_unfused"))
+        version = found["large_compiled"]["torch"].partition("+")[0]
         pools = [
             sum(row["bytes"] for row in each["layers"] if row["direction"] == "backward" and "pool" in row["family"])
-            for each in (_usual(found["speedrun_unfused"])[-1], without)
+            for each in (_usual(found["large_unfused"])[-1], without)
         ]
         said.append(
-            f"*Compilation* (torch {version}) leaves {_traffic(compiled['step'])} and are predicted to take "
+            f"*Compilation* (torch {version}) of augmentation, network, loss and Muon's update leaves "
+            f"{_traffic(compiled['step'])} and are predicted to take "
             f"{1e3 * compiled['step']['seconds']:.2f} ms. Without `fuse_norm` it leaves {_traffic(without['step'])} "
             f"and are predicted to take {1e3 * without['step']['seconds']:.2f} ms; those of them that compute the "
             f"gradient of a max-pool move {pools[1] / 1e9:.1f} GB, and {pools[0] / 1e9:.1f} if nothing is compiled."

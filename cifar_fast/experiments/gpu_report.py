@@ -163,7 +163,8 @@ def _short(commit: str) -> str:
 def step_tables(folder: Path | str | None = None) -> str:
     """Return as text what CUDA graphs and torch.compile are worth, the GPU's matrix limit, and the slowest kernels.
 
-    All of it is measured with `speedrun` on one GPU. `folder` and errors: as for `saved_parts`.
+    All of it is measured with `speedrun` on one GPU, with full-size images only. `folder` and errors: as for
+    `saved_parts`.
     """
     parts = saved_parts(folder)
     wanted = [
@@ -290,7 +291,9 @@ def _ways(finding: Finding) -> str:
         clocks = f"{run['train_seconds']:.3f} s", speed, f"{run['warm_up_seconds']:.3f} s"
         rows.append((way, run["step_mode"], "1", *clocks))
     missing = [f"{MISSING}: speedrun with {way}" for way in WAYS if way not in runs]
-    return "\n".join([table(rows), *missing, f"the second run of each way; {finding.origin_line()}"])
+    return "\n".join(
+        [table(rows), *missing, f"the second run of each way, with full-size images only; {finding.origin_line()}"]
+    )
 
 
 def _limit(finding: Finding) -> str:
@@ -307,8 +310,9 @@ def _step(finding: Finding) -> str:
         figures = f"{100 * kernel['share']:.1f} %", f"{kernel['us_a_step']:,.1f}", f"{kernel['calls_a_step']:,.1f}"
         rows.append((kernel["name"][:60], *figures))
     head = (
-        f"a step of speedrun takes {step['us_a_step']:,.0f} us (n = {step['steps']} steps); the GPU is busy for "
-        f"{100 * step['busy_share']:.1f} % of it and reaches {100 * step['share_of_limit']:.1f} % of the matrix limit"
+        f"a full-size step of speedrun takes {step['us_a_step']:,.0f} us (n = {step['steps']} steps); the GPU is busy "
+        f"for {100 * step['busy_share']:.1f} % of it and reaches {100 * step['share_of_limit']:.1f} % of the matrix "
+        "limit"
     )
     return f"{head}\n{table(rows)}\n{finding.origin_line()}"
 

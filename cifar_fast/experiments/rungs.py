@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import math
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -22,10 +21,8 @@ from cifar_fast.experiments.tables import rounded
 from cifar_fast.recipe import Recipe
 from cifar_fast.shown import data_set, epochs, hardware, table
 
-RESAMPLES = 2000
-"""Draws of the bootstrap."""
 LEAST_SEEDS = 3
-"""Runs that a point needs to count where arithmetic is compared."""
+"""Seeds that a comparison of arithmetic needs."""
 BEYOND = 1.25
 """Factor in arithmetic by which a curve may be extended beyond its ends."""
 TERA = 1e12
@@ -81,6 +78,7 @@ def curves(runs: Iterable[Mapping[str, Any]], beside: str = "") -> dict[str, Cur
     found = _points(runs)
     names = [rung.recipe.name for rung in recipes.classroom_ladder()]
     if beside and beside not in names:
+        recipes.rung_pair(beside)  # raises for a name that is no trick
         names.insert(names.index(_below(beside)) + 1, beside)
     return {name: found[name] for name in names}
 
@@ -102,10 +100,8 @@ class Saving:
     epochs: float
     """Epochs of the rung whose accuracy the recipe below is to reach."""
     factor: float
-    low: float
-    """Lower end of the 95 % interval; 0 if some resamples fall below the curve."""
-    high: float
-    """Upper end; infinity if some resamples lie above the curve."""
+    interval: tuple[float, float] | None
+    """The 95 % interval of the factor; None if the runs are too few or too noisy for one, and for a bound."""
     n: int
     """Seeds that all points of both curves share."""
     more: bool = False
@@ -115,13 +111,8 @@ class Saving:
         """Return the factor in words."""
         if self.more:
             return f"more than {self.factor:.1f} times the arithmetic (n = {self.n})"
-        if 0 < self.low and self.high < math.inf:
-            between = f"95 % interval {self.low:.2f} to {self.high:.2f}, "
-        elif self.low > 0:
-            between = f"95 % interval: at least {self.low:.2f}, "
-        else:
-            between = f"95 % interval: at most {self.high:.2f}, " if self.high < math.inf else "roughly, "
-        return f"{self.factor:.2f} times the arithmetic ({between}n = {self.n})"
+        between = "95 % interval {:.2f} to {:.2f}".format(*self.interval) if self.interval else "roughly"
+        return f"{self.factor:.2f} times the arithmetic ({between}, n = {self.n})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +194,6 @@ def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
         return Gain(rung=rung, title=title)
     length, seeds = max(shared.items(), key=lambda item: (len(item[1]), item[0]))
     first, second = (_at(curve, length) for curve in curves)
-    whole = [[point for point in curve if len(point.accuracy) >= LEAST_SEEDS] for curve in curves]
     names = (_below(rung, length), rung)
     compared = [run for run in kept if run["arm"] in names and run["recipe"]["epochs"] == length]
     return Gain(
@@ -211,7 +201,7 @@ def gain(rung: str, runs: Iterable[Mapping[str, Any]]) -> Gain:
         title=title,
         epochs=length,
         differences=tuple(100 * (second[seed] - first[seed]) for seed in seeds),
-        saving=saving(*whole),
+        saving=saving(*curves),
         dataset=_distinct(data_set(run["dataset"]) for run in compared),
         hardware=_distinct(hardware(run["environment"]) for run in compared),
     )
@@ -222,24 +212,49 @@ def saving(lower: Curve, upper: Curve) -> Saving | None:
 
     The accuracy of `lower` between two of its points is interpolated over the logarithm of the arithmetic. Of the
     points of `upper` whose accuracy lies on the curve of `lower`, the one with the most epochs is taken; if there is
-    none, one that lies no further from its ends than `BEYOND`. If all lie above, the factor is a bound. The interval is
-    a percentile bootstrap: seeds are drawn again, the same for all points.
+    none, one that lies no further from its ends than `BEYOND`. If all lie above, the factor is a bound.
+
+    Only seeds that all points share count, at least `LEAST_SEEDS`. Points with few seeds are left out if the others
+    suffice.
     """
+    bound = None
+    for least in sorted({len(point.accuracy) for point in (*lower, *upper)}, reverse=True):
+        found = _saving(*([point for point in curve if len(point.accuracy) >= least] for curve in (lower, upper)))
+        if found and not found.more:
+            return found
+        bound = bound or found
+    return bound
+
+
+def _saving(lower: Curve, upper: Curve) -> Saving | None:
     seeds = sorted(set.intersection(*(set(point.accuracy) for point in (*lower, *upper)))) if lower and upper else []
-    if len(lower) < 2 or len(seeds) < 2:
+    if len(lower) < 2 or len(seeds) < LEAST_SEEDS:
         return None
     for beyond in (1.0, BEYOND):
         for target in reversed(upper):
             factor = _factor(lower, target, seeds, beyond)
             if 0 < factor < math.inf:
-                draws = random.Random(0)
-                factors = sorted(_factor(lower, target, draws.choices(seeds, k=len(seeds))) for _ in range(RESAMPLES))
-                low, high = factors[round(0.025 * (RESAMPLES - 1))], factors[round(0.975 * (RESAMPLES - 1))]
-                return Saving(target.epochs, factor, low, high, len(seeds))
+                return Saving(target.epochs, factor, _interval(lower, target, seeds), len(seeds))
     least = upper[0]
     if _factor(lower, least, seeds) == math.inf and (bound := lower[-1].flop / least.flop) > 1:
-        return Saving(least.epochs, bound, bound, math.inf, len(seeds), more=True)
+        return Saving(least.epochs, bound, None, len(seeds), more=True)
     return None
+
+
+def _interval(lower: Curve, target: Point, seeds: Sequence[int]) -> tuple[float, float] | None:
+    """Return the 95 % interval of `_factor`, by a jackknife over the seeds: each is left out once.
+
+    The pseudo-values of the logarithm, n times the whole minus n - 1 times the rest, are treated like a sample
+    (Student's t). Source: J. W. Tukey, "Bias and confidence in not-quite large samples", 1958.
+    """
+    n, whole = len(seeds), _factor(lower, target, seeds)
+    rests = [_factor(lower, target, [other for other in seeds if other != seed], math.inf) for seed in seeds]
+    if not all(0 < rest < math.inf for rest in rests):
+        return None
+    logs = [n * math.log(whole) - (n - 1) * math.log(rest) for rest in rests]
+    low, high = mean_interval(logs) or (-math.inf, math.inf)
+    half = (high - low) / 2
+    return whole * math.exp(-half), whole * math.exp(half)
 
 
 def _factor(lower: Curve, target: Point, seeds: Sequence[int], beyond: float = BEYOND) -> float:
@@ -253,8 +268,8 @@ def _factor(lower: Curve, target: Point, seeds: Sequence[int], beyond: float = B
     pieces = list(zip(reached, reached[1:], strict=False))
     for number, ((x0, y0), (x1, y1)) in enumerate(pieces):
         slope = (y1 - y0) / (x1 - x0)
-        low = x0 - math.log(beyond) * (number == 0)
-        high = x1 + math.log(beyond) * (number == len(pieces) - 1)
+        low = x0 - math.log(beyond) if number == 0 else x0
+        high = x1 + math.log(beyond) if number == len(pieces) - 1 else x1
         if slope > 0 and low <= (x := x0 + (wanted - y0) / slope) <= high:
             return math.exp(x) / target.flop
     return 0.0 if wanted < reached[0][1] else math.inf
@@ -279,7 +294,7 @@ def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[M
         left_out: lines that `benchmarks/ablation.py --leave-one-out` saved, all with the same number of epochs.
 
     Raises:
-        UserError: `left_out` has no runs of today's ladder, or runs of several numbers of epochs.
+        UserError: `left_out` has runs of several numbers of epochs, or the two share no trick of today's ladder.
     """
     left_out = list(left_out)
     lengths = {run["recipe"]["epochs"] for run in left_out}
@@ -313,7 +328,8 @@ def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[M
 def _curve_below(rung: str, found: Mapping[str, Curve]) -> Curve:
     """Return the points of what the trick `rung` is added to.
 
-    That depends on the epochs, because a single epoch has no small images: `tta` is then added to another rung.
+    That depends on the epochs, because a single epoch has no small images: `tta` is then added to another rung. Where
+    `rung` itself does not exist, its points are those of what it is added to at other epochs.
     """
     names = {point.epochs: _below(rung, point.epochs) for curve in found.values() for point in curve}
     return [

@@ -388,7 +388,7 @@ def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[M
 
     Args:
         ladder: lines of the ladder's `results.jsonl`.
-        left_out: lines of `leave_one_out`'s.
+        left_out: lines of the `results.jsonl` that `benchmarks/ablation.py --leave-one-out` saved.
 
     Raises:
         UserError: as `experiments.rungs.added_and_left_out`.

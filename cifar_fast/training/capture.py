@@ -59,10 +59,12 @@ def _compile(setup: Setup, step: TrainingStep) -> None:
     if setup.batches.home == setup.device:
         make = {side: compiled(function) for side, function in make.items()}
     score = compiled(scored) if isinstance(update.loss, CrossEntropy) else None
-    muons: list[Any] = [optimizer for optimizer in setup.optimizers if isinstance(optimizer, Muon)]
+    # A reader's own optimiser might count its steps, and must not take one before the training run.
+    ours = () if "optimizers" in update.own else setup.optimizers
+    muons: list[Any] = [optimizer for optimizer in ours if isinstance(optimizer, Muon)]
     keep_learning_rates_on(setup.device, muons)  # a rate that is a number would be compiled in, and anew at each step
     for muon in muons:
-        muon.update = compiled(muon.update)
+        muon.update = compiled(move_banks)
     why = ""
     with rolled_back(setup.model, setup.optimizers), measured_convolutions():
         try:
@@ -78,7 +80,7 @@ def _compile(setup: Setup, step: TrainingStep) -> None:
         update.clear_gradients()
     if not setup.ranks.all(not why):
         for muon in muons:
-            muon.update = move_banks
+            del muon.update
         _run_without(setup, "compile", why or "another rank failed to compile it")
         return
     step.updates = {frozen: replace(update, model=model, score=score) for frozen, model in models.items()}

@@ -193,8 +193,10 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
-        self.update: Callable[..., None] = move_banks
-        """What a step does to all filter banks of a group, which can be compiled as a whole."""
+
+    def update(self, *arguments: Any) -> None:
+        """Call `move_banks`; a compiled function can take this one's place."""
+        move_banks(*arguments)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]

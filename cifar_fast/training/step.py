@@ -189,7 +189,7 @@ def forward_backward(
 
 
 def scored(loss_function: Loss, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum of the images' losses and the number of correct predictions, two scalars of one type.
+    """Return the sum of the images' losses and the number of correct predictions, two scalars of the logits' type.
 
     Args:
         loss_function: as for `forward_backward`.
@@ -198,7 +198,7 @@ def scored(loss_function: Loss, outputs: Tensor, labels: Tensor) -> tuple[Tensor
     """
     logits = at_least_float32(outputs)
     correct = logits.detach().argmax(1) == likeliest(labels)
-    return summed(loss_function, logits, labels), correct.sum(dtype=logits.dtype)
+    return summed(loss_function, logits, labels).to(logits.dtype), correct.sum(dtype=logits.dtype)
 
 
 def summed(loss_function: Loss, logits: Tensor, labels: Tensor) -> Tensor:

@@ -45,10 +45,10 @@ def test_a_kernel_takes_what_its_narrowest_limit_allows(script: Any) -> None:
 
 
 def test_steps_are_counted_by_size_and_state_of_the_whitening_bias(script: Any) -> None:
-    # 32 steps an epoch; the bias is learned for the first 0.19 of the nine epochs, 7 steps.
-    assert script.Variant("", named("speedrun")).steps() == {(32, "learned"): 7, (32, "frozen"): 281}
-    small = script.variants()["speedrun_small"].steps()
-    assert small == {(24, "learned"): 7, (24, "frozen"): 89, (28, "frozen"): 96, (32, "frozen"): 96}
+    # 32 steps an epoch; the bias is learned for the first 0.19 epochs, 7 steps.
+    assert script.variants()["large"].steps() == {(32, "learned"): 7, (32, "frozen"): 281}
+    small = script.Variant("", named("speedrun")).steps()
+    assert small == {(24, "learned"): 7, (24, "frozen"): 121, (28, "frozen"): 96, (32, "frozen"): 96}
 
 
 def test_a_training_run_takes_its_set_up_its_steps_and_the_ends_of_its_epochs(script: Any) -> None:
@@ -63,7 +63,7 @@ def test_a_training_run_takes_its_set_up_its_steps_and_the_ends_of_its_epochs(sc
         "steps": {"learned": [row(3 * milliseconds)], "frozen": [row(milliseconds, 2)]},
         "rest of two epochs": [row(milliseconds, 2)],
     }
-    found = script.predict(script.Variant("", named("speedrun")), {32: counted})
+    found = script.predict(script.variants()["large"], {32: counted})
     # 5 ms; 7 steps of 3 ms and 281 of 2 ms; 9 ends of 1 ms.
     assert found["predicted_train_seconds"] == pytest.approx((5 + 7 * 3 + 281 * 2 + 9) / 1e3)
 
@@ -93,7 +93,7 @@ def test_without_the_compiled_step_what_is_saved_of_it_is_kept(
 
     monkeypatch.setattr(script, "count", count)
     assert script.main(["--out", str(tmp_path), "--without-compiled"]) == 0
-    compiled = {"speedrun_compiled", "speedrun_unfused_compiled"}
+    compiled = {"speedrun_compiled", "large_compiled", "large_unfused_compiled"}
     assert asked == [name for name in script.variants() if name not in compiled]
     commits = {name: found["commit"] for name, found in script.saved(tmp_path)["variants"].items()}
     kept = {name: report["variants"][name]["commit"] for name in compiled}

@@ -258,28 +258,34 @@ def test_every_arm_of_the_script_changes_what_its_name_says(script):
 def test_leave_one_out_trains_the_top_of_the_ladder_without_each_trick(script, tmp_path, monkeypatch):
     class Data:
         def describe(self) -> dict[str, Any]:
-            return {"name": "CIFAR-10"}
+            return run(0, 0.0)["dataset"]
 
     monkeypatch.setattr(script, "load_cifar10", Data)
     trained = []
     monkeypatch.setattr(script, "train", lambda recipe, data, seed: trained.append((recipe, seed)))
     monkeypatch.setattr(script, "save_run", lambda *run: None)
     *_, below, top = (rung.recipe for rung in recipes.classroom_ladder(1.0))
+    here = run(0, 0.0) | {"environment": script.environment(torch.device("cpu"))}
     saved = [
-        {"arm": rung.name, "seed": 3, "accuracy": accuracy, "dataset": {"name": name}, "recipe": rung.to_dict()}
-        for rung, accuracy, name in ((below, 0.7, "CIFAR-10"), (top, 0.8, "CIFAR-10"), (top, 0.1, "another"))
+        here | {"arm": rung.name, "seed": 3, "accuracy": accuracy, "recipe": rung.to_dict()}
+        for rung, accuracy in ((below, 0.7), (top, 0.8))
     ]
+    saved.append(saved[1] | {"dataset": here["dataset"] | {"name": "another"}, "accuracy": 0.1})
+    saved.append(saved[1] | {"environment": here["environment"] | {"cpu": "another"}, "accuracy": 0.2})
     ladder, out = tmp_path / "ladder", tmp_path / "out"
-    ladder.mkdir()
-    (ladder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in saved))
 
     def leave_one_out(*options: str) -> None:
         command = ["ablation.py", "--leave-one-out", str(ladder), "--epochs", "1", *options, "--out", str(out)]
         monkeypatch.setattr("sys.argv", command)
         script.main()
 
+    with pytest.raises(SystemExit, match=r"error: there is no .*results.jsonl; name a folder that .* has written"):
+        leave_one_out()
+    ladder.mkdir()
+    (ladder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in saved))
     for _ in range(2):
         leave_one_out("--seeds", "3", "4")
+        assert (out / "table.txt").read_text().startswith("arm ")
         lines = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
         # The networks of the top are those of the rung below, evaluated with TTA.
         assert [(line["arm"], line["accuracy"]) for line in lines] == [("tta=none", 0.7), (AS_IT_IS, 0.8)]

@@ -54,7 +54,12 @@ ANOTHER_RANK = "another rank"
 
 MUTANTS: dict[str, tuple[Edit, ...]] = {
     "a number read in the step": (
-        Edit(step, "forward_backward", "loss += part_loss.detach()", "loss += part_loss.item()"),
+        Edit(
+            step,
+            "forward_backward",
+            "losses.append(part_loss.detach())",
+            "losses.append(images.new_tensor(part_loss.item()))",
+        ),
     ),
     "the loss read after every step": (Edit(loop, "train_epoch", 'if setup.device.type == "cpu":', "if True:"),),
     "a learning rate recorded as a number": (
@@ -64,8 +69,8 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
         Edit(
             step,
             "forward_backward",
-            "loss, correct = images.new_zeros(()), images.new_zeros(())",
-            "loss, correct = images.new_zeros(()), torch.zeros(()).to(images.device)",
+            "losses, hits = [], []",
+            "losses, hits = [torch.zeros(()).to(images.device)], []",
         ),
     ),
     "channels_last forgotten for the weights": (
@@ -83,7 +88,7 @@ MUTANTS: dict[str, tuple[Edit, ...]] = {
             "with torch.cuda.stream(stream):",
             "with torch.cuda.stream(before):",
         ),
-        Edit(step, "forward_backward", "logits = at", "logits = model.kept = at"),
+        Edit(step, "forward_backward", "outputs = model(part)", "outputs = model.kept = model(part)"),
     ),
     "no warm-up": (Edit(cuda_graph, "CapturedFunction.__init__", "range(WARM_UPS)", "range(0)"),),
     "nothing rolled back": (Edit(capture, "_capture", "with rolled_back(setup.model, setup.optimizers):", "if True:"),),

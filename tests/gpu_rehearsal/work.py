@@ -336,13 +336,14 @@ class Recorder(TorchDispatchMode):
                     return forward_backward(model, *arguments)
 
         def move(self: Any) -> None:
-            update = self.update
-            if hasattr(update, "_torchdynamo_orig_callable"):
-                self.update = recorder.compiled(update)
+            compiled = vars(self).get("update")
+            if compiled is None:
+                return step(self)
+            self.update = recorder.compiled(compiled)
             try:
                 step(self)
             finally:
-                self.update = update
+                self.update = compiled
 
         def choices(self: Any, epoch: int) -> Any:
             recorder._training_set = {each.untyped_storage().data_ptr() for each in (self.all_images, self.all_labels)}

@@ -25,9 +25,10 @@ from cifar_fast.training.capture import prepare_step, rolled_back
 from cifar_fast.training.layers import GhostBatchNorm
 from cifar_fast.training.loop import train
 from cifar_fast.training.model import Network
-from cifar_fast.training.optim import move_banks
+from cifar_fast.training.optim import Muon, move_banks, recipe_optimizers
 from cifar_fast.training.result import RunResult
 from cifar_fast.training.setup import Setup, choose_execution, set_up
+from cifar_fast.training.tricks import Tricks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 # Five steps an epoch. The whitening bias is learned in the first of two epochs and frozen in the second.
@@ -230,6 +231,57 @@ def test_a_step_that_cannot_be_compiled_runs_eagerly(
     assert result.environment["step_mode"] == "eager"
     assert result.environment["step_mode_reason"] == "no compile: ZeroDivisionError: in the middle of it"
     assert_same_run(result, eager[recipe.name], 1e-6 if recipe is MUON else 0)  # Muon's rate is now in float32
+
+
+def test_a_step_that_another_rank_cannot_compile_runs_eagerly_here_too(
+    data: Dataset, eager: dict[str, RunResult], always: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OneOfTwo(Alone):
+        def all(self, condition: bool) -> bool:
+            return False
+
+    def counted(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        if isinstance(function, Network):
+            return function
+        calls[function] = 0
+
+        def call(*arguments: Any) -> Any:
+            calls[function] += 1
+            return function(*arguments)
+
+        return call
+
+    always(compile=True)
+    calls: dict[Any, int] = {}
+    monkeypatch.setattr(capture, "compiled", counted)
+    with pytest.warns(UserWarning, match="cannot be compiled .*: another rank failed to compile it"):
+        result = run(MUON, data, ranks=OneOfTwo())
+    assert_same_run(result, eager[MUON.name], 1e-6)
+    assert calls[move_banks] == 1  # while it was tried out, and not in training
+
+
+def test_a_reader_s_own_optimiser_takes_no_step_before_training(
+    data: Dataset, always: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(Muon):
+        steps = 0
+
+        def step(self, closure: Any = None) -> None:
+            self.steps += 1
+            super().step(closure)
+
+    def optimizers(model: torch.nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+        sgd, muon = recipe_optimizers(model, recipe)
+        made.append(Counting(muon.param_groups[0]["params"], recipe.muon_lr, recipe.muon_momentum))
+        return [sgd, *made]
+
+    made: list[Counting] = []
+    monkeypatch.setattr(capture, "compiled", lambda function, **_: function)
+    execution = replace(choose_execution(MUON, CPU), step_mode=StepMode(compile=True))
+    ready = set_up(MUON, data, execution, device=CPU, tricks=Tricks(optimizers=optimizers))
+    prepare_step(ready)
+    assert ready.execution.step_mode.compile and made[0].steps == 0
+    assert "update" not in vars(made[0]) and isinstance(made[0].param_groups[0]["lr"], float)
 
 
 @pytest.mark.slow
