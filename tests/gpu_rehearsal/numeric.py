@@ -202,6 +202,10 @@ class SimulatedGPU(TorchDispatchMode):
             return on_cpu(args[0]).item()
         if operation in (aten._to_copy.default, aten.copy_.default):
             return self._copy(operation, args, kwargs)
+        if operation is aten._foreach_copy_.default and not all(source.is_cuda for source in args[1]):
+            for target, source in zip(*args[:2], strict=True):  # what torch does between devices
+                self._copy(aten.copy_.default, (target, source), kwargs)
+            return None
         self._require_what_kernels_require(operation, args, kwargs, tensors)
         masked = operation in BY_MASK and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
         if masked or operation in WAITING:
