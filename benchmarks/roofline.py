@@ -363,8 +363,8 @@ def _conclusions(found: Mapping[str, Any]) -> list[str]:
         f"*Capture.* The predicted kernels take {1e6 * step['seconds'] / step['kernels']:.1f} us on average. If Python "
         "launches them one by one and needs longer than that for each, the GPU has to wait. A captured step does not "
         "depend on Python's speed.",
-        "*Small images.* `speedrun` trains four epochs at 24 pixels, three at 28 and three at 32. Nine epochs at full "
-        f"size would be predicted to take {clocks[0]} s, these ten {clocks[1]} s ([their accuracy]"
+        "*Small images.* `speedrun` trains four epochs at 24 pixels, three at 28 and four at 32. Nine epochs at full "
+        f"size would be predicted to take {clocks[0]} s, these eleven {clocks[1]} s ([their accuracy]"
         f"(#how-the-images-of-speedrun-were-chosen)), and {clocks[2]} s with narrower layers, which cost accuracy.",
     ]
     (products,) = [

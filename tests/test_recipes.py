@@ -211,7 +211,6 @@ def test_speedrun_has_hiverges_rates_and_runs_on_1_2_4_or_8_processes() -> None:
         "n_shards": (1, 8),
         "ghost_batch_size": (512, 0),
         "micro_batch_size": (512, 0),
-        "epochs": (11.0, 10.0),
         "bend_fraction": (6 / 11, 0.0),
         "bend_lr_fraction": (1 / 3, 0.0),
         "resolutions": ((18, 18, 24, 24, 32), (24, 24, 24, 24, 28, 28, 28, 32)),
