@@ -395,18 +395,19 @@ def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[M
     """
     left_out = list(left_out)
     worth = rungs.added_and_left_out(ladder, left_out)
-    figure = Picture(figsize=(8, 1.6 + 0.6 * len(worth)), layout="constrained")
+    figure = Picture(figsize=(8, 1.9 + 0.6 * len(worth)), layout="constrained")
     axis = figure.subplots()
     axis.axvline(0, color="black", linewidth=0.8)
-    for style, shift, field in ((ADDED, -0.14, "gains"), (LEFT_OUT, 0.14, "losses")):
+    for style, shift, field in ((ADDED, -0.16, "gains"), (LEFT_OUT, 0.16, "losses")):
         for place, each in enumerate(worth.values()):
             values = getattr(each, field)
-            interval = mean_interval(values)
+            mean, interval = fmean(values), mean_interval(values)
             half = (interval[1] - interval[0]) / 2 if interval else 0.0
             label = style | {"label": style["label"] if place == 0 else None}
-            axis.errorbar(
-                [fmean(values)], [place + shift], xerr=[half], markersize=7, capsize=3, linestyle="none", **label
-            )
+            axis.errorbar([mean], [place + shift], xerr=[half], markersize=7, capsize=3, linestyle="none", **label)
+            # The small ones can hardly be read from the axis.
+            end = (mean + half, place + shift)
+            axis.annotate(f"{mean:+.1f}", end, (8, 0), textcoords="offset points", fontsize=11, va="center")
     axis.set_yticks(range(len(worth)), [name.replace("_", " ") for name in worth], fontsize=12)
     axis.invert_yaxis()
     axis.set_xlabel("points of test accuracy", fontsize=13)
@@ -414,7 +415,7 @@ def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[M
     axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
-    axis.legend(fontsize=12, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=12, frameon=False)
     seeds = sorted({len(values) for each in worth.values() for values in (each.gains, each.losses)})
     n = f"n = {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "")
     names = " / ".join(dict.fromkeys(run["dataset"]["name"] for run in left_out))

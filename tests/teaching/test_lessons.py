@@ -124,7 +124,8 @@ def test_what_a_trick_gains_is_drawn_beside_what_is_lost_without_it():
     assert [text.get_text() for text in axis.get_yticklabels()] == ["whitening", "muon"]
     drawn = [bars.lines[0].get_xydata()[0] for bars in axis.containers]
     assert [x for x, _ in drawn] == pytest.approx([2.0, 2.0, 1.0, 10.0])
-    assert [y for _, y in drawn] == pytest.approx([-0.14, 0.86, 0.14, 1.14])
+    assert [y for _, y in drawn] == pytest.approx([-0.16, 0.84, 0.16, 1.16])
+    assert [text.get_text() for text in axis.texts] == ["+2.0", "+2.0", "+1.0", "+10.0"]
     assert "CIFAR-10, 1 epoch, n = 2 to 3" in axis.get_title(loc="left")
     assert figure.alt.endswith("when taken away: whitening +2.0 and +1.0; muon +2.0 and +10.0")
 
