@@ -277,7 +277,7 @@ def classroom_ladder(epochs: float = 2.0) -> tuple[Rung, ...]:
     add("schedule", "a learning rate that warms up, then decays to zero", **one_cycle)
     add("whitening", "patch whitening", whitening_size=2, whitening_bias_epochs=0.19)
     add("muon", "Muon for the filters", optimizer="muon")
-    add("warmup", "no warm-up, which Muon does not need", start_lr_fraction=1.0, warmup_fraction=0.0)
+    add("warmup", "a start at the full rate, without a warm-up", start_lr_fraction=1.0, warmup_fraction=0.0)
     add("augmentation", "alternating flip and smaller shifts", flip="alternating", crop_padding=2)
     if sizes := _small_first(epochs):
         add("small_images", "small images first", resolutions=sizes)

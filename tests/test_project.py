@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -340,20 +341,68 @@ def test_the_table_of_the_ladder_says_what_was_measured():
         found = rungs.gain(name, runs)
         if found.differences:
             low, high = found.interval
+            arithmetic = str(found.saving).replace(" times the arithmetic", "").replace("95 % interval ", "")
             assert (
                 f"`{name}` | {found.title} | {found.epochs:g} | {len(found.differences)} | "
-                f"{found.points:+.2f} ({low:+.2f} to {high:+.2f})"
+                f"{found.points:+.2f} ({low:+.2f} to {high:+.2f}) | {arithmetic}"
             ) in rows
     curves = rungs.curves(runs)
     plain, top = curves["plain"][-1], curves["tta"][0]
     told = [f"{100 * point.mean:.1f} % with {point.flop / 1e12:.{digits}f}" for point, digits in ((plain, 0), (top, 1))]
     assert (
-        f"the plain recipe reaches {told[0]} TFLOP (n = {len(plain.accuracy)}), and all tricks together {told[1]} "
-        f"(n = {len(top.accuracy)})"
+        f"the plain recipe reaches {told[0]} TFLOP (n = {len(plain.accuracy)}), and all tricks but small images "
+        f"{told[1]} (n = {len(top.accuracy)};"
     ) in (ROOT / "README.md").read_text()
     worth = {name: f"{rungs.gain(name, runs).points:.1f}" for name in ("muon", "whitening", "schedule", "tta")}
     said = "Muon is worth {muon} points, whitening {whitening}, a schedule {schedule}, TTA {tta}".format(**worth)
     assert said in (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_tricks_taken_away_says_what_was_measured():
+    from cifar_fast.experiments import rungs
+    from cifar_fast.experiments.saved import saved_runs
+    from cifar_fast.experiments.statistics import mean_interval
+
+    def shown(points: tuple[float, ...]) -> str:
+        low, high = mean_interval(points)
+        return f"{fmean(points):+.2f} ({low:+.2f} to {high:+.2f})"
+
+    rows = [" | ".join(row) for row in table_rows(RESULTS / "README.md")]
+    worth = rungs.added_and_left_out(saved_runs("classroom_ladder"), saved_runs("leave_one_out"))
+    assert len(worth) == 6
+    for name, each in worth.items():
+        assert f"`{name}` | {shown(each.gains)} | {shown(each.losses)}" in rows
+        assert len(each.gains) == len(each.losses) == 10
+    sums = [sum(fmean(getattr(each, column)) for each in worth.values()) for column in ("gains", "losses")]
+    text = (RESULTS / "README.md").read_text()
+    assert "from the foot ({:.1f} points); the losses do not ({:.1f} points)".format(*sums) in text
+
+
+def test_the_table_of_speedruns_images_says_what_was_measured():
+    from cifar_fast import recipes
+    from cifar_fast.experiments.arithmetic import train_flop
+    from cifar_fast.experiments.saved import saved_ablation, saved_runs
+    from cifar_fast.experiments.statistics import mean_interval
+    from cifar_fast.recipe import Recipe, changed_fields
+
+    arms = {run["arm"] for run in saved_runs("search_speedrun")}
+    saved = saved_ablation(*(arms - {"as it is"}), folder=RESULTS / "search_speedrun")
+    rows = [row for row in table_rows(RESULTS / "README.md") if len(row) == 4]
+    flop = {}
+    for arm, runs in saved.arms.items():
+        recipe = Recipe.from_dict(runs[0]["recipe"])
+        flop[arm] = train_flop(recipe, 45_000)
+        accuracy = f"{100 * fmean(run['accuracy'] for run in runs):.2f} % ({len(runs)})"
+        differences = [100 * each for each in saved.differences(arm)]
+        low, high = mean_interval(differences)
+        paired = f"{fmean(differences):+.2f} ({low:+.2f} to {high:+.2f})"
+        if len(differences) == 2:
+            paired = f"{differences[0]:+.2f}, {differences[1]:+.2f}: two seeds"
+        expected = [f"{flop[arm] / flop['as it is']:.2f}", accuracy, "" if arm == "as it is" else paired]
+        assert expected in [row[1:] for row in rows], arm
+    adopted = replace(recipes.speedrun(), widths=(16, 64, 64))
+    trained = [Recipe.from_dict(runs[0]["recipe"]) for runs in saved.arms.values()]
+    assert any(not changed_fields(adopted, recipe) for recipe in trained)
 
 
 def test_the_table_of_tricks_says_what_was_measured():

@@ -275,6 +275,11 @@ def _factor(lower: Curve, target: Point, seeds: Sequence[int], beyond: float = B
     return 0.0 if wanted < reached[0][1] else math.inf
 
 
+def label(name: str) -> str:
+    """Return the name of a rung as pictures show it: the rung `warmup` removes the warm-up."""
+    return "no warm-up" if name == "warmup" else name.replace("_", " ")
+
+
 @dataclass(frozen=True)
 class Worth:
     """What a trick gains where the ladder adds it, and what the top of the ladder loses without it, seed by seed."""

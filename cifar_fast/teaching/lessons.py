@@ -70,7 +70,7 @@ def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture
         axis.annotate(
             text, (place, height), (0, 4), textcoords="offset points", ha="center", color=colour, weight=weight
         )
-    axis.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=35, ha="right")
+    axis.set_xticks(range(len(names)), [rungs.label(name) for name in names], rotation=35, ha="right")
     for place, label in enumerate(axis.get_xticklabels()):
         label.set_rotation_mode("anchor")
         label.set(color=HERE if place == here else "black", weight="bold" if place == here else "normal")
@@ -81,7 +81,7 @@ def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture
     axis.set_title(title, fontsize="medium", loc="left")
     reached = "" if means[here] is None else f", where it reaches {means[here]:.1f} %"
     figure.alt = (
-        f"You are here: {names[here].replace('_', ' ')}, "
+        f"You are here: {rungs.label(names[here])}, "
         + (
             f"beside the ladder, added to {names[here - 1]}"
             if beside

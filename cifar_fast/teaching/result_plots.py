@@ -350,7 +350,7 @@ def ladder_curves(runs: Iterable[Mapping[str, Any]]) -> Picture:
         marker = MARKERS[place % len(MARKERS)]
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 6, "capsize": 3}
         axis.errorbar(x, y, yerr=half, linewidth=2, elinewidth=1.2, **style)
-        ends.append((x[-1], y[-1], name.replace("_", " "), colour))
+        ends.append((x[-1], y[-1], rungs.label(name), colour))
     axis.set_xscale("log")
     low, high = (limit(point.flop / TERA for curve in found.values() for point in curve) for limit in (min, max))
     axis.set_xlim(low / 1.15, high * 1.15)
@@ -403,12 +403,12 @@ def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[M
             values = getattr(each, field)
             mean, interval = fmean(values), mean_interval(values)
             half = (interval[1] - interval[0]) / 2 if interval else 0.0
-            label = style | {"label": style["label"] if place == 0 else None}
-            axis.errorbar([mean], [place + shift], xerr=[half], markersize=7, capsize=3, linestyle="none", **label)
+            named = style | {"label": style["label"] if place == 0 else None}
+            axis.errorbar([mean], [place + shift], xerr=[half], markersize=7, capsize=3, linestyle="none", **named)
             # The small ones can hardly be read from the axis.
             end = (mean + half, place + shift)
             axis.annotate(f"{mean:+.1f}", end, (8, 0), textcoords="offset points", fontsize=11, va="center")
-    axis.set_yticks(range(len(worth)), [name.replace("_", " ") for name in worth], fontsize=12)
+    axis.set_yticks(range(len(worth)), [rungs.label(name) for name in worth], fontsize=12)
     axis.invert_yaxis()
     axis.set_xlabel("points of test accuracy", fontsize=13)
     axis.tick_params(axis="x", labelsize=12)
@@ -422,7 +422,7 @@ def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[M
     length = in_epochs(next(iter(worth.values())).epochs)
     axis.set_title(f"What a trick is worth, asked in two ways ({names}, {length}, {n})", fontsize=13, loc="left")
     figure.alt = "Points of test accuracy for each trick, gained when added and lost when taken away: " + "; ".join(
-        f"{name} {fmean(each.gains):+.1f} and {fmean(each.losses):+.1f}" for name, each in worth.items()
+        f"{rungs.label(name)} {fmean(each.gains):+.1f} and {fmean(each.losses):+.1f}" for name, each in worth.items()
     )
     return figure
 

@@ -9,6 +9,7 @@ import torch
 
 from cifar_fast import recipes
 from cifar_fast.errors import RecipeError, RunError, UserError
+from cifar_fast.experiments import rungs
 from cifar_fast.experiments.rungs import TERA
 from cifar_fast.teaching import lessons, network_plots
 from cifar_fast.teaching.result_plots import added_and_left_out, ladder_curves, spaced
@@ -42,7 +43,8 @@ def test_the_strip_has_every_rung_and_picks_out_one():
     figure = lessons.strip("whitening", made_up())
     (axis,) = figure.axes
     labels = axis.get_xticklabels()
-    assert [label.get_text() for label in labels] == [name.replace("_", " ") for name in NAMES]
+    assert [label.get_text() for label in labels] == [rungs.label(name) for name in NAMES]
+    assert "no warm-up" in [label.get_text() for label in labels]  # what the rung `warmup` removes
     assert [label.get_text() for label in labels if label.get_weight() == "bold"] == ["whitening"]
     assert [text.get_text() for text in axis.texts] == ["60.1", "62.1", "64.1", "66.1", *"?" * (len(NAMES) - 4)]
     assert axis.get_title(loc="left") == "test accuracy in % after 2 epochs (6.0 TFLOP), n = 3"
