@@ -378,10 +378,13 @@ def _conclusions(found: Mapping[str, Any]) -> list[str]:
     if {"large_compiled", "large_unfused_compiled"} <= set(found):
         compiled, without = (_usual(found[f"large{name}_compiled"])[-1] for name in ("", "_unfused"))
         clocks = [f"{found[name]['predicted_train_seconds']:.2f}" for name in ("large_compiled", "speedrun_compiled")]
+        short, long = (Recipe.from_dict(found[name]["recipe"]) for name in ("large_compiled", "speedrun_compiled"))
+        sizes = Counter(long.resolution(epoch, SIDE) for epoch in range(math.ceil(long.epochs)))
+        listed = [f"{n} epochs at {side} pixels" for side, n in sorted(sizes.items())]
         said.append(
-            "*Small images.* `speedrun` trains four epochs at 24 pixels, three at 28 and four at 32. Compiled, nine "
-            f"epochs at full size are predicted to take {clocks[0]} s, and these eleven {clocks[1]} s "
-            "([their accuracy](#how-the-images-of-speedrun-were-chosen))."
+            f"*Small images.* `speedrun` trains {', '.join(listed[:-1])} and {listed[-1]}. Compiled, they are "
+            f"predicted to take {clocks[1]} s, and {short.epochs:g} epochs at full size {clocks[0]} s ([their accuracy]"
+            "(#how-the-images-of-speedrun-were-chosen))."
         )
         version = found["large_compiled"]["torch"].partition("+")[0]
         pools = [

@@ -1,7 +1,6 @@
 """Trains candidates for a recipe on part of the training set and scores them on the rest, without reading the test set.
 
     python benchmarks/search.py "activation=relu" "activation=relu epochs=8" --out benchmarks/results/search
-
     python benchmarks/search.py "epochs=8" --recipe speedrun --all "widths=[16,64,64]" --out narrow
 
 Each candidate names the fields that it changes, `field=value`, separated by spaces; a list is written `[64,256]`. The
