@@ -22,6 +22,7 @@ from cifar_fast import recipes
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.data.load import load_cifar10
 from cifar_fast.errors import UserError
+from cifar_fast.experiments.arithmetic import train_flop
 from cifar_fast.recipe import Recipe, changed_fields
 from cifar_fast.training.loop import train
 
@@ -102,7 +103,11 @@ def main() -> None:
             run = line(arm, result)
             runs_file.append(results, [without_clocks(run) if options.busy else run])
             write_table(results)
-            print(f"{arm}, seed {seed}: {100 * result.accuracy:.2f} %, {result.train_seconds:.0f} s", flush=True)
+            tflop = train_flop(arm_recipe, len(data.train_labels)) / 1e12
+            print(
+                f"{arm}, seed {seed}: {100 * result.accuracy:.2f} %, {result.train_seconds:.0f} s, {tflop:.3g} TFLOP",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

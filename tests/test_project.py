@@ -405,6 +405,29 @@ def test_the_table_of_speedruns_images_says_what_was_measured():
     assert any(not changed_fields(adopted, recipe) for recipe in trained)
 
 
+def test_the_table_of_the_search_for_less_arithmetic_says_what_was_measured():
+    from cifar_fast.experiments.arithmetic import train_flop
+    from cifar_fast.experiments.saved import saved_runs
+    from cifar_fast.recipe import Recipe
+
+    arms: dict[str, list[dict]] = {}
+    for run in saved_runs("search_arithmetic"):
+        assert run["dataset"]["n_train"] == 45_000
+        arms.setdefault(run["arm"], []).append(run)
+    rows = [row for row in table_rows(RESULTS / "README.md") if len(row) == 5]
+    for runs in arms.values():
+        recipe = Recipe.from_dict(runs[0]["recipe"])
+        sides = [recipe.resolution(epoch) for epoch in range(round(recipe.epochs))]
+        row = [
+            ("" if recipe.bend_fraction else "short: ") + ", ".join(map(str, recipe.widths)),
+            str(recipe.global_batch_size),
+            ", ".join(str(sides.count(side)) for side in (18, 24, 32)),
+            f"{train_flop(recipe, 45_000) / 1e12:.0f}",
+            f"{100 * fmean(run['accuracy'] for run in runs):.2f} % ({len(runs)})",
+        ]
+        assert row in rows
+
+
 def test_the_table_of_tricks_says_what_was_measured():
     from cifar_fast.experiments.ablation import points
     from cifar_fast.experiments.saved import saved_ablation

@@ -14,6 +14,7 @@ import torch
 from cifar_fast import recipes
 from cifar_fast.data.dataset import Dataset
 from cifar_fast.errors import RecipeError, UserError
+from cifar_fast.experiments.arithmetic import train_flop
 from cifar_fast.recipe import changed_fields
 
 RECIPE = replace(recipes.smoke(), widths=(4, 4, 4), n_shards=1, global_batch_size=64, epochs=1.0)
@@ -67,6 +68,8 @@ def test_the_command_trains_each_candidate_once_and_draws_the_table(script, tiny
         script.main()
 
     search("activation=relu", "--hold-out", "40", "--busy")
+    tflop = train_flop(RECIPE, len(tiny_data.train_labels) - 40) / 1e12
+    assert capsys.readouterr().out.count(f" s, {tflop:.3g} TFLOP") == 2  # an activation changes no arithmetic
     runs = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
     assert [run["arm"] for run in runs] == ["as it is", "activation=relu"]
     assert {run["dataset"]["n_test"] for run in runs} == {40} and runs[0]["train_seconds"] is None
