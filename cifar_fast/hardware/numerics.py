@@ -222,6 +222,9 @@ def _numerics(way: Way, reason: str) -> Numerics:
 TIMED_IMAGES = 128
 """Images in the convolution whose timing decides."""
 
+FIRST_IMAGES = 8
+"""Images in the convolution that rules out what is far too slow."""
+
 
 def needs_measuring(recipe: Recipe, device: torch.device) -> bool:
     """Say whether `choose_numerics` would measure, and no earlier measurement of this machine is saved."""
@@ -257,8 +260,7 @@ def convolution_rates(n: int = TIMED_IMAGES) -> dict[Way, float]:
     It takes about two seconds; the cache folder keeps the result for `doctor`, never for training.
     Winograd's rate counts the multiplications of the direct algorithm, so that rates compare as speeds do. The ways
     take turns and the best time of each counts, so that another process slows all of them down alike. Two turns on few
-    images come first: a way that takes four times as long as another, as bfloat16 does on a processor without
-    instructions for it, would need many seconds for all images, so it keeps the rate of these.
+    images come first, and a way that `_not_far_too_slow` rules out keeps the rate of these.
     """
     channels, side = 256, 7  # as in the layers with most of the arithmetic
     weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
@@ -269,7 +271,7 @@ def convolution_rates(n: int = TIMED_IMAGES) -> dict[Way, float]:
     }
     rates: dict[Way, float] = {}
     ways = _possible_ways()
-    for n_images, turns in ((min(n, 8), 2), (n, 4)):
+    for n_images, turns in ((min(n, FIRST_IMAGES), 2), (n, 4)):
         x, dy = (
             torch.randn(n_images, channels, side, side).contiguous(memory_format=torch.channels_last) for _ in range(2)
         )
@@ -283,10 +285,20 @@ def convolution_rates(n: int = TIMED_IMAGES) -> dict[Way, float]:
                 best[way] = min(best[way], time.perf_counter() - start)
         flops = 3 * 2 * n_images * channels**2 * 9 * side**2
         rates |= {way: flops / seconds / 1e9 for way, seconds in best.items()}
-        ways = [way for way in ways if best[way] < 4 * min(best.values())]
+        ways = _not_far_too_slow(best, n / n_images)
     if n == TIMED_IMAGES:
         with suppress(OSError):  # a cache folder that cannot be written costs `doctor` an answer, and training nothing
             cache_folder().mkdir(parents=True, exist_ok=True)
             saved = {"machine": _machine(), "rates": {str(way): rate for way, rate in rates.items()}}
             write_text(_rates_file(), json.dumps(saved))
     return rates
+
+
+def _not_far_too_slow(seconds: Mapping[Way, float], times_the_images: float) -> list[Way]:
+    """Return the ways worth timing on `times_the_images` as many images as those that took `seconds`.
+
+    Being slow on few images is not enough to rule a way out: Winograd's transforms the filters once, however many
+    images follow. It must also take long, as bfloat16 does on a processor without instructions for it.
+    """
+    fastest = min(seconds.values())
+    return [way for way, took in seconds.items() if took < 4 * fastest or took * times_the_images < 1]

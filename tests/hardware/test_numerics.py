@@ -20,6 +20,7 @@ from cifar_fast.hardware.numerics import (
     Capabilities,
     Numerics,
     Way,
+    _not_far_too_slow,
     capabilities,
     choose_numerics,
     convolution_rates,
@@ -165,6 +166,14 @@ def test_this_cpu_can_be_measured() -> None:
     assert {DIRECT, BFLOAT16} <= measured.keys()
     assert all(rate > 0 for rate in measured.values())
     assert convolution_rates(4) is measured  # once a process: two runs in it choose the same
+
+
+def test_only_a_way_that_is_slow_and_would_take_long_goes_untimed() -> None:
+    # Seconds for 8 images, of which there are 128: Winograd on an EPYC with AVX-512, then bfloat16 on one with AVX2.
+    assert _not_far_too_slow({WINOGRAD: 0.0148, DIRECT: 0.0035, BFLOAT16: 0.0016}, 16) == [WINOGRAD, DIRECT, BFLOAT16]
+    assert _not_far_too_slow({WINOGRAD: 0.011, DIRECT: 0.021, BFLOAT16: 0.46}, 16) == [WINOGRAD, DIRECT]
+    # On a slow machine everything takes long, and all that is nearly as fast as the fastest is timed.
+    assert _not_far_too_slow({WINOGRAD: 2.0, DIRECT: 7.9, BFLOAT16: 8.1}, 16) == [WINOGRAD, DIRECT]
 
 
 def test_a_measurement_is_saved_for_who_asks_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
