@@ -93,17 +93,16 @@ def test_each_arm_is_the_recipe_with_its_fields_and_trains_as_train_does(tiny_da
 def test_an_arm_can_be_a_trick_of_ones_own(tiny_data):
     few = replace(tiny_data, train_images=tiny_data.train_images[:128], train_labels=tiny_data.train_labels[:128])
     arms: dict[str, Any] = {name: tricks_of(name) for name in CELLS}
-    arms["both"] = {"label_smoothing": 0.0}, tricks_of("AdamW")
+    arms["both"] = {"widths": (8, 8, 8)}, tricks_of("AdamW")
     runs = ablation(RECIPE, few, arms, seeds=(0,), device="cpu", progress=False)
     assert [arm[0].get("tricks", {}).get("name") for arm in runs.arms.values()] == [
         None, "AdamW", "resnet18 made small", "mixup", "own Muon", "AdamW"
     ]  # fmt: skip
     assert len({arm[0]["loss"] for arm in runs.arms.values()}) == 6
-    assert runs.arms["both"][0]["recipe"]["label_smoothing"] == 0.0 and "own Muon" not in runs.table()
-    in_all = ablation(
-        RECIPE, few, {"hard": {"label_smoothing": 0.0}}, tricks=tricks_of("AdamW"), seeds=(0,), device="cpu"
-    )
-    assert in_all.arms["hard"][0]["loss"] == runs.arms["both"][0]["loss"]
+    assert runs.arms["both"][0]["recipe"]["widths"] == [8, 8, 8] and "own Muon" not in runs.table()
+    wide = {"wide": {"widths": (8, 8, 8)}}
+    in_all = ablation(RECIPE, few, wide, tricks=tricks_of("AdamW"), seeds=(0,), device="cpu")
+    assert in_all.arms["wide"][0]["loss"] == runs.arms["both"][0]["loss"]
     with pytest.raises(UserError, match="'again' changes nothing"):
         ablation(RECIPE, few, {"again": tricks_of("AdamW")}, tricks=tricks_of("AdamW"), seeds=(0,), device="cpu")
 
