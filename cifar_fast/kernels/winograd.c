@@ -1,7 +1,7 @@
 /* Winograd F(4x4, 3x3) convolution of channels-last float32 images; winograd.py explains the method and calls this file.
 
    A tile is a 4x4 patch of outputs together with the 6x6 patch of inputs it needs. Every loop runs over a flat list of
-   tiles (image, row, column) and vectorises over channels. Each thread takes its own tiles in blocks small enough for
+   tiles (sheet of images, row, column) and vectorises over channels. Each thread takes its own tiles in blocks small enough for
    its caches: transform in, 36 matrix products, transform out. No memory is shared while it is written, and every sum has
    a fixed order, so a result depends only on the number of threads.
 
@@ -88,12 +88,28 @@ INLINE void gradient_1d(vec *y, int s) { /* A y: four values become six */
     y[5 * s] = y[3 * s], y[s] = a + b, y[2 * s] = a - b, y[3 * s] = c + e, y[4 * s] = c - e;
 }
 
+/* Images lie side by side on sheets, `rows` x `columns` of them, which across x down tiles cover. Between two images
+   there are zeros: the padding of both. The distance from one to the next is even, as the windows of a max-pool are. */
 typedef struct {
-    int images, height, width, across, down; /* across x down tiles cover an image */
+    int images, height, width, rows, columns, across, down;
+    long sheets;
 } grid;
 
+INLINE int pitch(int size) { return (size + 2) / 2 * 2; }
+INLINE int tiles_along(int size, int together) { return ((together - 1) * pitch(size) + size + 3) / 4; }
+
+/* Where two images in a line take fewer tiles than twice one, as with 5, 9, 13 or 17 pixels, they share them. */
+INLINE int together(int size) { return tiles_along(size, 2) < 2 * tiles_along(size, 1) ? 2 : 1; }
+
 INLINE grid make_grid(int images, int height, int width) {
-    return (grid){images, height, width, (width + 3) / 4, (height + 3) / 4};
+    int rows = together(height), columns = together(width);
+    return (grid){images, height, width, rows, columns, tiles_along(width, columns), tiles_along(height, rows),
+                  (images + rows * columns - 1) / (rows * columns)};
+}
+
+long count_tiles(int images, int height, int width) {
+    grid g = make_grid(images, height, width);
+    return g.sheets * g.across * g.down;
 }
 
 typedef struct {
@@ -107,15 +123,20 @@ typedef struct {
 INLINE void pixels(float **at, uint8_t **place, maps a, grid g, long tile, int size, int margin, float *outside) {
     int column = (int)(tile % g.across), row = (int)(tile / g.across % g.down);
     int half = a.places != NULL, height = g.height >> half, width = g.width >> half;
-    long n = tile / g.across / g.down;
-    for (int i = 0; i < size; i++)
+    int down = pitch(g.height), right = pitch(g.width);
+    long first = tile / g.across / g.down * g.rows * g.columns;
+    for (int i = 0; i < size; i++) {
+        int top = 4 * row - margin + i, below = g.rows > 1 && top >= down, y = (top - below * down) >> half;
         for (int j = 0; j < size; j++) {
-            int y = (4 * row - margin + i) >> half, x = (4 * column - margin + j) >> half;
+            int left = 4 * column - margin + j, beside = g.columns > 1 && left >= right;
+            int x = (left - beside * right) >> half;
+            long n = first + below * g.columns + beside;
             int inside = n < g.images && y >= 0 && y < height && x >= 0 && x < width;
             ptrdiff_t pixel = (n * height + y) * width + x;
             at[size * i + j] = inside ? a.values + pixel * a.channels : outside;
             if (half) place[size * i + j] = inside ? a.places + pixel * ceil_to(a.channels, LANES) : (uint8_t *)outside;
         }
+    }
 }
 
 /* The values at pixel (y, x), counted from any window; after max-pool, zero where the maximum was at another pixel. */
@@ -254,7 +275,7 @@ void convolve(float *x, uint8_t *x_places, const float *u, float *y, uint8_t *y_
     grid g = make_grid(images, height, width);
     maps from = {x, x_places, cin}, to = {y, y_places, cout};
     int whole = cout % LANES == 0 && (uintptr_t)y % sizeof(vec) == 0; /* every vector is a whole cache line */
-    long tiles = (long)images * g.across * g.down;
+    long tiles = g.sheets * g.across * g.down;
     int in = ceil_to(cin, LANES), out = ceil_to(cout, PANEL);
     ptrdiff_t v_step = point_stride((ptrdiff_t)block * in), m_step = point_stride((ptrdiff_t)block * out);
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
@@ -312,7 +333,7 @@ INLINE void multiply_rows(int r, const float *a, ptrdiff_t column, const float *
 void weight_gradient(float *x, float *dy, uint8_t *dy_places, float *du, float *scratch, int images, int height,
                      int width, int cin, int cout, int block, int splits, int threads) {
     grid g = make_grid(images, height, width);
-    long tiles = (long)images * g.across * g.down;
+    long tiles = g.sheets * g.across * g.down;
     int in = ceil_to(cin, LANES), out = ceil_to(cout, PANEL), lda = in + 16, parts = threads / splits;
     ptrdiff_t v_step = point_stride((ptrdiff_t)block * lda), m_step = point_stride((ptrdiff_t)block * out);
     int row_blocks = (cin + ROWS - 1) / ROWS;

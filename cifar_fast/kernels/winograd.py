@@ -17,6 +17,9 @@ flipped weights, and the weights' gradient is
 
 Where max-pool by 2 follows, its 2x2 windows lie inside the tiles: it is done before a tile leaves the registers.
 
+A side of 5, 9, 13 or 17 pixels nearly wastes a row of tiles: 5 pixels take two tiles, as many as 8 do. Two such images
+side by side, with their padding between them, take 11 pixels and three tiles.
+
 Given the same inputs, the result and both gradients are about as accurate as those of a direct convolution in float32.
 In a whole network, gradients can still differ by a per cent or two, because max-pool sends each gradient to one place,
 and where two values nearly tie, rounding decides which one.
@@ -51,6 +54,7 @@ LIBRARY = Library(
         "lanes": (INT, []),
         "rows": (INT, []),
         "scratch_floats": (LONG, [INT] * 3),
+        "count_tiles": (LONG, [INT] * 3),
         "convolve": (None, [POINTER] * 6 + [INT] * 7),
         "weight_gradient": (None, [POINTER] * 5 + [INT] * 8),
     },
@@ -154,11 +158,6 @@ def _transform_weight(weight: Tensor, transposed: bool = False) -> Tensor:
     return (matrix @ taps.reshape(9, -1)).view(36, panels, cin, panel)
 
 
-def _tiles(n: int, height: int, width: int) -> int:
-    """Number of 4x4 tiles that cover the images."""
-    return n * -(-height // 4) * -(-width // 4)
-
-
 def _block(tiles: int) -> int:
     """Return how many of its `tiles` a thread handles at a time: even shares, in whole register blocks."""
     rows = LIBRARY.functions.rows()
@@ -182,7 +181,7 @@ def _convolve(
     """
     library, threads = LIBRARY.functions, torch.get_num_threads()
     (n, cin), (height, width) = x.shape[:2], size
-    block = _block(-(-_tiles(n, height, width) // threads))
+    block = _block(-(-library.count_tiles(n, height, width) // threads))
     scratch = torch.empty(threads * library.scratch_floats(cin, cout, block))
     shape = (n, cout, height, width) if y_places is None else (n, cout, height // 2, width // 2)
     y = torch.empty(shape, memory_format=torch.channels_last)
@@ -204,7 +203,7 @@ def _weight_gradient(x: Tensor, dy: Tensor, places: Tensor | None) -> Tensor:
     # Threads share out the tiles, each with a partial sum of its own; where those are large, they share out panels.
     most = 1 if cin * cout < PARTIAL_SUMS_BELOW else panels
     splits = threads // max(parts for parts in range(1, most + 1) if threads % parts == 0)
-    block = _block(-(-_tiles(n, height, width) // splits))
+    block = _block(-(-library.count_tiles(n, height, width) // splits))
     scratch = torch.empty(threads * library.scratch_floats(cin, cout, block))
     sums = torch.empty(splits, 36, panels, cin, panel)
     library.weight_gradient(

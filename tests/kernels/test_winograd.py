@@ -60,6 +60,42 @@ def test_equals_conv2d_in_double_precision(n: int, cin: int, cout: int, height: 
     assert [relative_error(a, b) < 1e-4 for a, b in zip(got, want, strict=True)] == [True] * 3
 
 
+@needs_compiler
+@pytest.mark.parametrize("size", [(5, 5), (9, 5), (5, 8), (8, 13), (17, 17)])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_images_that_share_tiles_do_not_touch_each_other(n: int, size: tuple[int, int]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        x, weight, dy = example(n, 17, 24, *size)
+        got = forward_and_gradients(winograd.winograd_conv2d, x, weight, dy)
+        pooled = F.max_pool2d(dy, 2)
+        fused = forward_and_gradients(winograd.winograd_conv2d_max_pool, x, weight, pooled)
+        apart = forward_and_gradients(winograd_then_max_pool, x, weight, pooled)
+        assert all(torch.equal(a, b) for a, b in zip(fused, apart, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+    x, weight = (t.detach().double().requires_grad_() for t in (x, weight))
+    want = forward_and_gradients(lambda a, b: F.conv2d(a, b, padding=1), x, weight, dy.double())
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-4
+    for one in range(n):  # an image that leaked into its neighbour would leave more than rounding on a black one
+        lit = (torch.arange(n) == one)[:, None, None, None]
+        with torch.no_grad():
+            alone = (x * lit).float().contiguous(memory_format=torch.channels_last)
+            y = winograd.winograd_conv2d(alone, weight.float())
+        assert (y * ~lit).abs().max() < 1e-5 * y.abs().max()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("size", "images", "tiles"),
+    [((5, 5), 4, 9), ((5, 5), 5, 18), ((5, 8), 2, 6), ((8, 8), 4, 16), ((17, 17), 4, 81), ((7, 31), 3, 48)],
+)
+def test_two_images_in_a_line_share_tiles_where_that_saves_some(size: tuple[int, int], images: int, tiles: int) -> None:
+    assert winograd.LIBRARY.functions.count_tiles(images, *size) == tiles
+
+
 def winograd_then_max_pool(x: Tensor, weight: Tensor) -> Tensor:
     """What fused pooling must equal to the last bit."""
     return F.max_pool2d(winograd.winograd_conv2d(x, weight), 2)
