@@ -271,11 +271,12 @@ def test_readme_expects_what_was_measured():
     with_amx = saved_runs("laptop")
     without = [run for run in saved_runs("ablation_without_tiles") if run["arm"] == "as it is"]
     rows = [" | ".join(row) for row in table_rows(ROOT / "README.md")]
-    with_avx2, quick = saved_runs("laptop_avx2"), saved_runs("classroom")
+    with_avx2, quick, wide = saved_runs("laptop_avx2"), saved_runs("classroom"), saved_runs("classroom_avx512")
     for machine, name, runs in (
         ("Intel Xeon with AMX", "laptop", with_amx),
         ("Intel Xeon with AVX-512, no AMX", "laptop", without),
         ("AMD EPYC with AVX2", "laptop", with_avx2),
+        ("AMD EPYC with AVX-512", "classroom", wide),
         ("AMD EPYC with AVX2", "classroom", quick),
     ):
         assert f"{machine} | `{name}` | {figures(runs).format(' s')} | {len(runs)}" in rows
@@ -286,10 +287,11 @@ def test_readme_expects_what_was_measured():
     (laptop,) = [row for row in rows if row.startswith("`laptop`")]
     assert f"{accuracy['laptop']}, n = {len(with_amx)}" in laptop
     assert all(Recipe.from_dict(run["recipe"]) == recipes.laptop() for run in with_avx2)
-    assert all(Recipe.from_dict(run["recipe"]) == recipes.classroom() for run in quick)
+    assert all(Recipe.from_dict(run["recipe"]) == recipes.classroom() for run in [*quick, *wide])
     (classroom,) = [row for row in rows if row.startswith("`classroom`")]
     assert f"{accuracy['classroom']}, n = {len(quick)}" in classroom
     assert {run["environment"]["cpu_capability"] for run in [*quick, *with_avx2]} == {"AVX2"}
+    assert {run["environment"]["cpu_capability"] for run in wide} == {"AVX512"}
     assert f"{100 * cf.pretrained('laptop').accuracy:.2f} %" in (ROOT / "README.md").read_text()
     (apple,) = [row for row in rows if row.startswith("`apple_8gpu`")]
     assert f"{accuracy['apple_8gpu']} on a CPU, n = 1" in apple
