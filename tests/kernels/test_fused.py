@@ -92,9 +92,13 @@ def test_equals_one_after_the_other_in_double_precision(
     assert len(found) == 3 + (not freeze_scale)
     assert found[0].dtype == found[1].dtype == evaluated.dtype == dtype
     assert found[0].is_contiguous(memory_format=torch.channels_last)
-    y, dx, *of_parameters = [relative_error(a, b) for a, b in zip(found, expected, strict=True)]
+    y, dx = (relative_error(a, b) for a, b in zip(found[:2], expected[:2], strict=True))
     rounded = 1e-4 if dtype == torch.float32 else 2e-2
-    assert y < rounded and dx < rounded and max(of_parameters) < 1e-4  # sums of what is not rounded to bfloat16
+    assert y < rounded and dx < rounded
+    # The others are sums of what is not rounded to bfloat16. They may cancel, so an error counts beside what is summed.
+    summed = torch.linalg.vector_norm(dy.double(), dim=(0, 2, 3)).max()
+    for a, b in zip(found[2:], expected[2:], strict=True):
+        assert (a.double() - b).abs().max() < 1e-4 * torch.maximum(b.abs().max(), summed)
     assert relative_error(evaluated, activation(double.eval()(x.double()))) < rounded
     for name in STATISTICS:
         torch.testing.assert_close(norm.get_buffer(name), double.get_buffer(name), check_dtype=False, rtol=1e-4, atol=0)
