@@ -297,8 +297,8 @@ def convolution_rates(n: int = TIMED_IMAGES) -> dict[Way, float]:
 def _not_far_too_slow(seconds: Mapping[Way, float], times_the_images: float) -> list[Way]:
     """Return the ways worth timing on `times_the_images` as many images as those that took `seconds`.
 
-    Being slow on few images is not enough to rule a way out: Winograd's transforms the filters once, however many
-    images follow. It must also take long, as bfloat16 does on a processor without instructions for it.
+    Being slow on few images is not enough to rule a way out: Winograd's algorithm transforms the filters once, however
+    many images follow. It must also take long, as bfloat16 does on a processor without instructions for it.
     """
     fastest = min(seconds.values())
     return [way for way, took in seconds.items() if took < 4 * fastest or took * times_the_images < 1]
