@@ -18,7 +18,8 @@ flipped weights, and the weights' gradient is
 Where max-pool by 2 follows, its 2x2 windows lie inside the tiles: it is done before a tile leaves the registers.
 
 A side of 5, 9, 13 or 17 pixels nearly wastes a row of tiles: 5 pixels take two tiles, as many as 8 do. Two such images
-side by side, with their padding between them, take 11 pixels and three tiles.
+side by side, with their padding between them, take 11 pixels and three tiles. What an image gives then depends on its
+neighbour, but only by rounding.
 
 Given the same inputs, the result and both gradients are about as accurate as those of a direct convolution in float32.
 In a whole network, gradients can still differ by a per cent or two, because max-pool sends each gradient to one place,

@@ -169,7 +169,7 @@ def test_this_cpu_can_be_measured() -> None:
 
 
 def test_only_a_way_that_is_slow_and_would_take_long_goes_untimed() -> None:
-    # Seconds for 8 images, of which there are 128: Winograd on an EPYC with AVX-512, then bfloat16 on one with AVX2.
+    # Roughly in proportion: Winograd on an EPYC with AVX-512, whose bfloat16 is fast, and bfloat16 on one with AVX2.
     assert _not_far_too_slow({WINOGRAD: 0.0148, DIRECT: 0.0035, BFLOAT16: 0.0016}, 16) == [WINOGRAD, DIRECT, BFLOAT16]
     assert _not_far_too_slow({WINOGRAD: 0.011, DIRECT: 0.021, BFLOAT16: 0.46}, 16) == [WINOGRAD, DIRECT]
     # On a slow machine everything takes long, and all that is nearly as fast as the fastest is timed.
