@@ -354,7 +354,8 @@ def ladder_curves(runs: Iterable[Mapping[str, Any]]) -> Picture:
     axis.set_xscale("log")
     low, high = (limit(point.flop / TERA for curve in found.values() for point in curve) for limit in (min, max))
     axis.set_xlim(low / 1.15, high * 1.15)
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 8)))
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
+    axis.margins(y=0.12)  # room at the top for the names of the best
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("arithmetic of training in TFLOP, logarithmic", fontsize=13)
