@@ -197,12 +197,21 @@ def test_the_8_gpu_recipe_is_as_published() -> None:
 
 
 def test_rates_published_for_summed_losses_take_the_same_steps_on_mean_losses() -> None:
-    recipe, batch = recipes.laptop(), 1536  # there: head 0.5415, biases 0.0573, decay 1.0418e-6 an image and step
+    recipe, batch = recipes.speedrun(), 1536  # there: head 0.5415, biases 0.0573, decay 1.0418e-6 an image and step
     assert recipe.peak_lr / batch == pytest.approx(0.5415)
     assert recipe.peak_lr * recipe.bias_lr_scale / batch == pytest.approx(0.0573)
     assert recipe.peak_lr * recipe.weight_decay == pytest.approx(1.0418e-6 * batch)
     bias_decay = recipe.weight_decay * recipe.bias_weight_decay_scale
     assert recipe.peak_lr * recipe.bias_lr_scale * bias_decay == pytest.approx(1.0418e-6 * batch)
+
+
+def test_a_smaller_batch_keeps_the_rate_an_image_and_the_decay_a_step() -> None:
+    small, large = recipes.laptop(), recipes.speedrun()
+    assert (small.global_batch_size, large.global_batch_size) == (1024, 1536)
+    assert small.peak_lr / 1024 == pytest.approx(large.peak_lr / 1536)
+    assert small.peak_lr * small.weight_decay == pytest.approx(large.peak_lr * large.weight_decay)
+    assert small.bias_lr_scale == large.bias_lr_scale
+    assert small.bias_weight_decay_scale == large.bias_weight_decay_scale
 
 
 def test_speedrun_has_hiverges_rates_and_runs_on_1_2_4_or_8_processes() -> None:
@@ -211,7 +220,14 @@ def test_speedrun_has_hiverges_rates_and_runs_on_1_2_4_or_8_processes() -> None:
         "n_shards": (1, 8),
         "ghost_batch_size": (512, 0),
         "micro_batch_size": (512, 0),
-        "bend_fraction": (6 / 11, 0.0),
+        "widths": ((64, 192, 320), (64, 256, 256)),
+        "epochs": (10.0, 11.0),
+        "global_batch_size": (1024, 1536),
+        "peak_lr": (recipes.laptop().peak_lr, recipes.speedrun().peak_lr),
+        "weight_decay": (recipes.laptop().weight_decay, recipes.speedrun().weight_decay),
+        "muon_lr": (0.165, 0.205),
+        "muon_momentum": (0.7, 0.655),
+        "bend_fraction": (0.55, 0.0),
         "bend_lr_fraction": (1 / 3, 0.0),
         "resolutions": ((18, 18, 24, 24, 32), (24, 24, 24, 24, 28, 28, 28, 32)),
         "ema_decay": (0.97, 0.0),
@@ -226,8 +242,8 @@ def test_speedrun_has_hiverges_rates_and_runs_on_1_2_4_or_8_processes() -> None:
 
 def test_a_shortened_recipe_has_neither_small_images_nor_averages() -> None:
     assert changed_fields(recipes.laptop(), recipes.shortened(recipes.laptop(), 2.0)) == {
-        "epochs": (11.0, 2.0),
-        "bend_fraction": (6 / 11, 0.0),
+        "epochs": (10.0, 2.0),
+        "bend_fraction": (0.55, 0.0),
         "bend_lr_fraction": (1 / 3, 0.0),
         "resolutions": ((18, 18, 24, 24, 32), ()),
         "ema_decay": (0.97, 0.0),

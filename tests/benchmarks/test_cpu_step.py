@@ -418,7 +418,7 @@ def test_our_numerics_are_chosen_as_in_training_in_a_process_that_keeps_freed_me
         (["--rounds", "0"], "--rounds 0 must be at least 1"),
         (["--batch", "0"], "--batch 0 must be at least 1"),
         (["--batch", "128"], "drawn from a shard of 64"),
-        (["--reference-part", "7"], "--reference-part 7 must divide the batch of 1536"),
+        (["--reference-part", "7"], "--reference-part 7 must divide the batch of 1024"),
         (["--data", "no/such/folder", "--batch", "16"], "no/such/folder"),
     ],
 )

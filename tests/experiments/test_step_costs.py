@@ -145,6 +145,6 @@ def test_groups_and_micro_batches_shrink_to_the_batch():
     laptop = recipes.laptop()
     small = with_batch_size(laptop, 48)
     assert (small.global_batch_size, small.norm_group_size, small.micro_batch_size) == (48, 48, 0)
-    assert with_batch_size(laptop, 1024) == replace(laptop, global_batch_size=1024)
-    odd = with_batch_size(replace(laptop, ghost_batch_size=384, micro_batch_size=768), 512)
+    assert with_batch_size(laptop, 1536) == replace(laptop, global_batch_size=1536)
+    odd = with_batch_size(replace(laptop, global_batch_size=1536, ghost_batch_size=384, micro_batch_size=768), 512)
     assert (odd.ghost_batch_size, odd.micro_batch_size) == (0, 0)  # neither divides a batch of 512
