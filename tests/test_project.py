@@ -265,33 +265,37 @@ def figures(runs: list[dict]) -> str:
 def test_readme_expects_what_was_measured():
     import cifar_fast as cf
     from cifar_fast import recipes
+    from cifar_fast.experiments.arithmetic import train_flop
     from cifar_fast.experiments.saved import saved_runs
     from cifar_fast.recipe import Recipe
 
-    with_amx = saved_runs("laptop")
-    without = [run for run in saved_runs("ablation_without_tiles") if run["arm"] == "as it is"]
+    now, with_amx, with_avx2 = map(saved_runs, ("laptop", "laptop_290_tflop", "laptop_290_tflop_avx2"))
     rows = [" | ".join(row) for row in table_rows(ROOT / "README.md")]
-    with_avx2, quick, wide = saved_runs("laptop_avx2"), saved_runs("classroom"), saved_runs("classroom_avx512")
-    for machine, name, runs in (
-        ("Intel Xeon with AMX", "laptop", with_amx),
-        ("Intel Xeon with AVX-512, no AMX", "laptop", without),
-        ("AMD EPYC with AVX2", "laptop", with_avx2),
-        ("AMD EPYC with AVX-512", "classroom", wide),
-        ("AMD EPYC with AVX2", "classroom", quick),
+    quick, wide = saved_runs("classroom"), saved_runs("classroom_avx512")
+    for machine, shown, runs in (
+        ("AMD EPYC with AVX-512", "`laptop`", now),
+        ("Intel Xeon with AMX", "`laptop` as it was", with_amx),
+        ("AMD EPYC with AVX2", "`laptop` as it was", with_avx2),
+        ("AMD EPYC with AVX-512", "`classroom`", wide),
+        ("AMD EPYC with AVX2", "`classroom`", quick),
     ):
-        assert f"{machine} | `{name}` | {figures(runs).format(' s')} | {len(runs)}" in rows
+        name = shown.split("`")[1]
+        assert f"{machine} | {shown} | {figures(runs).format(' s')} | {len(runs)}" in rows
         assert {run["dataset"]["name"] for run in runs} == {"CIFAR-10"}
         assert {(run["recipe"]["name"], run["environment"]["threads"]) for run in runs} == {(name, 2)}
         assert {run["environment"]["torch"].partition("+")[0] for run in runs} == {"2.14.1"}
     accuracy = {name: f"{100 * fmean(run['accuracy'] for run in saved_runs(name)):.2f} %" for name in SHOWN}
     (laptop,) = [row for row in rows if row.startswith("`laptop`")]
-    assert f"{accuracy['laptop']}, n = {len(with_amx)}" in laptop
-    assert all(Recipe.from_dict(run["recipe"]) == recipes.laptop() for run in with_avx2)
+    assert f"{accuracy['laptop']}, n = {len(now)}" in laptop
+    assert all(Recipe.from_dict(run["recipe"]) == recipes.laptop() for run in now)
+    spent = [train_flop(Recipe.from_dict(runs[0]["recipe"])) / 1e12 for runs in (with_amx, now)]
+    assert "{:.0f} TFLOP of arithmetic, today's {:.0f}".format(*spent) in (ROOT / "README.md").read_text()
+    assert len({Recipe.from_dict(runs[0]["recipe"]) for runs in (with_amx, with_avx2)}) == 1
     assert all(Recipe.from_dict(run["recipe"]) == recipes.classroom() for run in [*quick, *wide])
     (classroom,) = [row for row in rows if row.startswith("`classroom`")]
     assert f"{accuracy['classroom']}, n = {len(quick)}" in classroom
     assert {run["environment"]["cpu_capability"] for run in [*quick, *with_avx2]} == {"AVX2"}
-    assert {run["environment"]["cpu_capability"] for run in wide} == {"AVX512"}
+    assert {run["environment"]["cpu_capability"] for run in [*now, *wide]} == {"AVX512"}
     assert f"{100 * cf.pretrained('laptop').accuracy:.2f} %" in (ROOT / "README.md").read_text()
     (apple,) = [row for row in rows if row.startswith("`apple_8gpu`")]
     assert f"{accuracy['apple_8gpu']} on a CPU, n = 1" in apple
@@ -320,7 +324,7 @@ def test_the_table_of_laptop_runs_says_what_was_measured():
     from cifar_fast.experiments.saved import saved_runs
 
     rows = [row for row in table_rows(RESULTS / "README.md") if re.match(r"\[`laptop\w*`\]", row[0]) and len(row) == 8]
-    assert len(rows) == 8
+    assert len(rows) == 9
     for link, machine, epochs, n, accuracy, at_target, seconds, _ in rows:
         (name,) = re.findall(r"`(\w+)`", link)
         runs = saved_runs(name)
@@ -353,7 +357,7 @@ def test_the_table_of_the_ladder_says_what_was_measured():
     told = [f"{100 * point.mean:.1f} % with {point.flop / 1e12:.{digits}f}" for point, digits in ((plain, 0), (top, 1))]
     assert (
         f"the plain recipe reaches {told[0]} TFLOP (n = {len(plain.accuracy)}), and all tricks but small images "
-        f"{told[1]} (n = {len(top.accuracy)};"
+        f"{told[1]} (n = {len(top.accuracy)})."
     ) in (ROOT / "README.md").read_text()
     worth = {name: f"{rungs.gain(name, runs).points:.1f}" for name in ("muon", "whitening", "schedule", "tta")}
     said = "Muon is worth {muon} points, whitening {whitening}, a schedule {schedule}, TTA {tta}".format(**worth)
@@ -425,17 +429,21 @@ def test_the_table_of_the_search_for_less_arithmetic_says_what_was_measured():
         row = [
             ("" if recipe.bend_fraction else "short: ")
             + ", ".join(map(str, recipe.widths))
-            + (", block 1 fixed after 6 epochs" if own else ""),
+            + (", block 1 fixed after 6 epochs" if own else "")
+            + (f", Muon's rate {recipe.muon_lr:g}" if "muon_lr" in runs[0]["arm"] else ""),
             str(recipe.global_batch_size),
             ", ".join(f"{sides.count(side)} at {side}" for side in dict.fromkeys(sides)),
             "" if own else f"{train_flop(recipe, 45_000) / 1e12:.0f}",
             f"{100 * fmean(run['accuracy'] for run in runs):.2f} % ({len(runs)})",
         ]
         assert row in rows, row
-    on_test = [100 * run["accuracy"] for run in saved_runs("laptop_10_epochs")]
-    low, high = mean_interval(on_test)
     text = " ".join((RESULTS / "README.md").read_text().split())
-    assert f"{fmean(on_test):.2f} % on average (95 % interval {low:.2f} to {high:.2f})" in text
+    for folder in ("laptop", "laptop_10_epochs"):
+        on_test = [100 * run["accuracy"] for run in saved_runs(folder)]
+        low, high = mean_interval(on_test)
+        assert f"{fmean(on_test):.2f} % on average (95 % interval {low:.2f} to {high:.2f})" in text
+    rates = [100 * run["accuracy"] for run in saved_runs("search_rates")]
+    assert f"{len(rates)} runs, mostly of one seed, lie between {min(rates):.2f} and {max(rates):.2f} %" in text
 
 
 def test_the_table_of_tricks_says_what_was_measured():

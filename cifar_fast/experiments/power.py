@@ -101,7 +101,8 @@ def simulate(
 def saved_deviation() -> tuple[float, int]:
     """Return the standard deviation of the difference of two runs with the same seed, and how many pairs gave it.
 
-    It is in points, pooled over the arms of the saved ablation of `laptop` on CIFAR-10, each around its own mean.
+    It is in points, pooled over the arms of the saved ablation of an earlier `laptop` on CIFAR-10, each around its own
+    mean.
     """
     arms: dict[str, dict[int, float]] = defaultdict(dict)
     for run in saved_runs("ablation"):
@@ -125,7 +126,7 @@ def expected_deviation(n_test: int) -> tuple[float, str]:
     square root of the number of test images.
     """
     measured, pairs = saved_deviation()
-    source = f"that of {pairs} saved pairs of laptop on CIFAR-10"
+    source = f"that of {pairs} saved pairs of an earlier laptop on CIFAR-10"
     if n_test == 10_000:
         return measured, source
     return measured * math.sqrt(10_000 / n_test), f"{source}, scaled from 10,000 to {n_test:,} test images"
