@@ -1,9 +1,9 @@
 /* Winograd F(4x4, 3x3) convolution of channels-last float32 images; winograd.py explains the method and calls this file.
 
    A tile is a 4x4 patch of outputs together with the 6x6 patch of inputs it needs. Every loop runs over a flat list of
-   tiles (sheet of images, row, column) and vectorises over channels. Each thread takes its own tiles in blocks small enough for
-   its caches: transform in, 36 matrix products, transform out. No memory is shared while it is written, and every sum has
-   a fixed order, so a result depends only on the number of threads.
+   tiles (sheet of images, row, column) and vectorises over channels. Each thread takes its own tiles in blocks small
+   enough for its caches: transform in, 36 matrix products, transform out. No memory is shared while it is written, and
+   every sum has a fixed order, so a result depends only on the number of threads.
 
    A 4x4 tile contains whole 2x2 windows of a max-pool that follows. Then only each window's maximum is written, and its
    place in the window, a byte. In the backward pass each gradient counts at its place, and as zero at the others. */
