@@ -98,25 +98,29 @@ def trained(folders: list[Path], recipe: Recipe, data: Dataset) -> list[RunResul
 def top_and_without(epochs: float) -> tuple[Recipe, dict[str, Recipe]]:
     """Return the top of the classroom ladder and, by the name of their arm, the top and the top without each trick.
 
-    TTA has no arm: every network of the unchanged recipe is also evaluated without it.
+    TTA has no arm: every network of the unchanged recipe is also evaluated with each other kind of it.
     """
     top = recipes.classroom_ladder(epochs)[-1].recipe
-    without = {f"without {name}": recipe for name, recipe in recipes.leave_one_out(epochs).items() if name != "tta"}
+    without = {
+        f"without {name}": recipe for name, recipe in recipes.leave_one_out(epochs).items() if recipe.tta == top.tta
+    }
     return top, {AS_IT_IS: top, **without}
 
 
 def top_lines(ladder: Path, top: Recipe, data: Dataset) -> list[dict]:
-    """Return this machine's saved runs of the top of the ladder, with TTA and without, as lines of an ablation.
+    """Return this machine's saved runs of the top of the ladder, with each kind of TTA, as lines of an ablation.
 
-    The rung below trains the same networks, and evaluates them without TTA.
+    The rungs of the other kinds evaluate the same networks.
     """
     if not ladder.exists():
         raise SystemExit(f"error: there is no {ladder}; name a folder that benchmarks/classroom_ladder.py has written")
-    below, here = recipes.classroom_ladder(top.epochs)[-2].recipe, environment(select_device(None))
+    last, above = recipes.last_trained(top.epochs)
+    arms = [(AS_IT_IS if recipe.name == top.name else f"tta={recipe.tta}", recipe) for recipe in (last, *above)]
+    here = environment(select_device(None))
     return [
         run | {"arm": arm, "recipe": top.to_dict()}
         for run in runs_file.read(ladder)
-        for arm, recipe in ((AS_IT_IS, top), ("tta=none", below))
+        for arm, recipe in arms
         if run["recipe"] == recipe.to_dict() and run["dataset"] == data.describe()
         # A difference is taken between runs of one machine.
         if all(run["environment"][key] == here[key] for key in ("cpu", "cpu_capability", "gpu", "torch"))

@@ -6,7 +6,7 @@ Each run becomes a line of results.jsonl: rung, epochs, arithmetic (FLOP), commi
 No run is trained twice, so the script can be stopped and started again, with more seeds or epochs; it refuses a folder
 whose runs used other recipes or other data. Clocks are saved only with --quiet, when nothing else ran on the machine.
 After each number of epochs, table.txt and curves.png are redrawn from all saved runs.
-The rung that adds test-time augmentation needs no training of its own: it evaluates the network of the rung below.
+The rungs of test-time augmentation need no training of their own: they evaluate the network of the last rung below.
 """
 
 import argparse
@@ -56,18 +56,18 @@ def train_rungs(
 
     `on_run` is called after each is saved.
     """
-    *_, last, top = recipes.classroom_ladder(epochs)
+    last, above = recipes.last_trained(epochs)
     saved = done(results, data)
     for name, rung in recipes.classroom_arms(epochs).items():
-        if rung.recipe == top.recipe or (name, epochs, seed) in saved or (tricks and name not in tricks):
+        if rung.recipe in above or (name, epochs, seed) in saved or (tricks and name not in tricks):
             continue
         result = train(rung.recipe, data, seed=seed, device=device, progress=False)
         flop = {"train_flop": train_flop(rung.recipe, len(data.train_labels))}
         lines = [line(rung.recipe.name, result) | flop]
-        if rung.recipe == last.recipe:
-            found = evaluate_as_trained(result, data, top.recipe.tta)
-            changed = {"accuracy": found.accuracy, "loss": found.loss, "recipe": top.recipe.to_dict()}
-            lines.append(line(top.recipe.name, result) | flop | changed)
+        for top in above if rung.recipe == last else ():
+            found = evaluate_as_trained(result, data, top.tta)
+            changed = {"accuracy": found.accuracy, "loss": found.loss, "recipe": top.to_dict()}
+            lines.append(line(top.name, result) | flop | changed)
         runs_file.append(results, [run if quiet else without_clocks(run) for run in lines])
         print(f"{rung.recipe.name}, {epochs:g} epochs, seed {seed}: {100 * result.accuracy:.2f} %", flush=True)
         if on_run:

@@ -287,8 +287,16 @@ def classroom_ladder(epochs: float = 2.0) -> tuple[Rung, ...]:
     add("augmentation", "alternating flip and smaller shifts", flip="alternating", crop_padding=2)
     if sizes := _small_first(epochs):
         add("small_images", "small images first", resolutions=sizes)
-    add("tta", "test-time augmentation", tta="flip_shift")
+    add("tta_flip", "test-time augmentation with mirror images", tta="flip")
+    add("tta", "test-time augmentation with shifts as well", tta="flip_shift")
     return tuple(rungs)
+
+
+def last_trained(epochs: float = 2.0) -> tuple[Recipe, tuple[Recipe, ...]]:
+    """Return the last rung of the ladder that trains a network, and those above it, which only evaluate it."""
+    ladder = [rung.recipe for rung in classroom_ladder(epochs)]
+    last = next(recipe for recipe in ladder if recipe == replace(ladder[-1], name=recipe.name, tta=recipe.tta))
+    return last, tuple(ladder[ladder.index(last) + 1 :])
 
 
 def beside_classroom_ladder(epochs: float = 2.0) -> dict[str, tuple[str, Rung]]:
@@ -298,7 +306,7 @@ def beside_classroom_ladder(epochs: float = 2.0) -> dict[str, tuple[str, Rung]]:
     training run of its own.
     """
     ladder = {rung.recipe.name: rung.recipe for rung in classroom_ladder(epochs)}
-    last = "small_images" if "small_images" in ladder else "augmentation"
+    last = last_trained(epochs)[0].name
     tricks: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
         ("schedule", "dirac", "filters that start as the identity", {"conv_init": "dirac"}),
         (last, "pooling", "max-pool before the norm", {"pool_position": "before_norm"}),

@@ -26,6 +26,7 @@ LEAST_SEEDS = 3
 BEYOND = 1.25
 """Factor in arithmetic by which a curve may be extended beyond its ends."""
 TERA = 1e12
+LABELS = {"warmup": "no warm-up", "tta_flip": "flip TTA", "tta": "shift TTA"}
 
 
 @dataclass(frozen=True)
@@ -276,8 +277,8 @@ def _factor(lower: Curve, target: Point, seeds: Sequence[int], beyond: float = B
 
 
 def label(name: str) -> str:
-    """Return the name of a rung as pictures show it: the rung `warmup` removes the warm-up."""
-    return "no warm-up" if name == "warmup" else name.replace("_", " ")
+    """Return the name of a rung as pictures show it: the rung `warmup` removes the warm-up, and `tta` adds shifts."""
+    return LABELS.get(name, name.replace("_", " "))
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,8 @@ class Worth:
 
 def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[Mapping[str, Any]]) -> dict[str, Worth]:
     """Return the worth of each trick by its name, from the foot of the ladder upwards.
+
+    Test-time augmentation takes no training, so the top without it is a rung of the ladder, and its runs are there.
 
     Args:
         ladder: lines of the ladder's `results.jsonl`.
@@ -311,15 +314,17 @@ def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[M
     (length,) = lengths
     found = _points(ladder)
     top = recipes.classroom_ladder(length)[-1].recipe
-    # Test-time augmentation takes no training, so its arm is named after the kind, and keeps the top's recipe.
-    arms = {name: (f"without {name}", recipe) for name, recipe in recipes.leave_one_out(length).items()}
-    arms["tta"] = ("tta=none", top)
-    tops = _accuracies(left_out, AS_IT_IS, top)
+    last, above = recipes.last_trained(length)
+    evaluated = {recipe.tta: _at(found[recipe.name], length) for recipe in (last, *above)}
+    trained = _accuracies(left_out, AS_IT_IS, top)
     worth = {}
-    for name, (arm, recipe) in arms.items():
+    for name, recipe in recipes.leave_one_out(length).items():
         with_it, below = (_at(found[each], length) for each in (name, _below(name, length)))
         gains = [100 * (with_it[seed] - below[seed]) for seed in sorted(with_it.keys() & below.keys())]
-        without = _accuracies(left_out, arm, recipe)
+        if recipe.tta == top.tta:
+            tops, without = trained, _accuracies(left_out, f"without {name}", recipe)
+        else:
+            tops, without = evaluated[top.tta], evaluated[recipe.tta]
         losses = [100 * (tops[seed] - without[seed]) for seed in sorted(tops.keys() & without.keys())]
         if gains and losses:
             worth[name] = Worth(length, tuple(gains), tuple(losses))
@@ -333,8 +338,8 @@ def added_and_left_out(ladder: Iterable[Mapping[str, Any]], left_out: Iterable[M
 def _curve_below(rung: str, found: Mapping[str, Curve]) -> Curve:
     """Return the points of what the trick `rung` is added to.
 
-    That depends on the epochs, because a single epoch has no small images: `tta` is then added to another rung. Where
-    `rung` itself does not exist, its points are those of what it is added to at other epochs.
+    That depends on the epochs, because a single epoch has no small images: `tta_flip` is then added to another rung.
+    Where `rung` itself does not exist, its points are those of what it is added to at other epochs.
     """
     names = {point.epochs: _below(rung, point.epochs) for curve in found.values() for point in curve}
     return [

@@ -17,7 +17,7 @@ from cifar_fast.errors import UserError
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The script as a module, with a ladder of two narrow rungs and the one that adds test-time augmentation."""
+    """The script as a module, with a ladder of two narrow rungs and those that add test-time augmentation."""
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     module = importlib.import_module("classroom_ladder")
     monkeypatch.setattr(importlib.import_module("ablation"), "commit", lambda: "of a test")
@@ -26,7 +26,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     def narrow(epochs: float = 2.0) -> tuple[recipes.Rung, ...]:
         small = {"widths": (4, 4, 4), "global_batch_size": 64, "ghost_batch_size": 0, "micro_batch_size": 0}
         return tuple(
-            replace(rung, recipe=replace(rung.recipe, **small)) for rung in (whole(epochs)[0], *whole(epochs)[-2:])
+            replace(rung, recipe=replace(rung.recipe, **small)) for rung in (whole(epochs)[0], *whole(epochs)[-3:])
         )
 
     monkeypatch.setattr(recipes, "classroom_ladder", narrow)
@@ -44,8 +44,8 @@ def test_each_rung_is_trained_once_and_mixed_results_are_refused(script, tiny_da
         script.train_rungs(2.0, 0, tiny_data, results, False)
     assert trained == ["plain", "small_images"]
     runs = [json.loads(text) for text in results.read_text().splitlines()]
-    assert [run["arm"] for run in runs] == ["plain", "small_images", "tta"]
-    assert [run["recipe"]["tta"] for run in runs] == ["none", "none", "flip_shift"]
+    assert [run["arm"] for run in runs] == ["plain", "small_images", "tta_flip", "tta"]
+    assert [run["recipe"]["tta"] for run in runs] == ["none", "none", "flip", "flip_shift"]
     assert all(run["train_flop"] > 0 and run["train_seconds"] is None for run in runs)
 
     script.show(results)

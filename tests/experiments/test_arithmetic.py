@@ -32,7 +32,7 @@ def test_the_classroom_ladder_ends_at_the_classroom_recipe():
     assert replace(top.recipe, name="classroom") == recipes.classroom()
     rungs = recipes.classroom_ladder()
     assert all(above.changes(below) for below, above in zip(rungs, rungs[1:], strict=False))
-    assert len({rung.recipe.name for rung in rungs}) == len(rungs) == 8
+    assert len({rung.recipe.name for rung in rungs}) == len(rungs) == 9
 
 
 def test_leaving_a_trick_out_undoes_that_trick_alone():
@@ -45,4 +45,17 @@ def test_leaving_a_trick_out_undoes_that_trick_alone():
     assert changed_fields(rungs[-1], without["muon"]).keys() == {"optimizer"}
     # `warmup` has undone two of the fields that `schedule` sets, so leaving `schedule` out leaves these as they are.
     assert changed_fields(rungs[-1], without["schedule"]).keys() == {"peak_lr", "final_lr_fraction"}
-    assert replace(without["tta"], name="small_images") == rungs[-2]
+    assert replace(without["tta"], name="tta_flip") == rungs[-2]
+    assert replace(without["tta_flip"], name="small_images") == rungs[-3]
+
+
+def test_the_rungs_above_the_last_trained_one_only_evaluate_its_network():
+    for epochs, trained in ((1.0, "augmentation"), (2.0, "small_images")):
+        ladder = [rung.recipe for rung in recipes.classroom_ladder(epochs)]
+        last, above = recipes.last_trained(epochs)
+        assert (last.name, last.tta, [(rung.name, rung.tta) for rung in above]) == (
+            trained,
+            "none",
+            [("tta_flip", "flip"), ("tta", "flip_shift")],
+        )
+        assert [last, *above] == ladder[-3:]

@@ -55,11 +55,12 @@ def test_the_difference_is_paired_by_seed_at_the_most_epochs_with_the_most_seeds
 
 
 def test_a_trick_is_compared_with_what_it_was_added_to_at_those_epochs():
-    runs = [run(name, 1.0, seed, 0.5 + add) for name, add in (("augmentation", 0.0), ("tta", 0.01)) for seed in (0, 1)]
-    runs += [run(name, 2.0, 0, 0.6 + add) for name, add in (("small_images", 0.0), ("tta", 0.02))]
-    found = rungs.gain("tta", runs)
+    single = {"augmentation": 0.5, "tta_flip": 0.51}
+    runs = [run(name, 1.0, seed, accuracy) for name, accuracy in single.items() for seed in (0, 1)]
+    runs += [run(name, 2.0, 0, 0.6 + add) for name, add in (("small_images", 0.0), ("tta_flip", 0.02))]
+    found = rungs.gain("tta_flip", runs)
     assert found.epochs == 1.0 and found.differences == pytest.approx((1.0, 1.0))
-    assert rungs.gain("tta", runs[4:]).points == pytest.approx(2.0)
+    assert rungs.gain("tta_flip", runs[4:]).points == pytest.approx(2.0)
 
 
 def test_a_gain_of_a_fifth_of_a_doubling_is_worth_a_fifth_of_a_doubling():
@@ -90,8 +91,8 @@ def test_beyond_the_curve_there_is_a_bound_and_from_one_budget_or_seed_nothing()
 
 
 def test_the_curve_below_follows_what_a_trick_is_added_to_and_takes_three_seeds():
-    """`tta` is added to `augmentation` at one epoch, and to `small_images` at two and more."""
-    gained = {"augmentation": 0.0, "small_images": 0.0, "tta": 0.02}
+    """`tta_flip` is added to `augmentation` at one epoch, and to `small_images` at two and more."""
+    gained = {"augmentation": 0.0, "small_images": 0.0, "tta_flip": 0.02}
     runs = [
         run(name, epochs, seed, 0.5 + 0.1 * math.log2(epochs) + gained[name], 1e12 * epochs)
         for name in gained
@@ -99,7 +100,7 @@ def test_the_curve_below_follows_what_a_trick_is_added_to_and_takes_three_seeds(
         if (name, epochs) != ("small_images", 1.0)
         for seed in range(2 if (name, epochs) == ("augmentation", 2.0) else 4)
     ]
-    found = rungs.gain("tta", runs).saving
+    found = rungs.gain("tta_flip", runs).saving
     assert found and (found.epochs, found.n) == (1.0, 4) and found.factor == pytest.approx(2**0.2)
     assert str(found).startswith("1.15 times the arithmetic (95 % interval 1.15 to 1.15, n = 4)")
     assert rungs.gain("small_images", runs).saving is None  # too few runs of `augmentation` at two epochs
@@ -149,7 +150,7 @@ def test_a_gain_says_in_words_what_was_measured_and_where():
 
 def test_a_rung_without_runs_is_not_measured_yet():
     for runs in ([], ladder(0.02)):
-        assert str(rungs.gain("tta", runs)) == "Test-time augmentation: not measured yet."
+        assert str(rungs.gain("tta", runs)) == "Test-time augmentation with shifts as well: not measured yet."
     assert str(rungs.gain("muon", [run("muon", 2.0, 0, 0.5)])).endswith(": not measured yet.")
 
 
@@ -186,25 +187,27 @@ def test_the_table_has_a_line_for_each_rung_and_number_of_epochs():
 def without(arm: str, seed: int, accuracy: float, epochs: float = 1.0) -> dict[str, Any]:
     """A made-up line that `benchmarks/ablation.py --leave-one-out` would save; arms are `as it is` or a trick."""
     top = recipes.classroom_ladder(epochs)[-1].recipe
-    recipe = recipes.leave_one_out(epochs)[arm] if arm not in ("as it is", "tta=none") else top
+    recipe = top if arm == "as it is" else recipes.leave_one_out(epochs)[arm]
     name = arm if recipe is top else f"without {arm}"
     return run("tta", epochs, seed, accuracy) | {"arm": name, "recipe": recipe.to_dict()}
 
 
 def test_a_trick_s_gain_stands_beside_what_the_top_loses_without_it():
     added = [line for line in ladder(0.02) if line["seed"] < 3]
-    added += [run(name, 1.0, seed, a) for name, a in (("augmentation", 0.7), ("tta", 0.72)) for seed in (0, 1, 2)]
+    evaluated = {"augmentation": 0.7, "tta_flip": 0.715, "tta": 0.72}
+    added += [run(name, 1.0, seed, accuracy) for name, accuracy in evaluated.items() for seed in (0, 1)]
     left_out = [without("as it is", seed, 0.72) for seed in (1, 2, 3)]
     left_out += [without("muon", 1, 0.62), without("muon", 2, 0.61), without("muon", 9, 0.0)]
-    left_out += [without("tta=none", seed, 0.70) for seed in (1, 2)]
     left_out += [without("whitening", 1, 0.6)]  # the ladder has no runs of the rung below it
     found = rungs.added_and_left_out(added, left_out)
-    assert list(found) == ["muon", "tta"]
+    assert list(found) == ["muon", "tta_flip", "tta"]
     assert {each.epochs for each in found.values()} == {1.0}
     assert found["muon"].gains == pytest.approx((2.3, 2.1, 2.0))
     assert found["muon"].losses == pytest.approx((10.0, 11.0))
-    assert found["tta"].gains == pytest.approx((2.0, 2.0, 2.0))
-    assert found["tta"].losses == pytest.approx((2.0, 2.0))
+    # Without mirror images there are no shifts of them either.
+    assert found["tta_flip"].gains == pytest.approx((1.5, 1.5))
+    assert found["tta_flip"].losses == pytest.approx((2.0, 2.0))
+    assert found["tta"].gains == found["tta"].losses == pytest.approx((0.5, 0.5))
 
 
 def test_runs_that_left_out_a_trick_must_be_of_one_length_and_of_this_ladder():

@@ -48,7 +48,7 @@ def test_the_strip_has_every_rung_and_picks_out_one():
     assert [label.get_text() for label in labels if label.get_weight() == "bold"] == ["whitening"]
     assert [text.get_text() for text in axis.texts] == ["60.1", "62.1", "64.1", "66.1", *"?" * (len(NAMES) - 4)]
     assert axis.get_title(loc="left") == "test accuracy in % after 2 epochs (6.0 TFLOP), n = 3"
-    assert figure.alt.startswith("You are here: whitening, rung 2 of 7 of the ladder, where it reaches 64.1 %; ")
+    assert figure.alt.startswith("You are here: whitening, rung 2 of 8 of the ladder, where it reaches 64.1 %; ")
 
 
 def test_a_trick_beside_the_ladder_comes_after_the_rung_it_is_added_to():
@@ -68,7 +68,7 @@ def test_the_strip_shows_the_number_of_epochs_that_the_trick_itself_was_trained_
     ]
     figure = lessons.strip("smoothing", [*two_epochs, *one_epoch])
     labels = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert labels[-3:] == ["augmentation", "smoothing", "tta"]  # a single epoch has no small images
+    assert labels[-4:] == ["augmentation", "smoothing", "flip TTA", "shift TTA"]  # a single epoch has no small images
     assert "after 1 epoch" in figure.axes[0].get_title(loc="left") and "added to augmentation" in figure.alt
     assert "after 2 epochs" in lessons.strip("muon", [*two_epochs, *one_epoch[-1:]]).alt
 
@@ -80,7 +80,7 @@ def test_without_runs_the_strip_and_the_gain_say_so(monkeypatch):
     monkeypatch.setattr(lessons, "saved_runs", none)
     figure = lessons.strip("muon")
     assert figure.axes[0].get_title(loc="left") == "the ladder, not measured yet"
-    assert figure.alt == "You are here: muon, rung 3 of 7 of the ladder"
+    assert figure.alt == "You are here: muon, rung 3 of 8 of the ladder"
     assert str(lessons.gain("muon")) == "Muon for the filters: not measured yet."
 
 
