@@ -68,7 +68,7 @@ RECORDS = (
     Record("DAWNBench's best on one GPU", 2018, "1 V100", 341.0, "where Page's posts of 2018 start", _PAGE),
     Record("fast.ai", 2018, "8 V100", 174.0, "-", _DAWNBENCH),
     Record("Page, DAWNBench", 2018, "1 V100", 75.0, "a small ResNet-9: baseline_2018", _PAGE),
-    Record("Page, bag of tricks", 2019, "1 V100", 26.0, "the ladder of 01: page_2019", _PAGE),
+    Record("Page, bag of tricks", 2019, "1 V100", 26.0, "the ladder of 00: page_2019", _PAGE),
     Record("Baidu", 2019, "8 V100", 44.0, "-", _DAWNBENCH),
     Record("Kakao Brain", 2019, "4 V100", 28.0, "-", _DAWNBENCH),
     Record("Apple, ml-cifar-10-faster", 2019, "8 V100", 9.43, "Page's tricks on 8 GPUs: apple_8gpu", _DAWNBENCH),
