@@ -93,13 +93,15 @@ def strip(rung: str, runs: Sequence[Mapping[str, Any]] | None = None) -> Picture
 
 
 def _common_epochs(found: Mapping[str, list[Point]], rung: str) -> float | None:
-    """Return the number of epochs that most rungs were trained for, the largest if there are several.
+    """Return the number of epochs that most rungs were trained for; of several, the smallest that has all rungs.
 
-    If `rung` was trained at all, only its own numbers of epochs count.
+    The shorter the training, the further the rungs lie apart. If `rung` was trained at all, only its own numbers count.
     """
     own = {point.epochs for point in found[rung]}
     counts = Counter(point.epochs for curve in found.values() for point in curve if not own or point.epochs in own)
-    return max(counts, key=lambda epochs: (counts[epochs], epochs)) if counts else None
+    if not counts:
+        return None
+    return max(counts, key=lambda epochs: (counts[epochs], len(recipes.classroom_ladder(epochs)), -epochs))
 
 
 def _told(points: Sequence[Point | None], drawn: Sequence[float], epochs: float | None) -> tuple[str, str]:

@@ -49,6 +49,8 @@ def test_the_strip_has_every_rung_and_picks_out_one():
     assert [text.get_text() for text in axis.texts] == ["60.1", "62.1", "64.1", "66.1", *"?" * (len(NAMES) - 4)]
     assert axis.get_title(loc="left") == "test accuracy in % after 2 epochs (6.0 TFLOP), n = 3"
     assert figure.alt.startswith("You are here: whitening, rung 2 of 8 of the ladder, where it reaches 64.1 %; ")
+    longer = [run | {"recipe": run["recipe"] | {"epochs": 3.0}, "accuracy": 0.9} for run in made_up()]
+    assert "after 2 epochs" in lessons.strip("whitening", [*longer, *made_up()]).alt
 
 
 def test_a_trick_beside_the_ladder_comes_after_the_rung_it_is_added_to():
