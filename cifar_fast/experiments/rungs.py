@@ -150,7 +150,7 @@ class Gain:
         first = f"{self.title[:1].upper()}{self.title[1:]}: {mean} points of test accuracy{between}."
         worth = ""
         if self.saving:
-            worth = f"Without it, the same accuracy takes {self.saving}."
+            worth = f"Without it, the accuracy of {epochs(self.saving.epochs)} takes {self.saving}."
         pairs = "pairs of runs" if len(self.differences) > 1 else "pair of runs"
         where = (
             f"n = {len(self.differences)} {pairs} with the same seed, {epochs(self.epochs)}; "
@@ -381,12 +381,12 @@ def ladder_table(runs: Iterable[Mapping[str, Any]]) -> str:
                 )
             )
     gains = [gain(name, kept) for name in found if _below(name)]
-    worth = [f"{each.rung}: {each.saving}" for each in gains if each.saving]
+    worth = [f"{each.rung}, {epochs(each.saving.epochs)}: {each.saving}" for each in gains if each.saving]
     where = [
         f"data set: {_distinct(data_set(run['dataset']) for run in kept)}",
         f"hardware: {_distinct(hardware(run['environment']) for run in kept)}",
     ]
-    title = "What the same accuracy takes without the trick, relative to the arithmetic with it:"
+    title = "What the accuracy of these epochs takes without the trick, relative to the arithmetic with it:"
     return "\n".join([table(rows), "", *([title, *worth, ""] if worth else []), *where])
 
 

@@ -139,7 +139,7 @@ def test_a_gain_says_in_words_what_was_measured_and_where():
     said = str(rungs.gain("muon", ladder(0.02)))
     first, where = said.splitlines()
     assert first.startswith("Muon for the filters: +2.00 points of test accuracy (95 % interval +1.")
-    assert "Without it, the same accuracy takes 1.15 times the arithmetic (95 % interval 1.1" in first
+    assert "Without it, the accuracy of 2 epochs takes 1.15 times the arithmetic (95 % interval 1.1" in first
     assert where == (
         "n = 5 pairs of runs with the same seed, 4 epochs; "
         "data set: CIFAR-10 (50,000 training and 10,000 test images); hardware: an abacus, wood, 1 thread"
@@ -177,7 +177,7 @@ def test_the_table_has_a_line_for_each_rung_and_number_of_epochs():
         for epochs in ("1", "2", "4")
     ]
     assert "+2.00 (" in said[4] and said[4].endswith("n = 5")
-    assert any(line.startswith("muon: 1.15 times the arithmetic") for line in said)
+    assert any(line.startswith("muon, 2 epochs: 1.15 times the arithmetic") for line in said)
     assert said[-1] == "hardware: an abacus, wood, 1 thread"
 
 
