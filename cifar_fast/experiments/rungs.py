@@ -20,6 +20,7 @@ from cifar_fast.experiments.statistics import mean_interval
 from cifar_fast.experiments.tables import rounded
 from cifar_fast.recipe import Recipe
 from cifar_fast.shown import data_set, epochs, hardware, table
+from cifar_fast.training.batches import steps_per_epoch
 
 LEAST_SEEDS = 3
 """Seeds that a comparison of arithmetic needs."""
@@ -92,6 +93,32 @@ def _points(runs: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
         point = points[run["arm"]].setdefault(length, Point(length, run["train_flop"], {}))
         point.accuracy[run["seed"]] = run["accuracy"]
     return {name: [found[length] for length in sorted(found)] for name, found in points.items()}
+
+
+StepSeconds = Mapping[str, Mapping[int, float]]
+"""Seconds of a training step, by the name of the rung and the side of the images in pixels."""
+
+
+def train_seconds(rung: str, length: float, steps: StepSeconds, n_train: int = 50_000) -> float:
+    """Return the seconds that the steps of `rung` take in `length` epochs; the set-up and evaluation come on top.
+
+    Rungs that only evaluate a network take as long as the one that trains it.
+
+    Raises:
+        UserError: `steps` lacks the rung, or a size of its images.
+    """
+    last, above = recipes.last_trained(length)
+    recipe = recipes.classroom_arms(length)[rung].recipe
+    trained = last if recipe in above else recipe
+    total = 0.0
+    for epoch in range(math.ceil(length)):
+        side = trained.resolution(epoch)
+        if side not in steps.get(trained.name, {}):
+            raise UserError(
+                f"no step of {trained.name!r} with images of {side} pixels was timed; benchmarks/ladder_seconds.py does"
+            )
+        total += min(1.0, length - epoch) * steps_per_epoch(trained, n_train) * steps[trained.name][side]
+    return total
 
 
 @dataclass(frozen=True)

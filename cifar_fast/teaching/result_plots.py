@@ -19,7 +19,7 @@ from PIL import Image
 from cifar_fast.errors import UserError
 from cifar_fast.experiments import rungs
 from cifar_fast.experiments.published import APPLE_2019, Published, comparable
-from cifar_fast.experiments.rungs import TERA, curves, ladder_runs
+from cifar_fast.experiments.rungs import TERA, Point, StepSeconds, curves, ladder_runs, train_seconds
 from cifar_fast.experiments.statistics import mean_interval, summarise, wilson_interval
 from cifar_fast.shown import data_set, hardware, percent
 from cifar_fast.shown import epochs as in_epochs
@@ -323,29 +323,39 @@ MARKERS = "osD^vPX*hd"
 LABEL_GAP = 15.0  # points between two labels of curves
 
 
-def ladder_curves(runs: Iterable[Mapping[str, Any]]) -> Picture:
-    """Draw test accuracy over the arithmetic of training, a curve for each rung of the classroom ladder.
+def ladder_curves(
+    runs: Iterable[Mapping[str, Any]], step_seconds: StepSeconds | None = None, machine: str = ""
+) -> Picture:
+    """Draw test accuracy over the arithmetic of training, or over its seconds; a curve for each rung of the ladder.
 
-    A curve further to the left needs less arithmetic for the same accuracy. Bars are 95 % intervals of the mean
-    (Student's t) over seeds.
+    A curve further to the left needs less for the same accuracy. Bars are 95 % intervals of the mean (Student's t)
+    over seeds.
 
     Args:
         runs: lines of the ladder's `results.jsonl`; rungs without runs are left out.
+        step_seconds: what a step of each rung takes; the runs are then drawn over the seconds of their steps.
+        machine: where these seconds were measured.
 
     Raises:
-        UserError: there is no run of a recipe of the ladder.
+        UserError: there is no run of a recipe of the ladder, or a step of one was not timed.
     """
     runs = ladder_runs(runs)
     found = {name: curve for name, curve in curves(runs).items() if curve}
     if not found:
         raise UserError("there is no run of the classroom ladder to draw; benchmarks/classroom_ladder.py trains them")
+    what, unit = ("the arithmetic of training", "TFLOP") if step_seconds is None else ("the time of training", "s")
+
+    def cost(name: str, point: Point) -> float:
+        flop = point.flop / TERA
+        return flop if step_seconds is None else train_seconds(name, point.epochs, step_seconds)
+
     figure = Picture(figsize=(8, 5.6), layout="constrained")
     axis = figure.subplots()
     ends = []
     for place, (name, curve) in enumerate(found.items()):
         # From dark blue to ochre, even in lightness, for every kind of colour vision; markers tell neighbours apart.
         colour = colormaps["cividis"](0.82 * place / max(1, len(found) - 1))
-        x = [point.flop / TERA for point in curve]
+        x = [cost(name, point) for point in curve]
         y = [100 * point.mean for point in curve]
         half = [50 * (point.interval[1] - point.interval[0]) if point.interval else 0.0 for point in curve]
         marker = MARKERS[place % len(MARKERS)]
@@ -353,13 +363,14 @@ def ladder_curves(runs: Iterable[Mapping[str, Any]]) -> Picture:
         axis.errorbar(x, y, yerr=half, linewidth=2, elinewidth=1.2, **style)
         ends.append((x[-1], y[-1], rungs.label(name), colour))
     axis.set_xscale("log")
-    low, high = (limit(point.flop / TERA for curve in found.values() for point in curve) for limit in (min, max))
+    low, high = (limit(cost(name, point) for name, curve in found.items() for point in curve) for limit in (min, max))
     axis.set_xlim(low / 1.15, high * 1.15)
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6, 8)))
     axis.margins(y=0.12)  # room at the top for the names of the best
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_locator(NullLocator())
-    axis.set_xlabel("arithmetic of training in TFLOP, logarithmic", fontsize=13)
+    where = f" on {machine}" if machine else ""
+    axis.set_xlabel(f"{what.removeprefix('the ')} in {unit}{where}, logarithmic", fontsize=13)
     # Equal steps halve the error: the curves become nearly straight, and those at the top do not crowd.
     axis.set_yscale("function", functions=(lambda right: -np.log2(100 - right), lambda height: 100 - 2.0**-height))
     axis.set_yticks([tick for tick in ACCURACIES if axis.get_ylim()[0] < tick < axis.get_ylim()[1]])
@@ -374,11 +385,10 @@ def ladder_curves(runs: Iterable[Mapping[str, Any]]) -> Picture:
     names = " / ".join(dict.fromkeys(run["dataset"]["name"] for run in runs))
     axis.set_title(f"One trick after another on a narrow network ({names}, {n})", fontsize=13, loc="left")
     _label_ends(axis, ends)
-    first, last = (curve[-1] for curve in (list(found.values())[0], list(found.values())[-1]))
+    (x0, y0, first, _), (x1, y1, last, _) = ends[0], ends[-1]
     figure.alt = (
-        f"Test accuracy over the arithmetic of training for {len(found)} rungs of the ladder, from "
-        f"{100 * first.mean:.1f} % at {first.flop / TERA:.1f} TFLOP ({list(found)[0]}) to {100 * last.mean:.1f} % at "
-        f"{last.flop / TERA:.1f} TFLOP ({ends[-1][2]})"
+        f"Test accuracy over {what} for {len(found)} rungs of the ladder, from {y0:.1f} % at {x0:.1f} {unit} ({first}) "
+        f"to {y1:.1f} % at {x1:.1f} {unit} ({last})"
     )
     return figure
 

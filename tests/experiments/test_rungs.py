@@ -219,3 +219,20 @@ def test_runs_that_left_out_a_trick_must_be_of_one_length_and_of_this_ladder():
     runs[1]["recipe"]["peak_lr"] = 0.3
     with pytest.raises(UserError, match="no trick of today's ladder was both added and left out"):
         rungs.added_and_left_out(ladder(0.02), runs)
+
+
+# --- seconds ---
+
+
+def test_a_rung_s_seconds_are_those_of_its_steps_at_each_size():
+    steps = {"plain": {32: 2.0}, "augmentation": {32: 3.0}, "small_images": {16: 0.1, 24: 0.5, 32: 3.0}}
+    per_epoch = 50_000 // 512
+    assert rungs.train_seconds("plain", 1.5, steps) == pytest.approx(1.5 * per_epoch * 2.0)
+    # Five epochs: two at 16 pixels, two at 24, one at 32. What only evaluates takes as long as what it evaluates.
+    for name in ("small_images", "tta_flip", "tta"):
+        assert rungs.train_seconds(name, 5.0, steps) == pytest.approx(per_epoch * (2 * 0.1 + 2 * 0.5 + 3.0))
+    assert rungs.train_seconds("tta", 1.0, steps) == pytest.approx(per_epoch * 3.0)
+    with pytest.raises(UserError, match=r"no step of 'muon' with images of 32 pixels was timed; .*ladder_seconds.py"):
+        rungs.train_seconds("muon", 1.0, steps)
+    with pytest.raises(UserError, match="no step of 'small_images' with images of 16 pixels"):
+        rungs.train_seconds("tta", 5.0, {"small_images": {24: 0.5, 32: 3.0}})

@@ -114,6 +114,23 @@ def test_the_curves_are_those_of_the_rungs_with_runs_each_with_its_name():
         ladder_curves([])
 
 
+def test_the_curves_can_be_drawn_over_seconds():
+    names = ("plain", "schedule", "whitening", "muon")
+    steps = {name: {32: 0.1 * (place + 1)} for place, name in enumerate(names)}
+    figure = ladder_curves(made_up(), steps, machine="an abacus")
+    (axis,) = figure.axes
+    per_epoch = 50_000 // 512
+    for place, bars in enumerate(axis.containers):
+        seconds = 0.1 * (place + 1) * per_epoch
+        assert list(bars.lines[0].get_xdata()) == pytest.approx([seconds, 2 * seconds])
+    assert axis.get_xlabel() == "time of training in s on an abacus, logarithmic"
+    assert figure.alt.startswith(
+        "Test accuracy over the time of training for 4 rungs of the ladder, from 60.1 % at 19.4 s"
+    )
+    with pytest.raises(UserError, match="no step of 'muon'"):
+        ladder_curves(made_up(), {name: steps[name] for name in names[:3]})
+
+
 def test_what_a_trick_gains_is_drawn_beside_what_is_lost_without_it():
     top = recipes.classroom_ladder(1.0)[-1].recipe
     arms = {"as it is": top} | {f"without {name}": recipe for name, recipe in recipes.leave_one_out(1.0).items()}
