@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -54,11 +53,13 @@ def measure(data: Dataset, device: torch.device, rounds: int) -> list[dict]:
     """Return the seconds of a step, round by round, for each rung that trains a network and each size of its images."""
     last, _ = recipes.last_trained(EPOCHS)
     ladder = [rung.recipe for rung in recipes.classroom_ladder(EPOCHS)]
-    arms = {(recipe.name, side): recipe for recipe in ladder[: ladder.index(last) + 1] for side in sides(recipe)}
-    numbers = {str(number): arm for number, arm in zip(count(), arms, strict=False)}
-    ways = {number: step(arms[name, side], side, data, device) for number, (name, side) in numbers.items()}
+    arms = [(recipe, side) for recipe in ladder[: ladder.index(last) + 1] for side in sides(recipe)]
+    ways = {f"{recipe.name}, {side}": step(recipe, side, data, device) for recipe, side in arms}
     found = in_turns(ways, rounds=rounds, device=device)
-    return [{"arm": name, "side": side, "seconds": found[number]} for number, (name, side) in numbers.items()]
+    return [
+        {"arm": recipe.name, "side": side, "seconds": seconds}
+        for (recipe, side), seconds in zip(arms, found.values(), strict=True)
+    ]
 
 
 def medians(steps: list[dict]) -> StepSeconds:

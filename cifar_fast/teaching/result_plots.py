@@ -53,7 +53,7 @@ class Picture(Figure):
             image = _stacked_images(image, _written(caption, self.get_figwidth())._pixels())
         # Steps of 8 (white excepted) are too small for the eye to tell apart, and halve the file.
         image = image.point([8 * round(value / 8) if value < 252 else 255 for value in range(256)] * 3)
-        if image.getcolors(256):
+        if image.getcolors(512):  # lines and text; a photograph has thousands
             image = image.quantize(256, dither=Image.Dither.NONE)
         file = io.BytesIO()
         image.save(file, format="png", optimize=True)
