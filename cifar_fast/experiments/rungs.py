@@ -413,7 +413,9 @@ def ladder_table(runs: Iterable[Mapping[str, Any]]) -> str:
         f"data set: {_distinct(data_set(run['dataset']) for run in kept)}",
         f"hardware: {_distinct(hardware(run['environment']) for run in kept)}",
     ]
-    title = "What the accuracy of these epochs takes without the trick, relative to the arithmetic with it:"
+    title = (
+        "Arithmetic without the trick, relative to that with it, for the accuracy that it reaches in so many epochs:"
+    )
     return "\n".join([table(rows), "", *([title, *worth, ""] if worth else []), *where])
 
 

@@ -346,8 +346,7 @@ def ladder_curves(
     what, unit = ("the arithmetic of training", "TFLOP") if step_seconds is None else ("the time of training", "s")
 
     def cost(name: str, point: Point) -> float:
-        flop = point.flop / TERA
-        return flop if step_seconds is None else train_seconds(name, point.epochs, step_seconds)
+        return train_seconds(name, point.epochs, step_seconds) if step_seconds is not None else point.flop / TERA
 
     figure = Picture(figsize=(8, 5.6), layout="constrained")
     axis = figure.subplots()
